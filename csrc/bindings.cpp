@@ -1,0 +1,264 @@
+// lrs_ext._C: addresses, sizes and streams in, kernels out. It neither includes nor links torch.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "schedules.h"
+#include "step_cpu.h"
+#include "step_tensors.h"
+#include "tensor_table.h"
+#ifdef LRS_WITH_CUDA
+#include "step_cuda.h"
+#endif
+
+namespace {
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+const std::map<std::string, lrs::Profile> kProfiles = {{"constant", lrs::Profile::kConstant},
+                                                       {"linear", lrs::Profile::kLinear},
+                                                       {"cosine", lrs::Profile::kCosine},
+                                                       {"rex", lrs::Profile::kRex}};
+
+const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
+                                                           {"adam", lrs::Algorithm::kAdam}};
+
+const std::map<std::string, int> kHyper = {
+    {"weight_decay", lrs::kWeightDecay}, {"maximize", lrs::kMaximize},
+    {"beta1", lrs::kBeta1},              {"beta2", lrs::kBeta2},
+    {"eps", lrs::kEps},                  {"decoupled_weight_decay", lrs::kDecoupled},
+    {"momentum", lrs::kMomentum},        {"dampening", lrs::kDampening},
+    {"nesterov", lrs::kNesterov}};
+
+template <typename T>
+T at(const std::map<std::string, T>& map, const std::string& name) {
+  const auto found = map.find(name);
+  if (found == map.end()) throw py::key_error(name);
+  return found->second;
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A schedule that owns its sample points.
+class Schedule {
+ public:
+  Schedule(const std::string& profile, double lr, double min_lr, int64_t total_steps,
+           int64_t warmup_steps, int64_t sampling, const std::vector<double>& fractions, double d)
+      : spec_{at(kProfiles, profile), lr, min_lr, total_steps, warmup_steps, sampling, nullptr, 0,
+              d} {
+    for (const double fraction : fractions) {
+      sample_points_.push_back(lrs::sample_point(fraction, total_steps - warmup_steps));
+    }
+  }
+
+  lrs::ScheduleSpec spec() const {
+    lrs::ScheduleSpec spec = spec_;
+    if (!sample_points_.empty()) spec.sample_points = sample_points_.data();
+    spec.num_sample_points = static_cast<int64_t>(sample_points_.size());
+    return spec;
+  }
+
+  double value(int64_t step) const { return lrs::schedule_value(spec(), step); }
+
+  py::array_t<double> values(int64_t start, int64_t stop) const {
+    py::array_t<double> values(stop - start);
+    lrs::fill_schedule(spec(), start, stop - start, values.mutable_data());
+    return values;
+  }
+
+  void fill_cpu(uintptr_t target, int64_t count) const {
+    lrs::fill_schedule(spec(), 0, count, pointer<float>(target));
+  }
+
+  const std::vector<int64_t>& sample_points() const { return sample_points_; }
+
+ private:
+  lrs::ScheduleSpec spec_;
+  std::vector<int64_t> sample_points_;
+};
+
+lrs::Group make_group(uintptr_t lr, int64_t capacity, double scale,
+                      const std::map<std::string, double>& hyper) {
+  lrs::Group group{pointer<const float>(lr), capacity, scale, {}};
+  for (const auto& [name, value] : hyper) group.hyper[at(kHyper, name)] = value;
+  return group;
+}
+
+// A step that is ready to run: the live tensors, their chunks, and the addresses of the tables.
+class Step {
+ public:
+  Step(const std::string& algorithm, lrs::StepTensors* tensors, int64_t chunk_elements)
+      : tensors_(tensors), table_{} {
+    std::vector<int64_t> numels;
+    for (const lrs::TensorEntry& entry : tensors->entries()) numels.push_back(entry.numel);
+    lrs::build_chunks(numels, chunk_elements, &chunks_, &chunk_offsets_);
+    table_.algorithm = at(kAlgorithms, algorithm);
+    table_.tensors = tensors->entries().data();
+    table_.num_tensors = static_cast<int64_t>(numels.size());
+    table_.chunks = chunks_.data();
+    table_.num_chunks = static_cast<int64_t>(chunks_.size());
+    table_.chunk_elements = chunk_elements;
+  }
+
+  void bind(uintptr_t groups, uintptr_t step) {
+    table_.groups = pointer<const lrs::Group>(groups);
+    table_.step = pointer<int64_t>(step);
+  }
+
+  // Points the table to copies of its parts in device memory.
+  void bind_device(uintptr_t tensors, uintptr_t chunks, uintptr_t ticket) {
+    table_.tensors = pointer<const lrs::TensorEntry>(tensors);
+    table_.chunks = pointer<const lrs::Chunk>(chunks);
+    table_.ticket = pointer<uint32_t>(ticket);
+  }
+
+  py::array_t<int64_t> tensor_rows() const {
+    static_assert(sizeof(lrs::TensorEntry) % sizeof(int64_t) == 0);
+    constexpr py::ssize_t kColumns = sizeof(lrs::TensorEntry) / sizeof(int64_t);
+    return py::array_t<int64_t>({static_cast<py::ssize_t>(tensors_->entries().size()), kColumns},
+                                reinterpret_cast<const int64_t*>(tensors_->entries().data()));
+  }
+
+  py::array_t<int32_t> chunk_rows() const {
+    return py::array_t<int32_t>({static_cast<py::ssize_t>(chunks_.size()), py::ssize_t{2}},
+                                reinterpret_cast<const int32_t*>(chunks_.data()));
+  }
+
+  py::array_t<int64_t> gradient_addresses() const {
+    const auto& gradients = tensors_->gradients();
+    return py::array_t<int64_t>(static_cast<py::ssize_t>(gradients.size()),
+                                reinterpret_cast<const int64_t*>(gradients.data()));
+  }
+
+  void run_cpu(int num_threads) const {
+    const py::gil_scoped_release release;
+    lrs::step_cpu(table_, tensors_->gradients().data(), num_threads);
+  }
+
+#ifdef LRS_WITH_CUDA
+  void run_cuda() const {
+    lrs::step_cuda(table_, chunk_offsets_.data(), tensors_->gradients().data(),
+                   tensors_->device_index(), tensors_->current_stream());
+  }
+#endif
+
+ private:
+  lrs::StepTensors* tensors_;
+  lrs::StepTable table_;
+  std::vector<lrs::Chunk> chunks_;
+  std::vector<int64_t> chunk_offsets_;
+};
+
+// The ranges that the kernels visit, for tests: (begin, vector begin, vector end, end) per chunk.
+std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunk_ranges(
+    int64_t numel, int64_t chunk_elements, int64_t lane, const std::vector<uint64_t>& addresses,
+    const std::vector<int>& bytes) {
+  if (addresses.size() != 3 || bytes.size() != 3) {
+    throw std::invalid_argument("addresses and bytes must have 3 entries each");
+  }
+  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> ranges;
+  const uint64_t address_array[3] = {addresses[0], addresses[1], addresses[2]};
+  const int byte_array[3] = {bytes[0], bytes[1], bytes[2]};
+  const int64_t count = lrs::num_chunks_of(numel, chunk_elements);
+  for (int64_t index = 0; index < count; ++index) {
+    const lrs::Range range = lrs::chunk_range(numel, chunk_elements, index);
+    const lrs::Range vector = lrs::vector_range(range, lane, address_array, byte_array);
+    ranges.emplace_back(range.begin, vector.begin, vector.end, range.end);
+  }
+  return ranges;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native core of lrs_ext: schedules, step tables and step kernels.";
+
+  py::class_<Schedule>(m, "Schedule")
+      .def(py::init<const std::string&, double, double, int64_t, int64_t, int64_t,
+                    const std::vector<double>&, double>(),
+           py::kw_only(), "profile"_a, "lr"_a, "min_lr"_a, "total_steps"_a, "warmup_steps"_a,
+           "sampling"_a, "fractions"_a, "d"_a)
+      .def("value", &Schedule::value, "step"_a)
+      .def("values", &Schedule::values, "start"_a, "stop"_a)
+      .def("fill_cpu", &Schedule::fill_cpu, "target"_a, "count"_a)
+#ifdef LRS_WITH_CUDA
+      .def(
+          "fill_cuda",
+          [](const Schedule& schedule, uintptr_t target, int64_t count, uintptr_t sample_points,
+             int device, uintptr_t stream) {
+            lrs::ScheduleSpec spec = schedule.spec();
+            if (spec.sample_points != nullptr) {
+              spec.sample_points = pointer<const int64_t>(sample_points);
+            }
+            lrs::fill_schedule_cuda(spec, count, pointer<float>(target), device,
+                                    pointer<void>(stream));
+          },
+          py::kw_only(), "target"_a, "count"_a, "sample_points"_a, "device"_a, "stream"_a)
+#endif
+      .def_property_readonly("sample_points", &Schedule::sample_points);
+
+  py::class_<lrs::StepTensors>(m, "StepTensors")
+      .def(py::init<const py::capsule&, const py::list&, const py::dict&, const py::list&,
+                    const py::list&>(),
+           "exchange_api"_a, "param_lists"_a, "state"_a, "state_names"_a, "steps"_a)
+      .def("refresh", &lrs::StepTensors::refresh, "param_lists"_a, "state"_a, "gradients"_a)
+      .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients);
+
+  py::class_<Step>(m, "Step")
+      .def(py::init<const std::string&, lrs::StepTensors*, int64_t>(), "algorithm"_a, "tensors"_a,
+           "chunk_elements"_a, py::keep_alive<1, 3>())
+      .def("bind", &Step::bind, "groups"_a, "step"_a)
+      .def("bind_device", &Step::bind_device, "tensors"_a, "chunks"_a, "ticket"_a)
+      .def_property_readonly("tensor_rows", &Step::tensor_rows)
+      .def_property_readonly("chunk_rows", &Step::chunk_rows)
+      .def_property_readonly("gradient_addresses", &Step::gradient_addresses)
+#ifdef LRS_WITH_CUDA
+      .def("run_cuda", &Step::run_cuda)
+#endif
+      .def("run_cpu", &Step::run_cpu, "num_threads"_a);
+
+  m.def(
+      "write_group_cpu",
+      [](uintptr_t target, uintptr_t lr, int64_t capacity, double scale,
+         const std::map<std::string, double>& hyper) {
+        *pointer<lrs::Group>(target) = make_group(lr, capacity, scale, hyper);
+      },
+      "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a);
+#ifdef LRS_WITH_CUDA
+  m.def(
+      "write_group_cuda",
+      [](uintptr_t target, uintptr_t lr, int64_t capacity, double scale,
+         const std::map<std::string, double>& hyper, int device, uintptr_t stream) {
+        lrs::write_group_cuda(pointer<lrs::Group>(target), make_group(lr, capacity, scale, hyper),
+                              device, pointer<void>(stream));
+      },
+      "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a, "device"_a, "stream"_a);
+  m.def("cuda_unavailable_reason", &lrs::cuda_unavailable_reason);
+  m.attr("cuda_runtime_version") = lrs::cuda_runtime_version();
+  m.attr("cuda_architectures") = LRS_CUDA_ARCHS;
+#endif
+  m.attr("has_cuda") =
+#ifdef LRS_WITH_CUDA
+      true;
+#else
+      false;
+#endif
+
+  m.def("cpu_instruction_set", &lrs::cpu_instruction_set);
+  m.def("chunk_ranges", &chunk_ranges, "numel"_a, "chunk_elements"_a, "lane"_a, "addresses"_a,
+        "bytes"_a);
+  m.attr("group_bytes") = sizeof(lrs::Group);
+  std::vector<std::string> profiles, algorithms;
+  for (const auto& [name, profile] : kProfiles) profiles.push_back(name);
+  for (const auto& [name, algorithm] : kAlgorithms) algorithms.push_back(name);
+  m.attr("profiles") = profiles;
+  m.attr("algorithms") = algorithms;
+}

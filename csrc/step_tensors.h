@@ -1,0 +1,67 @@
+// The live Python tensors of an optimizer, as rows of the step table.
+//
+// A table of addresses goes stale when a parameter or a state is replaced, moved or resized behind
+// the optimizer's back. `refresh` compares every address with what the tensors say now, at about 15 ns
+// a tensor, and collects the gradients' addresses on the way.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "dlpack_exchange.h"
+#include "tensor_table.h"
+
+namespace lrs {
+
+namespace py = pybind11;
+
+class StepTensors {
+ public:
+  // `param_lists` and `state_names` have one list per group: its parameters, and the keys under which
+  // `state` keeps the arrays that the update reads. `steps` has the step counter of each parameter in
+  // order, or None for one that takes no part because it has no state yet.
+  StepTensors(const py::capsule& exchange_api, const py::list& param_lists, const py::dict& state,
+              const py::list& state_names, const py::list& steps);
+
+  // Collects the gradients. False if anything but the gradients' addresses has changed since the
+  // table was built, or a gradient is not laid out as its parameter. `gradients`, if not None, takes
+  // the place of the parameters' own.
+  bool refresh(const py::list& param_lists, const py::dict& state, const py::object& gradients);
+
+  const std::vector<TensorEntry>& entries() const { return entries_; }
+  const std::vector<const void*>& gradients() const { return gradients_; }
+  bool has_gradients() const { return has_gradients_; }
+
+  // The stream on which the framework currently enqueues work for the parameters' device.
+  void* current_stream() const;
+  int device_index() const { return device_.index; }
+
+ private:
+  struct Watched {
+    py::object dict, key, tensor;
+    void* address;
+  };
+  struct Param {
+    py::object tensor;
+    void* address;
+    dlpack::DataType dtype;
+    int64_t entry;  // row of the table, or -1
+  };
+
+  bool same_params(const py::list& param_lists) const;
+  bool same_states(const py::dict& state) const;
+  bool collect(const Param& param, PyObject* gradient);
+
+  const dlpack::ExchangeApi* api_;
+  dlpack::Device device_{};
+  std::vector<Param> params_;
+  py::dict state_;
+  std::vector<py::object> state_dicts_;
+  std::vector<Watched> watched_;
+  std::vector<TensorEntry> entries_;
+  std::vector<const void*> gradients_;
+  bool has_gradients_ = false;
+};
+
+}  // namespace lrs

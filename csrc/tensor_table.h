@@ -1,0 +1,106 @@
+// The table that one step works through: tensors, parameter groups and chunks of equal length.
+//
+// Every field is 8 bytes wide, so that the tables are int64 tensors on the Python side, with the
+// doubles bit-cast.
+#pragma once
+
+#include <vector>
+
+#include "host_device.h"
+#include "storage.h"
+#include "updates.h"
+
+namespace lrs {
+
+// A parameter and its states, all of the same `numel` and memory order.
+struct TensorEntry {
+  void* param;
+  float* states[kMaxStates];  // null where the update has fewer
+  float* step;                // updates that this tensor has had
+  int64_t numel;
+  int64_t group;
+  DType dtype;  // of the parameter and its gradient
+};
+
+// A parameter group. Its learning rate is lr[min(step, capacity - 1)] * scale.
+struct Group {
+  const float* lr;
+  int64_t capacity;
+  double scale;
+  double hyper[kNumHyper];
+};
+
+struct Chunk {
+  int32_t tensor;
+  int32_t index;  // of the chunk within the tensor
+};
+
+// Everything a step needs but the gradients. Pointers are host or device pointers, by backend.
+struct StepTable {
+  Algorithm algorithm;
+  const TensorEntry* tensors;
+  int64_t num_tensors;
+  const Group* groups;
+  const Chunk* chunks;
+  int64_t num_chunks;
+  int64_t chunk_elements;
+  int64_t* step;     // committed updates: the position in the schedules
+  uint32_t* ticket;  // CUDA: blocks that have finished, 0 between steps
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline namespace LRS_ISA {
+
+LRS_HOST_DEVICE int64_t num_chunks_of(int64_t numel, int64_t chunk_elements) {
+  return (numel + chunk_elements - 1) / chunk_elements;
+}
+
+LRS_HOST_DEVICE Range chunk_range(int64_t numel, int64_t chunk_elements, int64_t index) {
+  const int64_t begin = index * chunk_elements;
+  const int64_t end = begin + chunk_elements;
+  return {begin, end < numel ? end : numel};
+}
+
+// The part of `range` that 16-byte lanes can serve: it starts at an element whose address is a
+// multiple of 16 bytes in every array, and holds a multiple of `lane` elements. It is empty if the
+// arrays are not aligned at any common element. `bytes` are the element sizes.
+template <int kArrays>
+LRS_HOST_DEVICE Range vector_range(Range range, int64_t lane, const uint64_t (&addresses)[kArrays],
+                                   const int (&bytes)[kArrays]) {
+  for (int64_t head = 0; head < lane; ++head) {
+    const int64_t begin = range.begin + head;
+    bool aligned = true;
+    for (int i = 0; i < kArrays; ++i) {
+      aligned &= (addresses[i] + static_cast<uint64_t>(begin * bytes[i])) % 16 == 0;
+    }
+    if (aligned && begin < range.end) {
+      return {begin, begin + (range.end - begin) / lane * lane};
+    }
+  }
+  return {range.end, range.end};
+}
+
+LRS_HOST_DEVICE double learning_rate(const Group& group, int64_t step) {
+  const int64_t last = group.capacity - 1;
+  return static_cast<double>(group.lr[step < last ? step : last]) * group.scale;
+}
+
+}  // namespace LRS_ISA
+
+// Cuts tensors into chunks, in order. The chunks of tensor i are [offsets[i], offsets[i + 1]).
+inline void build_chunks(const std::vector<int64_t>& numels, int64_t chunk_elements,
+                         std::vector<Chunk>* chunks, std::vector<int64_t>* offsets) {
+  offsets->assign(1, 0);
+  for (size_t i = 0; i < numels.size(); ++i) {
+    const int64_t count = num_chunks_of(numels[i], chunk_elements);
+    for (int64_t index = 0; index < count; ++index) {
+      chunks->push_back({static_cast<int32_t>(i), static_cast<int32_t>(index)});
+    }
+    offsets->push_back(offsets->back() + count);
+  }
+}
+
+}  // namespace lrs

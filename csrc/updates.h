@@ -1,0 +1,117 @@
+// Updates: the rule that moves one element. Each is written once here and compiled into the CPU loop
+// and the CUDA kernel.
+//
+// An update folds its hyper-parameters into float coefficients once per tensor and step, in double,
+// and then treats elements one by one in float32, in the order of operations of torch.optim. How many
+// of its states a tensor has is a template argument of the element rule: the traffic depends on it.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+
+namespace lrs {
+
+// Which columns of a group's `hyper` an update reads. kMaximize and kWeightDecay serve both.
+enum Hyper : int32_t {
+  kWeightDecay,
+  kMaximize,  // 0 or 1
+  kBeta1,
+  kBeta2,
+  kEps,
+  kDecoupled,  // 0 or 1: AdamW's weight decay
+  kMomentum = kBeta1,
+  kDampening = kBeta2,
+  kNesterov = kEps,  // 0 or 1
+  kNumHyper = kDecoupled + 1
+};
+
+enum class Algorithm : int32_t { kSGD, kAdam };
+
+inline constexpr int kMaxStates = 3;  // of any update
+
+inline namespace LRS_ISA {
+
+// Robbins and Monro (1951), with the momentum of Sutskever et al. (2013) as torch.optim.SGD has it.
+struct SGD {
+  static constexpr int kMinStates = 0;
+  static constexpr int kMaxStates = 1;  // momentum_buffer
+
+  float grad_sign, weight_decay, lr, momentum, grad_share;
+  bool nesterov;
+
+  // `step` counts this update: 1 is the first, whose momentum buffer becomes the gradient itself.
+  static LRS_HOST_DEVICE SGD fold(const double* hyper, double lr, double step) {
+    SGD update;
+    update.grad_sign = hyper[kMaximize] != 0.0 ? -1.0f : 1.0f;
+    update.weight_decay = static_cast<float>(hyper[kWeightDecay]);
+    update.lr = static_cast<float>(lr);
+    update.momentum = static_cast<float>(hyper[kMomentum]);
+    update.grad_share = step == 1.0 ? 1.0f : static_cast<float>(1.0 - hyper[kDampening]);
+    update.nesterov = hyper[kNesterov] != 0.0;
+    return update;
+  }
+
+  template <int kNumStates>
+  LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
+    grad *= grad_sign;
+    grad = weight_decay != 0.0f ? grad + weight_decay * param : grad;
+    if constexpr (kNumStates == 1) {
+      float& momentum_buffer = state[0];
+      momentum_buffer = momentum * momentum_buffer + grad_share * grad;
+      grad = nesterov ? grad + momentum * momentum_buffer : momentum_buffer;
+    }
+    param -= lr * grad;
+  }
+};
+
+// Kingma and Ba, Adam, ICLR 2015, arXiv 1412.6980, algorithm 1; decoupled weight decay: Loshchilov
+// and Hutter, ICLR 2019, arXiv 1711.05101; amsgrad: Reddi, Kale and Kumar, ICLR 2018.
+struct Adam {
+  static constexpr int kMinStates = 2;  // exp_avg, exp_avg_sq
+  static constexpr int kMaxStates = 3;  // max_exp_avg_sq
+
+  float grad_sign, coupled_decay, param_share, beta2, grad_share1, grad_share2, step_size,
+      denominator_scale, eps;
+
+  static LRS_HOST_DEVICE Adam fold(const double* hyper, double lr, double step) {
+    const bool decoupled = hyper[kDecoupled] != 0.0;
+    const double bias_correction1 = 1.0 - pow(hyper[kBeta1], step);
+    const double bias_correction2 = 1.0 - pow(hyper[kBeta2], step);
+    Adam update;
+    update.grad_sign = hyper[kMaximize] != 0.0 ? -1.0f : 1.0f;
+    update.coupled_decay = decoupled ? 0.0f : static_cast<float>(hyper[kWeightDecay]);
+    update.param_share = decoupled ? static_cast<float>(1.0 - lr * hyper[kWeightDecay]) : 1.0f;
+    update.beta2 = static_cast<float>(hyper[kBeta2]);
+    update.grad_share1 = static_cast<float>(1.0 - hyper[kBeta1]);
+    update.grad_share2 = static_cast<float>(1.0 - hyper[kBeta2]);
+    update.step_size = static_cast<float>(lr / bias_correction1);
+    update.denominator_scale = static_cast<float>(1.0 / sqrt(bias_correction2));
+    update.eps = static_cast<float>(hyper[kEps]);
+    return update;
+  }
+
+  template <int kNumStates>
+  LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
+    float& exp_avg = state[0];
+    float& exp_avg_sq = state[1];
+    grad *= grad_sign;
+    grad = coupled_decay != 0.0f ? grad + coupled_decay * param : grad;
+    param *= param_share;
+    exp_avg += grad_share1 * (grad - exp_avg);
+    exp_avg_sq = beta2 * exp_avg_sq + grad_share2 * (grad * grad);
+    float second_moment = exp_avg_sq;
+    if constexpr (kNumStates == 3) {
+      float& max_exp_avg_sq = state[2];
+      // As torch.maximum: nan in either operand stays.
+      const bool keep = max_exp_avg_sq >= exp_avg_sq || max_exp_avg_sq != max_exp_avg_sq;
+      max_exp_avg_sq = keep ? max_exp_avg_sq : exp_avg_sq;
+      second_moment = max_exp_avg_sq;
+    }
+    const float denominator = sqrtf(second_moment) * denominator_scale + eps;
+    param -= step_size * (exp_avg / denominator);
+  }
+};
+
+}  // namespace LRS_ISA
+}  // namespace lrs

@@ -1,0 +1,19 @@
+"""Fused optimizer steps for PyTorch that read the learning rate from a schedule on the device."""
+
+from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.optimizers import SGD, Adam, AdamW
+from lrs_ext.schedules import Schedule, constant, cosine, linear, rex
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Schedule",
+    "ScheduleBuffer",
+    "constant",
+    "cosine",
+    "linear",
+    "rex",
+]

@@ -1,0 +1,107 @@
+"""The schedule buffer: learning rates in device memory, read by the step kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrs_ext import ops
+from lrs_ext.schedules import Schedule
+
+
+class ScheduleBuffer:
+    """Learning rates by row and step, with the step that the next update reads.
+
+    An update reads ``values[row, min(step, capacity - 1)]`` and then advances `step`, all on the
+    device. Both tensors keep their addresses for the life of the buffer.
+
+    Attributes:
+        values: float32, shape (rows, capacity). An optimizer has one row per parameter group.
+        step: int64, 0-d: committed updates.
+
+    >>> import lrs_ext
+    >>> buffer = lrs_ext.ScheduleBuffer(rows=1, capacity=5)
+    >>> buffer.fill_(0, lrs_ext.linear(1.0, total_steps=4)).values
+    tensor([[1.0000, 0.7500, 0.5000, 0.2500, 0.0000]])
+    >>> _ = buffer.step.fill_(3)
+    >>> buffer.write_(0, 0.5, steps=1).values
+    tensor([[1.0000, 0.7500, 0.5000, 0.5000, 0.0000]])
+    """
+
+    def __init__(
+        self, rows: int, capacity: int, device: torch.device | str | None = None
+    ) -> None:
+        if rows < 0 or capacity < 1:
+            raise ValueError(f"a buffer needs rows >= 0 and capacity >= 1, got {rows}, {capacity}")
+        self.values = torch.zeros(rows, capacity, dtype=torch.float32, device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def rows(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.values.shape[1]
+
+    def fill_(self, row: int, schedule: Schedule) -> ScheduleBuffer:
+        """Writes a schedule into `row` from update 0 on; the rest of the row holds its last value.
+
+        Raises:
+            IndexError: there is no such row.
+            ValueError: the row is too short to hold the schedule and the value after its end.
+        """
+        target = self._row(row)
+        if capacity_for(schedule) > self.capacity:
+            raise ValueError(
+                f"a schedule of total_steps={schedule.total_steps}, "
+                f"warmup_steps={schedule.warmup_steps} needs a capacity of "
+                f"{capacity_for(schedule)}, got {self.capacity}: make a larger ScheduleBuffer"
+            )
+        ops.fill_schedule(target, schedule)
+        return self
+
+    def write_(self, row: int, value: Tensor | float, steps: int) -> ScheduleBuffer:
+        """Writes `value` for the next `steps` updates, from the current step on, without a sync.
+
+        Steps past the end of the row go to its last entry, which holds for ever.
+
+        Args:
+            value: a float or a one-element tensor on any device; on the buffer's device it is not
+                read by the host.
+
+        Raises:
+            IndexError: there is no such row.
+            ValueError: `steps` is less than 1 or `value` has more than one element.
+        """
+        target = self._row(row)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"value must have one element, got shape {tuple(value.shape)}")
+            source = value.detach().reshape(1).to(target, non_blocking=True)
+        else:
+            source = target.new_full((1,), value)
+        length = min(steps, self.capacity)
+        positions = torch.arange(length, device=target.device).add_(self.step)
+        positions.clamp_(max=self.capacity - 1)
+        # Clamped positions coincide, but all write the same value.
+        target.scatter_(0, positions, source.expand(length))
+        return self
+
+    def current(self, row: int) -> Tensor:
+        """Returns the 0-d value that the next update reads from `row`, without a sync."""
+        position = self.step.clamp(max=self.capacity - 1).reshape(1)
+        return self._row(row).index_select(0, position).reshape(())
+
+    def _row(self, row: int) -> Tensor:
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row {row} is not in a buffer of {self.rows} rows")
+        return self.values[row]
+
+
+def capacity_for(schedule: Schedule) -> int:
+    """Returns the length of the shortest row that holds `schedule` for ever."""
+    end = schedule.warmup_steps if schedule.total_steps is None else schedule.total_steps
+    return end + 1

@@ -1,0 +1,280 @@
+"""The bridge to the native module: the only place that reads addresses or launches kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+try:
+    from lrs_ext import _C
+except ImportError as error:
+    raise ImportError(
+        f"the native module of lrs_ext could not be loaded ({error}): install the project with "
+        "`pip install .`; it needs a C++ compiler to build and libgomp to run"
+    ) from error
+
+if TYPE_CHECKING:
+    from lrs_ext.schedules import Schedule
+
+PROFILES: tuple[str, ...] = tuple(_C.profiles)
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Chunks are the unit of work of a thread (CPU) or block (GPU): small enough that few large tensors
+# fill the machine, large enough that the work outweighs reading the table.
+_CPU_CHUNK = 8192
+_GPU_CHUNKS = (2048, 16384)
+_GPU_CHUNKS_WANTED = 2048  # about four rounds over the blocks that a large GPU runs at once
+
+
+def unavailable_reason(backend: str, device_type: str) -> str | None:
+    """Returns why `backend` cannot serve tensors on `device_type`, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return None if device_type == "cpu" else f"it updates CPU tensors, not {device_type} ones"
+    if backend == "cuda":
+        return _cuda_unavailable_reason(device_type)
+    if backend == "triton":
+        return _triton_unavailable_reason(device_type)
+    raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+@functools.cache
+def _cuda_unavailable_reason(device_type: str) -> str | None:
+    if not _C.has_cuda:
+        return (
+            "lrs_ext was built without CUDA: no nvcc was found, or LRS_CUDA=0 was set; "
+            "reinstall with the CUDA toolkit on the PATH and LRS_CUDA=1"
+        )
+    if torch.version.hip is not None:
+        return "torch is built for ROCm; use the triton backend"
+    if device_type != "cuda":
+        return f"it updates CUDA tensors, not {device_type} ones"
+    return str(_C.cuda_unavailable_reason()) or None
+
+
+def _triton_unavailable_reason(device_type: str) -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}): pip install triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "triton needs a GPU; TRITON_INTERPRET=1 runs its slow interpreter on CPU tensors"
+    if device_type not in ("cpu", "cuda"):
+        return f"it updates CUDA and ROCm tensors, not {device_type} ones"
+    return None
+
+
+def select_backend(requested: str | None, device: torch.device) -> str:
+    """Returns the backend for parameters on `device`.
+
+    Args:
+        requested: a name, or None for the environment variable LRS_EXT_BACKEND or else the fastest
+            kernel for the device; `reference` is never chosen unasked.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it cannot serve the device; the message says why, and which can.
+    """
+    requested = requested or os.environ.get("LRS_EXT_BACKEND") or None
+    if requested is not None:
+        reason = unavailable_reason(requested, device.type)
+        if reason is None:
+            return requested
+        usable = [name for name in BACKENDS if unavailable_reason(name, device.type) is None]
+        raise RuntimeError(
+            f"backend {requested!r} cannot be used for parameters on {device}: {reason}; "
+            f"available here: {usable}"
+        )
+    candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
+    reasons = {name: unavailable_reason(name, device.type) for name in candidates}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    raise RuntimeError(
+        f"no kernel can be used for parameters on {device}: {reasons}; "
+        "backend='reference' runs anywhere, slowly"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def native_schedule(schedule: Schedule) -> Any:
+    """Returns the native twin of `schedule`: value(step), values(start, stop), fills."""
+    sampling = schedule.sampling
+    by_fractions = isinstance(sampling, tuple)
+    return _C.Schedule(
+        profile=schedule.profile,
+        lr=schedule.lr,
+        min_lr=schedule.min_lr,
+        total_steps=-1 if schedule.total_steps is None else schedule.total_steps,
+        warmup_steps=schedule.warmup_steps,
+        sampling=1 if by_fractions else sampling,
+        fractions=sampling if by_fractions else (),
+        d=schedule.d,
+    )
+
+
+def fill_schedule(target: Tensor, schedule: Schedule) -> None:
+    """Writes the values of updates 0, 1, ... to `target`, float32, contiguous, 1-d."""
+    native = native_schedule(schedule)
+    if target.device.type == "cpu":
+        native.fill_cpu(target.data_ptr(), target.numel())
+    elif _cuda_unavailable_reason(target.device.type) is None:
+        points = torch.tensor(native.sample_points, dtype=torch.int64, device=target.device)
+        native.fill_cuda(
+            target=target.data_ptr(),
+            count=target.numel(),
+            sample_points=points.data_ptr(),
+            device=target.device.index,
+            stream=torch.cuda.current_stream(target.device).cuda_stream,
+        )
+    else:
+        host = torch.empty(target.shape, dtype=target.dtype)
+        native.fill_cpu(host.data_ptr(), host.numel())
+        target.copy_(host)
+
+
+class GroupTable:
+    """The parameter groups' hyper-parameters, where the step kernels read them.
+
+    The address of `rows` does not change; writing a row does not wait for the device.
+    """
+
+    def __init__(self, groups: int, device: torch.device) -> None:
+        self.rows = torch.zeros(groups, _C.group_bytes // 8, dtype=torch.int64, device=device)
+
+    def write(self, index: int, lr: Tensor, hyper: Mapping[str, float]) -> None:
+        """Writes row `index`; `lr` is float32, contiguous: one value a step, the last one holds."""
+        row = self.rows[index]
+        arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), 1.0, dict(hyper))
+        if row.device.type == "cpu":
+            _C.write_group_cpu(*arguments)
+        elif _cuda_unavailable_reason(row.device.type) is None:
+            stream = torch.cuda.current_stream(row.device).cuda_stream
+            _C.write_group_cuda(*arguments, row.device.index, stream)
+        else:
+            host = torch.empty(row.shape, dtype=row.dtype)
+            _C.write_group_cpu(host.data_ptr(), *arguments[1:])
+            row.copy_(host)
+
+
+class StepTable:
+    """One step over every tensor of every group: tables of addresses, ready to launch.
+
+    Args:
+        backend: "cpu", "cuda" or "triton".
+        algorithm: "sgd" or "adam".
+        param_lists: the parameters of each group.
+        state: the optimizer's state.
+        state_names: for each group, the keys of the arrays that the update reads.
+        steps: each parameter's step counter, or None if it has no state and takes no part.
+        groups: the hyper-parameters.
+        step: int64, 0-d: committed updates.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: str,
+        algorithm: str,
+        param_lists: list[list[Tensor]],
+        state: dict[Tensor, dict[str, Any]],
+        state_names: list[list[str]],
+        steps: Sequence[Tensor | None],
+        groups: GroupTable,
+        step: Tensor,
+    ) -> None:
+        exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+        if exchange_api is None:
+            raise RuntimeError(f"lrs_ext needs torch 2.10 or later, got {torch.__version__}")
+        self.backend = backend
+        self.algorithm = algorithm
+        self.groups = groups
+        self.step = step
+        self._tensors = _C.StepTensors(exchange_api, param_lists, state, state_names, list(steps))
+        params = itertools.chain.from_iterable(param_lists)
+        elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)
+        self._chunk_elements = _CPU_CHUNK if backend == "cpu" else _gpu_chunk(elements)
+        self._native = _C.Step(algorithm, self._tensors, self._chunk_elements)
+        self._native.bind(groups.rows.data_ptr(), step.data_ptr())
+        if backend != "cpu":
+            device = step.device
+            self._rows = torch.from_numpy(self._native.tensor_rows).to(device)
+            self._chunks = torch.from_numpy(self._native.chunk_rows).to(device)
+            self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
+            self._native.bind_device(
+                self._rows.data_ptr(), self._chunks.data_ptr(), self._ticket.data_ptr()
+            )
+            self._addresses = self._native.gradient_addresses
+            self._gradients = _to_device(self._addresses, device)
+
+    def refresh(
+        self,
+        param_lists: list[list[Tensor]],
+        state: dict[Tensor, dict[str, Any]],
+        gradients: list[Tensor | None] | None = None,
+    ) -> bool:
+        """Collects the gradients for the next `run`.
+
+        Returns:
+            False if the table is out of date: parameters, states or addresses have changed, or a
+            gradient (the parameter's own unless `gradients` are given) differs from its parameter
+            in device, dtype, shape or layout.
+        """
+        return bool(self._tensors.refresh(param_lists, state, gradients))
+
+    @property
+    def has_gradients(self) -> bool:
+        return bool(self._tensors.has_gradients)
+
+    def run(self) -> None:
+        """Updates every tensor that has a gradient and commits the step, without waiting."""
+        if self.backend == "cpu":
+            self._native.run_cpu(torch.get_num_threads())
+        elif self.backend == "cuda":
+            self._native.run_cuda()
+        else:
+            self._run_triton()
+
+    def _run_triton(self) -> None:
+        from lrs_ext import triton_kernels
+
+        addresses = self._native.gradient_addresses
+        if not np.array_equal(addresses, self._addresses):
+            self._addresses = addresses
+            self._gradients = _to_device(addresses, self.step.device)
+        triton_kernels.step(
+            self.algorithm,
+            tensors=self._rows,
+            groups=self.groups.rows,
+            chunks=self._chunks,
+            gradients=self._gradients,
+            step=self.step,
+            ticket=self._ticket,
+            chunk_elements=self._chunk_elements,
+        )
+
+
+def _gpu_chunk(elements: int) -> int:
+    smallest, largest = _GPU_CHUNKS
+    chunk = smallest
+    while chunk < largest and elements // chunk > _GPU_CHUNKS_WANTED:
+        chunk *= 2
+    return chunk
+
+
+def _to_device(addresses: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Copies without waiting: the caching allocator keeps pinned memory until the copy is done."""
+    host = torch.from_numpy(addresses)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

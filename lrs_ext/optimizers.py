@@ -1,0 +1,264 @@
+"""Optimizers with the interface of `torch.optim` and a schedule where the learning rate goes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lrs_ext.learning_rates import Group
+from lrs_ext.schedules import Schedule, checked_learning_rate
+from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+
+LearningRate = float | Tensor | Schedule
+
+
+class SGD(ScheduledOptimizer):
+    """`torch.optim.SGD` with a schedule where the number goes.
+
+    ``b = momentum * b + (1 - dampening) * g``, ``p -= lr * b``; see `torch.optim.SGD` for the
+    variants. Arithmetic and states are float32 whatever the dtype of the parameters.
+
+    Args:
+        params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
+        lr: a float, a one-element tensor or a `Schedule`, here or in a group.
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch.
+        foreach, differentiable, fused: accepted for compatibility; every step is fused.
+        backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in torch for the same mistake.
+
+    Source: Sutskever et al., On the importance of initialization and momentum in deep learning,
+    ICML 2013, in the form of torch.optim.
+
+    >>> import torch, lrs_ext
+    >>> p = torch.nn.Parameter(torch.ones(3))
+    >>> opt = lrs_ext.SGD([p], lr=lrs_ext.linear(0.5, total_steps=2))
+    >>> for _ in range(2):
+    ...     p.grad = torch.ones(3)
+    ...     opt.step()
+    >>> p.tolist(), opt.current_lr()
+    ([0.25, 0.25, 0.25], [0.0])
+    """
+
+    algorithm = "sgd"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: LearningRate = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, backend)
+
+    def _check(self, group: Group) -> None:
+        _check_learning_rate(group["lr"])
+        if not group["momentum"] >= 0.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def _state_names(self, group: Group) -> list[str]:
+        return ["momentum_buffer"] if group["momentum"] != 0 else []
+
+    def _hyper(self, group: Group) -> dict[str, float]:
+        return {
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+            "momentum": group["momentum"],
+            "dampening": group["dampening"],
+            "nesterov": group["nesterov"],
+        }
+
+    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
+        # torch keeps no count in SGD's state. All that matters is whether the momentum buffer has
+        # had its first gradient: one that came with a checkpoint has.
+        if is_new or param not in self._counters:
+            count = 0.0 if is_new else 1.0
+            self._counters[param] = torch.tensor(count, dtype=torch.float32, device=param.device)
+        return self._counters[param]
+
+
+class Adam(ScheduledOptimizer):
+    """`torch.optim.Adam` with a schedule where the number goes.
+
+    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, ``p -= lr * m' / (sqrt(v') + eps)`` with
+    the bias-corrected m' and v'. Arithmetic and states are float32 whatever the dtype of the
+    parameters.
+
+    Args:
+        params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
+        lr: a float, a one-element tensor or a `Schedule`, here or in a group.
+        betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
+        foreach, capturable, differentiable, fused: accepted for compatibility; every step is fused.
+        backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in torch for the same mistake.
+
+    Source: Kingma, Ba, Adam: A Method for Stochastic Optimization, ICLR 2015, arXiv 1412.6980.
+
+    >>> import torch, lrs_ext
+    >>> p = torch.nn.Parameter(torch.ones(1))
+    >>> opt = lrs_ext.Adam([p], lr=lrs_ext.rex(0.5, total_steps=10))
+    >>> p.grad = torch.ones(1)
+    >>> opt.step()
+    >>> p.item(), round(opt.param_groups[0]["lr"], 6)
+    (0.5, 0.473684)
+    """
+
+    algorithm = "adam"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if isinstance(lr, Tensor) and foreach and not capturable:
+            raise ValueError(
+                "lr as a Tensor is not supported for capturable=False and foreach=True"
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults, backend)
+
+    def _check(self, group: Group) -> None:
+        _check_learning_rate(group["lr"])
+        if not group["eps"] >= 0.0:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        betas = group["betas"]
+        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+            raise ValueError("betas must be either both floats or both Tensors")
+        for index, beta in enumerate(betas):
+            if isinstance(beta, Tensor) and beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{index}] must be 1-element")
+            if not 0.0 <= float(beta) < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {index}: {float(beta)}")
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+    def _state_names(self, group: Group) -> list[str]:
+        names = ["exp_avg", "exp_avg_sq"]
+        return [*names, "max_exp_avg_sq"] if group["amsgrad"] else names
+
+    def _hyper(self, group: Group) -> dict[str, float]:
+        beta1, beta2 = group["betas"]
+        return {
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "decoupled_weight_decay": group["decoupled_weight_decay"],
+        }
+
+    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        counter: Tensor = state["step"]
+        return counter
+
+
+class AdamW(Adam):
+    """`torch.optim.AdamW` with a schedule where the number goes.
+
+    `Adam` whose weight decay multiplies the parameter by ``1 - lr * weight_decay`` instead of adding
+    to the gradient. The arguments are those of `Adam`; `weight_decay` is 0.01 unless given.
+
+    Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv 1711.05101.
+
+    >>> import torch, lrs_ext
+    >>> p = torch.nn.Parameter(torch.ones(1))
+    >>> opt = lrs_ext.AdamW([p], lr=lrs_ext.rex(0.5, total_steps=10), weight_decay=0.1)
+    >>> p.grad = torch.zeros(1)
+    >>> opt.step()
+    >>> round(p.item(), 6)
+    0.95
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            backend=backend,
+        )
+
+
+def _check_learning_rate(lr: LearningRate) -> None:
+    if isinstance(lr, Schedule):
+        return
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    checked_learning_rate(float(lr))

@@ -1,0 +1,457 @@
+"""The base of the optimizers: `torch.optim.Optimizer` on top of one step table."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lrs_ext import ops, reference
+from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.learning_rates import Group, LearningRates
+
+Table = ops.StepTable | reference.ReferenceTable
+
+
+class ScheduledOptimizer(torch.optim.Optimizer):
+    """One launch a step for every tensor of every group, on one device.
+
+    A leaf class says which update it is, which arrays it keeps and which numbers it reads.
+    """
+
+    algorithm: ClassVar[str]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
+        if defaults["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`; use torch.optim")
+        if defaults["fused"] and defaults["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self._check(defaults)
+        self._requested_backend = backend
+        self._counters: dict[Tensor, Tensor] = {}
+        self._rates: LearningRates | None = None
+        super().__init__(params, defaults)
+        self._start()
+
+    # What a leaf class says
+
+    def _check(self, group: Group) -> None:
+        """Raises ValueError for hyper-parameters out of range, in the words of `torch.optim`."""
+        raise NotImplementedError
+
+    def _state_names(self, group: Group) -> list[str]:
+        """Returns the keys of the float32 arrays that the update keeps for the group's parameters."""
+        raise NotImplementedError
+
+    def _hyper(self, group: Group) -> dict[str, float]:
+        """Returns the numbers that the update reads, by their native names."""
+        raise NotImplementedError
+
+    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
+        """Returns the count of the parameter's updates: float32, 0-d.
+
+        Args:
+            is_new: whether an array of the parameter's state has just been created.
+        """
+        raise NotImplementedError
+
+    # What users see
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend in use."""
+        return self._backend
+
+    @property
+    def schedule_buffer(self) -> ScheduleBuffer:
+        """The learning rates on the parameters' device: row g belongs to parameter group g."""
+        return self._learning_rates.buffer
+
+    def lr_tensor(self, group: int = 0) -> Tensor:
+        """Returns what the next update of a group will use: float32, 0-d, without a sync."""
+        self._learning_rates.sync(group, self.param_groups[group])
+        return self._learning_rates.current(group)
+
+    def current_lr(self) -> list[float]:
+        """Returns what the next update of each group will use; waits for the device."""
+        return [float(self.lr_tensor(index)) for index in range(len(self.param_groups))]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch; the schedules go on where they are.
+
+        Raises:
+            RuntimeError: a parameter has a dtype, layout or device that the kernels do not serve.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+            self._check_params(self.param_groups[-1]["params"])
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if self._rates is not None:
+            self._rates = self._rates.rebuilt(self.param_groups, self._device)
+            self._forget_tables()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one update of every parameter that has a gradient, and advances the schedule.
+
+        Without any gradient nothing happens. The host does not wait for the device.
+
+        Args:
+            closure: as in torch: evaluates the model and returns the loss, which is returned.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or differs from its parameter in dtype or device.
+            ValueError: somebody put an invalid learning rate into a parameter group.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._sync_groups()
+        param_lists = [group["params"] for group in self.param_groups]
+        table = self._table
+        if table is None or not table.refresh(param_lists, self.state):
+            table = self._prepare(param_lists)
+        if table is not None and table.has_gradients:
+            table.run()
+            self._learning_rates.advance(self.param_groups)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as `torch.optim` does; each group also has its schedule and position."""
+        for index, group in enumerate(self.param_groups):
+            self._learning_rates.sync(index, group)
+        state_dict = super().state_dict()
+        for index, group in enumerate(state_dict["param_groups"]):
+            self._learning_rates.save(index, group)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this optimizer or of its namesake in `torch.optim`.
+
+        States are copied into the present tensors, whose addresses stay, and keep float32. A
+        checkpoint of this optimizer brings its schedule and position; one from torch leaves the
+        schedules as they are, at the position of its `step`.
+
+        Raises:
+            ValueError: the parameter groups do not match, as in torch.
+        """
+        # The base class would round the states to the parameters' dtype: it gets to see them only in
+        # a wrapping that it passes on untouched.
+        handle = self.register_load_state_dict_pre_hook(_wrap_tensors)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    # The parts of a step
+
+    @property
+    def _learning_rates(self) -> LearningRates:
+        assert self._rates is not None
+        return self._rates
+
+    def _start(self, step: int = 0) -> None:
+        self._device = _device_of(self.param_groups)
+        self._backend = ops.select_backend(self._requested_backend, self._device)
+        self._rates = LearningRates(self.param_groups, self._device, step)
+        self._forget_tables()
+
+    def _forget_tables(self) -> None:
+        self._groups = ops.GroupTable(len(self.param_groups), self._device)
+        self._written: list[dict[str, float]] = [{} for _ in self.param_groups]
+        self._table: Table | None = None
+        self._table_names: list[list[str]] = []
+
+    def _sync_groups(self) -> None:
+        """Writes what has changed in `param_groups` since the last step to the device."""
+        names = []
+        for index, group in enumerate(self.param_groups):
+            moved = self._learning_rates.sync(index, group)
+            hyper = self._hyper(group)
+            if moved or hyper != self._written[index]:
+                self._groups.write(index, self._learning_rates.row(index), hyper)
+                self._written[index] = hyper
+            names.append(self._state_names(group))
+        if names != self._table_names:
+            self._table_names = names
+            self._table = None
+
+    def _prepare(self, param_lists: list[list[Tensor]]) -> Table | None:
+        """Brings the table up to date, with states for parameters that have their first gradient.
+
+        Everything is checked before anything is changed. Returns None if there is nothing to do.
+        """
+        params = list(itertools.chain.from_iterable(param_lists))
+        gradients = [self._checked_gradient(param) for param in params]
+        if all(gradient is None for gradient in gradients):
+            return None
+        if _device_of(self.param_groups) != self._device:
+            self._follow_params()
+        starts = self._learning_rates.step == 0 and not self.state
+        steps: list[Tensor | None] = []
+        for names, group_params in zip(self._table_names, param_lists, strict=True):
+            for param in group_params:
+                known = param in self.state or param in self._counters
+                if known or gradients[len(steps)] is not None:
+                    steps.append(self._step_counter(param, self._complete_state(param, names)))
+                else:
+                    steps.append(None)
+        if starts and self._learning_rates.all_zero and not _any_nonzero(gradients):
+            # Distributed checkpoints make an optimizer create its states by a step with zero
+            # gradients and a zero learning rate. It must not count as an update.
+            return None
+        table = self._table
+        if table is None or not table.refresh(param_lists, self.state, gradients):
+            table = self._table = self._make_table(param_lists, steps, gradients)
+        return table
+
+    def _make_table(
+        self,
+        param_lists: list[list[Tensor]],
+        steps: list[Tensor | None],
+        gradients: list[Tensor | None],
+    ) -> Table:
+        if self._backend == "reference":
+            return self._make_reference_table(param_lists, steps, gradients)
+        table = ops.StepTable(
+            backend=self._backend,
+            algorithm=self.algorithm,
+            param_lists=param_lists,
+            state=self.state,
+            state_names=self._table_names,
+            steps=steps,
+            groups=self._groups,
+            step=self.schedule_buffer.step,
+        )
+        if not table.refresh(param_lists, self.state, gradients):
+            raise RuntimeError("a parameter or a state changed while the optimizer read it")
+        return table
+
+    def _make_reference_table(
+        self,
+        param_lists: list[list[Tensor]],
+        steps: list[Tensor | None],
+        gradients: list[Tensor | None],
+    ) -> reference.ReferenceTable:
+        updates = []
+        rows = zip(steps, gradients, strict=True)
+        for index, params in enumerate(param_lists):
+            lr = self._learning_rates.current(index)
+            for param in params:
+                step, grad = next(rows)
+                if step is None or grad is None:
+                    continue
+                state = {name: self.state[param][name] for name in self._table_names[index]}
+                updates.append(
+                    reference.TensorUpdate(param, grad, state, step, lr, self._written[index])
+                )
+        return reference.ReferenceTable(self.algorithm, updates, self.schedule_buffer.step)
+
+    def _complete_state(self, param: Tensor, names: list[str]) -> bool:
+        """Creates missing arrays and converts foreign ones; returns whether any was missing."""
+        if not names:
+            return False
+        state = self.state[param]
+        is_new = False
+        for name in names:
+            value = state.get(name)
+            if value is None:
+                is_new = True
+                state[name] = torch.zeros_like(
+                    param, dtype=torch.float32, memory_format=torch.preserve_format
+                )
+            elif value.dtype != torch.float32 or not _same_layout(value, param):
+                state[name] = _laid_out_as(param, value, torch.float32)
+        return is_new
+
+    def _follow_params(self) -> None:
+        """Moves everything to the device to which the parameters have been moved."""
+        self._device = _device_of(self.param_groups)
+        self._backend = ops.select_backend(self._requested_backend, self._device)
+        self._rates = self._learning_rates.rebuilt(self.param_groups, self._device)
+        for state in self.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.to(self._device)
+        self._counters = {p: c.to(self._device) for p, c in self._counters.items()}
+        self._forget_tables()
+        self._sync_groups()
+
+    def _checked_gradient(self, param: Tensor) -> Tensor | None:
+        """Returns the gradient in the layout of its parameter."""
+        gradient = param.grad
+        if gradient is None:
+            return None
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients: use sparse=False in "
+                "the embedding, or torch.optim.SparseAdam"
+            )
+        if gradient.dtype != param.dtype or gradient.device != param.device:
+            raise RuntimeError(
+                f"a gradient is {gradient.dtype} on {gradient.device} but its parameter is "
+                f"{param.dtype} on {param.device}: convert the gradient"
+            )
+        if _same_layout(gradient, param):
+            return gradient
+        return _laid_out_as(param, gradient, gradient.dtype)
+
+    def _check_params(self, params: list[Tensor]) -> None:
+        for param in params:
+            if is_traceable_wrapper_subclass(param):
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support {type(param).__name__} parameters yet: "
+                    "use torch.optim for them"
+                )
+            if param.dtype not in ops.DTYPES:
+                raise RuntimeError(
+                    f"{type(self).__name__} requires all the params to be floating point Tensors of "
+                    f"float32, bfloat16 or float16, got {param.dtype}: use torch.optim for it"
+                )
+            if param.layout != torch.strided or not _same_layout(param, _meta_like(param)):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} has gaps "
+                    "or overlaps in memory: make it with .contiguous()"
+                )
+        if len(params) != len(set(params)):
+            raise ValueError("some parameters appear more than once in a parameter group")
+        _device_of(self.param_groups)
+
+    # Pickling, copying, loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        rates = self._learning_rates
+        for index, group in enumerate(self.param_groups):
+            rates.sync(index, group)
+        return {
+            **super().__getstate__(),
+            "_requested_backend": self._requested_backend,
+            "_counters": self._counters,
+            "_schedules": [rates.schedule(index) for index in range(len(self.param_groups))],
+            "_schedule_step": rates.step,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickled optimizer, or, from `load_state_dict`, states and groups alone."""
+        if "defaults" not in state:
+            self._load(state["state"], state["param_groups"])
+            return
+        state = dict(state)
+        schedules, step = state.pop("_schedules"), state.pop("_schedule_step")
+        super().__setstate__(state)
+        for group, schedule in zip(self.param_groups, schedules, strict=True):
+            group["lr"] = group["lr"] if schedule is None else schedule
+        self._start(step)
+
+    def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
+        for group in groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            self._check(group)
+        states = {p: _unwrap_state(p, saved) for p, saved in saved_state.items()}
+        position = groups[0].get("schedule_step")
+        if position is None:
+            steps = [int(s["step"]) for s in states.values() if isinstance(s, dict) and "step" in s]
+            position = max(steps, default=self._learning_rates.step)
+        for param in [p for p in self.state if p not in states]:
+            del self.state[param]
+        for param, saved in states.items():
+            if not isinstance(param, Tensor):
+                self.state[param] = saved
+                continue
+            state = self.state[param]
+            for name in [name for name in state if name not in saved]:
+                del state[name]
+            for name, value in saved.items():
+                present = state.get(name)
+                if isinstance(present, Tensor) and isinstance(value, Tensor):
+                    present.copy_(value)
+                else:
+                    state[name] = value
+        self.param_groups = groups
+        self._counters.clear()
+        self._rates = self._learning_rates.load(groups, position)
+        self._written = [{} for _ in groups]
+        self._table = None
+
+
+class _Wrapped:
+    """Hides a tensor from `torch.optim.Optimizer.load_state_dict`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    wrapped = {
+        index: {n: _Wrapped(v) if isinstance(v, Tensor) else v for n, v in state.items()}
+        if isinstance(state, dict)
+        else state
+        for index, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": wrapped}
+
+
+def _unwrap_state(param: Any, saved: Any) -> Any:
+    """Returns one parameter's loaded state with tensors as this optimizer keeps them."""
+    if not isinstance(param, Tensor) or not isinstance(saved, dict):
+        return saved
+    state = {}
+    for name, value in saved.items():
+        tensor = value.tensor if isinstance(value, _Wrapped) else value
+        if name == "step":
+            tensor = torch.as_tensor(tensor).detach().reshape(())
+            state[name] = tensor.to(param.device, torch.float32, copy=True)
+        elif not isinstance(tensor, Tensor):
+            if tensor is not None:
+                state[name] = tensor
+        elif tensor.shape != param.shape:
+            raise ValueError(
+                f"the loaded {name} has shape {tuple(tensor.shape)}, its parameter "
+                f"{tuple(param.shape)}: the checkpoint belongs to another model"
+            )
+        else:
+            state[name] = _laid_out_as(param, tensor, torch.float32)
+    return state
+
+
+def _device_of(groups: list[Group]) -> torch.device:
+    devices = {param.device for group in groups for param in group["params"]}
+    if len(devices) != 1:
+        names = sorted(map(str, devices))
+        raise RuntimeError(
+            f"all parameters must be on one device, got {names}: make one optimizer per device"
+        )
+    return devices.pop()
+
+
+def _meta_like(param: Tensor) -> Tensor:
+    """Returns a tensor without memory, of the shape of `param`, in the nearest dense layout."""
+    return torch.empty_like(param, device="meta", memory_format=torch.preserve_format)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Returns whether both visit memory in the same order; strides of single entries are free."""
+    return a.shape == b.shape and all(
+        size == 1 or stride_a == stride_b
+        for size, stride_a, stride_b in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _laid_out_as(param: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a copy of `source` with the device and strides of `param`."""
+    target = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return target.copy_(source)
+
+
+def _any_nonzero(gradients: list[Tensor | None]) -> bool:
+    return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
