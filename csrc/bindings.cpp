@@ -28,12 +28,15 @@ const std::map<std::string, lrs::Profile> kProfiles = {{"constant", lrs::Profile
 const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
                                                            {"adam", lrs::Algorithm::kAdam}};
 
-const std::map<std::string, int> kHyper = {
-    {"weight_decay", lrs::kWeightDecay}, {"maximize", lrs::kMaximize},
-    {"beta1", lrs::kBeta1},              {"beta2", lrs::kBeta2},
-    {"eps", lrs::kEps},                  {"decoupled_weight_decay", lrs::kDecoupled},
-    {"momentum", lrs::kMomentum},        {"dampening", lrs::kDampening},
-    {"nesterov", lrs::kNesterov}};
+const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
+                                           {"maximize", lrs::kMaximize},
+                                           {"beta1", lrs::kBeta1},
+                                           {"beta2", lrs::kBeta2},
+                                           {"eps", lrs::kEps},
+                                           {"decoupled_weight_decay", lrs::kDecoupled},
+                                           {"momentum", lrs::kMomentum},
+                                           {"dampening", lrs::kDampening},
+                                           {"nesterov", lrs::kNesterov}};
 
 template <typename T>
 T at(const std::map<std::string, T>& map, const std::string& name) {
@@ -52,7 +55,14 @@ class Schedule {
  public:
   Schedule(const std::string& profile, double lr, double min_lr, int64_t total_steps,
            int64_t warmup_steps, int64_t sampling, const std::vector<double>& fractions, double d)
-      : spec_{at(kProfiles, profile), lr, min_lr, total_steps, warmup_steps, sampling, nullptr, 0,
+      : spec_{at(kProfiles, profile),
+              lr,
+              min_lr,
+              total_steps,
+              warmup_steps,
+              sampling,
+              nullptr,
+              0,
               d} {
     for (const double fraction : fractions) {
       sample_points_.push_back(lrs::sample_point(fraction, total_steps - warmup_steps));

@@ -7,8 +7,8 @@
 
 namespace lrs {
 
-// Updates every tensor whose gradient is not null, then commits the step. `gradients` has one address
-// per tensor of the table. A table without gradients changes nothing.
+// Updates every tensor whose gradient is not null, then commits the step. `gradients` has one
+// address per tensor of the table. A table without gradients changes nothing.
 void step_cpu(const StepTable& table, const void* const* gradients, int num_threads);
 
 // The instruction set in use: "avx512", "avx2" or "baseline".

@@ -13,7 +13,6 @@ void update_elements(const Update& update, const TensorEntry& entry, const void*
   float* __restrict__ state0 = entry.states[0];
   float* __restrict__ state1 = entry.states[1];
   float* __restrict__ state2 = entry.states[2];
-#pragma omp simd
   for (int64_t i = range.begin; i < range.end; ++i) {
     float value = load(param[i]);
     float state[kMaxStates];

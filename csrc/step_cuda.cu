@@ -147,7 +147,8 @@ __device__ __forceinline__ void commit(const Launch& launch, const Gradients& gr
 
 template <typename Update>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    step_kernel(const __grid_constant__ Launch launch, const __grid_constant__ Gradients gradients) {
+    step_kernel(const __grid_constant__ Launch launch,
+                const __grid_constant__ Gradients gradients) {
   __shared__ Update shared_update;
   const StepTable& table = launch.table;
   if (blockIdx.x < table.num_chunks) {  // a launch without chunks still commits
@@ -222,8 +223,8 @@ void launch_step(const Launch& launch, const Gradients& gradients, cudaStream_t 
 
 }  // namespace
 
-void step_cuda(const StepTable& table, const int64_t* chunk_offsets,
-               const void* const* gradients, int device, void* stream) {
+void step_cuda(const StepTable& table, const int64_t* chunk_offsets, const void* const* gradients,
+               int device, void* stream) {
   const auto has_gradient = [](const void* gradient) { return gradient != nullptr; };
   if (std::none_of(gradients, gradients + table.num_tensors, has_gradient)) return;
   const DeviceScope scope(device);
@@ -259,7 +260,9 @@ const char* cuda_unavailable_reason() {
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
     cudaGetLastError();  // a failed look-up must not surface in somebody else's check
-    return cudaGetErrorString(error);
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    return driver == 0 ? "no NVIDIA driver was found" : cudaGetErrorString(error);
   }
   return count > 0 ? "" : "no CUDA device";
 }

@@ -9,13 +9,14 @@ namespace {
 const void* const kEmptyGradient = reinterpret_cast<const void*>(16);
 
 const dlpack::ExchangeApi* exchange_api_of(const py::capsule& capsule) {
-  auto* api = static_cast<dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  auto* api =
+      static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
   if (api == nullptr) throw py::error_already_set();
   while (api != nullptr && api->major_version != dlpack::kMajorVersion) api = api->previous;
   if (api == nullptr) {
-    throw std::runtime_error("this torch offers no DLPack exchange interface of version 1; "
-                             "install torch 2.10 or later");
+    throw std::runtime_error(
+        "this torch offers no DLPack exchange interface of version 1; "
+        "install torch 2.10 or later");
   }
   return api;
 }

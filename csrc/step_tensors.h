@@ -1,8 +1,8 @@
 // The live Python tensors of an optimizer, as rows of the step table.
 //
 // A table of addresses goes stale when a parameter or a state is replaced, moved or resized behind
-// the optimizer's back. `refresh` compares every address with what the tensors say now, at about 15 ns
-// a tensor, and collects the gradients' addresses on the way.
+// the optimizer's back. `refresh` compares every address with what the tensors say now, at about 15
+// ns a tensor, and collects the gradients' addresses on the way.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,15 +18,15 @@ namespace py = pybind11;
 
 class StepTensors {
  public:
-  // `param_lists` and `state_names` have one list per group: its parameters, and the keys under which
-  // `state` keeps the arrays that the update reads. `steps` has the step counter of each parameter in
-  // order, or None for one that takes no part because it has no state yet.
+  // `param_lists` and `state_names` have one list per group: its parameters, and the keys under
+  // which `state` keeps the arrays that the update reads. `steps` has the step counter of each
+  // parameter in order, or None for one that takes no part because it has no state yet.
   StepTensors(const py::capsule& exchange_api, const py::list& param_lists, const py::dict& state,
               const py::list& state_names, const py::list& steps);
 
   // Collects the gradients. False if anything but the gradients' addresses has changed since the
-  // table was built, or a gradient is not laid out as its parameter. `gradients`, if not None, takes
-  // the place of the parameters' own.
+  // table was built, or a gradient is not laid out as its parameter. `gradients`, if not None,
+  // takes the place of the parameters' own.
   bool refresh(const py::list& param_lists, const py::dict& state, const py::object& gradients);
 
   const std::vector<TensorEntry>& entries() const { return entries_; }

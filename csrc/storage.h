@@ -55,9 +55,9 @@ LRS_HOST_DEVICE float load(float value) { return value; }
 
 LRS_HOST_DEVICE float load(BFloat16 value) { return from_bits(uint32_t{value.bits} << 16); }
 
-// Branch-free, so that compilers vectorise it on every instruction set. The 15 magnitude bits become
-// a float32 that is 2^112 too small; the product is exact, subnormals included. Infinity and nan,
-// whose exponent a product cannot carry over, get it set by hand.
+// Branch-free, so that compilers vectorise it on every instruction set. The 15 magnitude bits
+// become a float32 that is 2^112 too small; the product is exact, subnormals included. Infinity and
+// nan, whose exponent a product cannot carry over, get it set by hand.
 LRS_HOST_DEVICE float load(Float16 value) {
   const uint32_t sign = (uint32_t{value.bits} & 0x8000u) << 16;
   const uint32_t magnitude = (uint32_t{value.bits} & 0x7fffu) << 13;

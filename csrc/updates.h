@@ -1,9 +1,10 @@
-// Updates: the rule that moves one element. Each is written once here and compiled into the CPU loop
-// and the CUDA kernel.
+// Updates: the rule that moves one element. Each is written once here and compiled into the CPU
+// loop and the CUDA kernel.
 //
 // An update folds its hyper-parameters into float coefficients once per tensor and step, in double,
-// and then treats elements one by one in float32, in the order of operations of torch.optim. How many
-// of its states a tensor has is a template argument of the element rule: the traffic depends on it.
+// and then treats elements one by one in float32, in the order of operations of torch.optim. How
+// many of its states a tensor has is a template argument of the element rule: the traffic depends
+// on it.
 #pragma once
 
 #include <cmath>

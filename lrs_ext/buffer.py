@@ -28,9 +28,7 @@ class ScheduleBuffer:
     tensor([[1.0000, 0.7500, 0.5000, 0.5000, 0.0000]])
     """
 
-    def __init__(
-        self, rows: int, capacity: int, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, rows: int, capacity: int, device: torch.device | str | None = None) -> None:
         if rows < 0 or capacity < 1:
             raise ValueError(f"a buffer needs rows >= 0 and capacity >= 1, got {rows}, {capacity}")
         self.values = torch.zeros(rows, capacity, dtype=torch.float32, device=device)

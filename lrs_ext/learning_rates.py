@@ -29,8 +29,8 @@ class _Source:
 class LearningRates:
     """Keeps each ``group["lr"]`` and its row of the schedule buffer in step, without a sync.
 
-    A group with a `Schedule` shows on the host, as a float, what the next update will use. Any other
-    float put there takes over from the next update. The very float that was found there hands
+    A group with a `Schedule` shows on the host, as a float, what the next update will use. Any
+    other float put there takes over from the next update. The very float that was found there hands
     control back: saving and restoring ``group["lr"]``, as distributed checkpoints do, changes
     nothing. A tensor is read by the kernels where it is.
 
@@ -118,8 +118,8 @@ class LearningRates:
     def load(self, saved_groups: list[Group], step: int) -> LearningRates:
         """Takes over the groups of a checkpoint, in the present buffer if it is long enough.
 
-        A group without the key "schedule" comes from another optimizer: its float is kept only where
-        no schedule is in charge here.
+        A group without the key "schedule" comes from another optimizer: its float is kept only
+        where no schedule is in charge here.
         """
         for index, group in enumerate(saved_groups):
             source = self._sources[index]

@@ -108,19 +108,27 @@ def select_backend(requested: str | None, device: torch.device) -> str:
     )
 
 
+def build_info() -> dict[str, str]:
+    """Returns how the native module was built and which instruction set it runs."""
+    cuda = "no"
+    if _C.has_cuda:
+        version = _C.cuda_runtime_version
+        cuda = f"runtime {version // 1000}.{version % 1000 // 10}, sm_{_C.cuda_architectures}"
+    return {"CPU instruction set": _C.cpu_instruction_set(), "CUDA kernels": cuda}
+
+
 @functools.lru_cache(maxsize=1024)
-def native_schedule(schedule: Schedule) -> Any:
+def native_schedule(schedule: Schedule) -> _C.Schedule:
     """Returns the native twin of `schedule`: value(step), values(start, stop), fills."""
     sampling = schedule.sampling
-    by_fractions = isinstance(sampling, tuple)
     return _C.Schedule(
         profile=schedule.profile,
         lr=schedule.lr,
         min_lr=schedule.min_lr,
         total_steps=-1 if schedule.total_steps is None else schedule.total_steps,
         warmup_steps=schedule.warmup_steps,
-        sampling=1 if by_fractions else sampling,
-        fractions=sampling if by_fractions else (),
+        sampling=1 if isinstance(sampling, tuple) else sampling,
+        fractions=sampling if isinstance(sampling, tuple) else (),
         d=schedule.d,
     )
 

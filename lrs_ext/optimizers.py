@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lrs_ext.learning_rates import Group
-from lrs_ext.schedules import Schedule, checked_learning_rate
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+from lrs_ext.schedules import Schedule, checked_learning_rate
 
 LearningRate = float | Tensor | Schedule
 
@@ -209,8 +209,8 @@ class Adam(ScheduledOptimizer):
 class AdamW(Adam):
     """`torch.optim.AdamW` with a schedule where the number goes.
 
-    `Adam` whose weight decay multiplies the parameter by ``1 - lr * weight_decay`` instead of adding
-    to the gradient. The arguments are those of `Adam`; `weight_decay` is 0.01 unless given.
+    `Adam` whose weight decay multiplies the parameter by ``1 - lr * weight_decay`` instead of
+    adding to the gradient. The arguments are those of `Adam`; `weight_decay` is 0.01 unless given.
 
     Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv 1711.05101.
 

@@ -23,7 +23,13 @@ Hyper = Mapping[str, float]
 
 
 def sgd(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, step: Tensor, lr: Tensor, hyper: Hyper
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    step: Tensor,
+    lr: Tensor,
+    hyper: Hyper,
 ) -> None:
     """Updates one parameter as `torch.optim.SGD` does."""
     value, direction = _prepare(param, grad, hyper)
@@ -42,7 +48,13 @@ def sgd(
 
 
 def adam(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, step: Tensor, lr: Tensor, hyper: Hyper
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    step: Tensor,
+    lr: Tensor,
+    hyper: Hyper,
 ) -> None:
     """Updates one parameter as `torch.optim.Adam` or `torch.optim.AdamW` does."""
     value, direction = _prepare(param, grad, hyper)

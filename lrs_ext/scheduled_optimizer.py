@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lrs_ext import ops, reference
 from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tensors
+from lrs_ext.layout import is_dense, laid_out_as, same_layout
 from lrs_ext.learning_rates import Group, LearningRates
 
 Table = ops.StepTable | reference.ReferenceTable
@@ -45,7 +47,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _state_names(self, group: Group) -> list[str]:
-        """Returns the keys of the float32 arrays that the update keeps for the group's parameters."""
+        """Returns the keys of the float32 arrays that the update keeps for each parameter."""
         raise NotImplementedError
 
     def _hyper(self, group: Group) -> dict[str, float]:
@@ -126,7 +128,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as `torch.optim` does; each group also has its schedule and position."""
+        """Returns the state as in torch; each group also has its schedule and position."""
         for index, group in enumerate(self.param_groups):
             self._learning_rates.sync(index, group)
         state_dict = super().state_dict()
@@ -144,9 +146,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the parameter groups do not match, as in torch.
         """
-        # The base class would round the states to the parameters' dtype: it gets to see them only in
-        # a wrapping that it passes on untouched.
-        handle = self.register_load_state_dict_pre_hook(_wrap_tensors)
+        handle = self.register_load_state_dict_pre_hook(wrap_tensors)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -266,11 +266,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             value = state.get(name)
             if value is None:
                 is_new = True
-                state[name] = torch.zeros_like(
-                    param, dtype=torch.float32, memory_format=torch.preserve_format
-                )
-            elif value.dtype != torch.float32 or not _same_layout(value, param):
-                state[name] = _laid_out_as(param, value, torch.float32)
+                state[name] = torch.zeros_like(param, dtype=torch.float32)
+            elif value.dtype != torch.float32 or not same_layout(value, param):
+                state[name] = laid_out_as(param, value, torch.float32)
         return is_new
 
     def _follow_params(self) -> None:
@@ -301,23 +299,23 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 f"a gradient is {gradient.dtype} on {gradient.device} but its parameter is "
                 f"{param.dtype} on {param.device}: convert the gradient"
             )
-        if _same_layout(gradient, param):
+        if same_layout(gradient, param):
             return gradient
-        return _laid_out_as(param, gradient, gradient.dtype)
+        return laid_out_as(param, gradient, gradient.dtype)
 
     def _check_params(self, params: list[Tensor]) -> None:
         for param in params:
             if is_traceable_wrapper_subclass(param):
                 raise RuntimeError(
-                    f"{type(self).__name__} does not support {type(param).__name__} parameters yet: "
-                    "use torch.optim for them"
+                    f"{type(self).__name__} does not support {type(param).__name__} parameters "
+                    "yet: use torch.optim for them"
                 )
             if param.dtype not in ops.DTYPES:
                 raise RuntimeError(
-                    f"{type(self).__name__} requires all the params to be floating point Tensors of "
-                    f"float32, bfloat16 or float16, got {param.dtype}: use torch.optim for it"
+                    f"{type(self).__name__} requires all the params to be floating point Tensors "
+                    f"of float32, bfloat16 or float16, got {param.dtype}: use torch.optim for it"
                 )
-            if param.layout != torch.strided or not _same_layout(param, _meta_like(param)):
+            if not is_dense(param):
                 raise RuntimeError(
                     f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} has gaps "
                     "or overlaps in memory: make it with .contiguous()"
@@ -357,100 +355,29 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             self._check(group)
-        states = {p: _unwrap_state(p, saved) for p, saved in saved_state.items()}
-        position = groups[0].get("schedule_step")
-        if position is None:
-            steps = [int(s["step"]) for s in states.values() if isinstance(s, dict) and "step" in s]
-            position = max(steps, default=self._learning_rates.step)
-        for param in [p for p in self.state if p not in states]:
+        states = {param: unwrap_state(param, saved) for param, saved in saved_state.items()}
+        step = groups[0].get("schedule_step", last_step(states))
+        if step is None:
+            step = self._learning_rates.step
+        for param in [param for param in self.state if param not in states]:
             del self.state[param]
-        for param, saved in states.items():
-            if not isinstance(param, Tensor):
-                self.state[param] = saved
-                continue
-            state = self.state[param]
-            for name in [name for name in state if name not in saved]:
-                del state[name]
-            for name, value in saved.items():
-                present = state.get(name)
-                if isinstance(present, Tensor) and isinstance(value, Tensor):
-                    present.copy_(value)
-                else:
-                    state[name] = value
+        for param, loaded in states.items():
+            replace_state(self.state[param], loaded)
         self.param_groups = groups
         self._counters.clear()
-        self._rates = self._learning_rates.load(groups, position)
+        self._rates = self._learning_rates.load(groups, step)
         self._written = [{} for _ in groups]
         self._table = None
 
 
-class _Wrapped:
-    """Hides a tensor from `torch.optim.Optimizer.load_state_dict`."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    wrapped = {
-        index: {n: _Wrapped(v) if isinstance(v, Tensor) else v for n, v in state.items()}
-        if isinstance(state, dict)
-        else state
-        for index, state in state_dict["state"].items()
-    }
-    return {**state_dict, "state": wrapped}
-
-
-def _unwrap_state(param: Any, saved: Any) -> Any:
-    """Returns one parameter's loaded state with tensors as this optimizer keeps them."""
-    if not isinstance(param, Tensor) or not isinstance(saved, dict):
-        return saved
-    state = {}
-    for name, value in saved.items():
-        tensor = value.tensor if isinstance(value, _Wrapped) else value
-        if name == "step":
-            tensor = torch.as_tensor(tensor).detach().reshape(())
-            state[name] = tensor.to(param.device, torch.float32, copy=True)
-        elif not isinstance(tensor, Tensor):
-            if tensor is not None:
-                state[name] = tensor
-        elif tensor.shape != param.shape:
-            raise ValueError(
-                f"the loaded {name} has shape {tuple(tensor.shape)}, its parameter "
-                f"{tuple(param.shape)}: the checkpoint belongs to another model"
-            )
-        else:
-            state[name] = _laid_out_as(param, tensor, torch.float32)
-    return state
-
-
 def _device_of(groups: list[Group]) -> torch.device:
-    devices = {param.device for group in groups for param in group["params"]}
+    devices: set[torch.device] = {param.device for group in groups for param in group["params"]}
     if len(devices) != 1:
         names = sorted(map(str, devices))
         raise RuntimeError(
             f"all parameters must be on one device, got {names}: make one optimizer per device"
         )
     return devices.pop()
-
-
-def _meta_like(param: Tensor) -> Tensor:
-    """Returns a tensor without memory, of the shape of `param`, in the nearest dense layout."""
-    return torch.empty_like(param, device="meta", memory_format=torch.preserve_format)
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    """Returns whether both visit memory in the same order; strides of single entries are free."""
-    return a.shape == b.shape and all(
-        size == 1 or stride_a == stride_b
-        for size, stride_a, stride_b in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
-
-
-def _laid_out_as(param: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns a copy of `source` with the device and strides of `param`."""
-    target = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    return target.copy_(source)
 
 
 def _any_nonzero(gradients: list[Tensor | None]) -> bool:

@@ -7,6 +7,7 @@ module checks the arguments and gives the numbers a face.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ class Schedule:
     """A learning-rate schedule; make one with `rex`, `linear`, `cosine` or `constant`.
 
     Update k runs at ``lr * (k + 1) / warmup_steps`` during the warm-up and then at
-    ``min_lr + (lr - min_lr) * f(p)`` with ``p = (k - warmup_steps) / (total_steps - warmup_steps)``.
+    ``min_lr + (lr - min_lr) * f(p)``, ``p = (k - warmup_steps) / (total_steps - warmup_steps)``.
     From ``total_steps`` on the value at p = 1 holds.
 
     Attributes:
@@ -36,14 +37,14 @@ class Schedule:
         warmup_steps: updates of linear warm-up.
         min_lr: the floor, reached at p = 1 if f(1) = 0.
         sampling: an integer n samples f every n updates; a tuple of increasing fractions x samples
-            it at update 0 and at ceil(x * (total_steps - warmup_steps)) after the warm-up. In between
-            the last sample holds.
+            it at update 0 and at ceil(x * (total_steps - warmup_steps)) after the warm-up. In
+            between the last sample holds.
         d: the shape of the profile "rex".
 
     >>> s = rex(1.0, total_steps=100)
     >>> s(0), round(s(50), 6), round(s(99), 6), s(100), s(1_000_000)
     (1.0, 0.666667, 0.019802, 0.0, 0.0)
-    >>> [round(v, 3) for v in linear(1.0, 8, warmup_steps=4, sampling=2).values(0, 9)]
+    >>> linear(1.0, 8, warmup_steps=4, sampling=2).values(0, 9).tolist()
     [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.5, 0.5, 0.0]
     """
 
@@ -106,8 +107,8 @@ class Schedule:
         """Returns the schedule as plain numbers and strings.
 
         >>> linear(0.1, 100).to_dict() == {
-        ...     "profile": "linear", "lr": 0.1, "total_steps": 100, "warmup_steps": 0, "min_lr": 0.0,
-        ...     "sampling": 1, "d": 0.0}
+        ...     "profile": "linear", "lr": 0.1, "total_steps": 100, "warmup_steps": 0,
+        ...     "min_lr": 0.0, "sampling": 1, "d": 0.0}
         True
         """
         fields = dataclasses.asdict(self)
@@ -293,6 +294,6 @@ def _sampling(value: Sampling, total_steps: int | None) -> Sampling:
         raise ValueError("sampling must have at least one fraction, got ()")
     if any(not 0.0 < fraction < 1.0 for fraction in fractions):
         raise ValueError(f"sampling fractions must be in (0, 1), got {fractions}")
-    if any(a >= b for a, b in zip(fractions, fractions[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(fractions)):
         raise ValueError(f"sampling fractions must increase, got {fractions}")
     return fractions

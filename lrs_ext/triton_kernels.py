@@ -1,109 +1,117 @@
 """The Triton backend of the step, for machines without the compiled CUDA part.
 
-One launch updates every tensor of every group and commits the step, from the tables that the native
-core builds: csrc/tensor_table.h has their layout, csrc/updates.h the element rules, and
-csrc/step_cuda.cu the same launch in CUDA.
-
-Per-step scalars are float64; element maths is float32 whatever the storage type.
+One launch updates every tensor of every group and commits the step, as csrc/step_cuda.cu does and
+from the same tables: csrc/tensor_table.h has their layout, csrc/updates.h the element rules, which
+are repeated here. Per-step scalars are float64; element maths is float32 whatever the storage type.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# Columns of a row of `tensors`.
+# Columns of a row of the tensor table.
 PARAM = tl.constexpr(0)
-STATES = tl.constexpr(1)
+STATES = tl.constexpr(1)  # three of them
 TENSOR_STEP = tl.constexpr(4)
 NUMEL = tl.constexpr(5)
 GROUP = tl.constexpr(6)
 DTYPE = tl.constexpr(7)
 TENSOR_COLUMNS = tl.constexpr(8)
 
-# Columns of a row of `groups`. All but the first two hold float64.
+# Columns of a row of the group table. From SCALE on, they are float64.
 LR = tl.constexpr(0)
 CAPACITY = tl.constexpr(1)
 SCALE = tl.constexpr(2)
-HYPER = tl.constexpr(3)
+WEIGHT_DECAY = tl.constexpr(3)
+MAXIMIZE = tl.constexpr(4)
+BETA1 = MOMENTUM = tl.constexpr(5)
+BETA2 = DAMPENING = tl.constexpr(6)
+EPS = NESTEROV = tl.constexpr(7)
+DECOUPLED = tl.constexpr(8)
 GROUP_COLUMNS = tl.constexpr(9)
 
-# Columns of a group's hyper-parameters.
-WEIGHT_DECAY = tl.constexpr(0)
-MAXIMIZE = tl.constexpr(1)
-BETA1 = tl.constexpr(2)
-BETA2 = tl.constexpr(3)
-EPS = tl.constexpr(4)
-DECOUPLED = tl.constexpr(5)
-MOMENTUM = BETA1
-DAMPENING = BETA2
-NESTEROV = EPS
-
-# Codes of the storage types.
+# Codes in the column DTYPE; the third is float16.
 FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
 
-NUM_WARPS = 4
-THREADS = tl.constexpr(32 * NUM_WARPS)
+THREADS = tl.constexpr(128)
+NUM_WARPS = THREADS.value // (64 if torch.version.hip else 32)
+
+# Triton is untyped: these give its decorators a type.
+jit: Callable[[Callable[..., Any]], Any] = triton.jit
+jit_kernel: Callable[[Callable[..., Any]], Any] = triton.jit(
+    do_not_specialize=["num_tensors", "num_chunks"]  # a new model needs no new compilation
+)
 
 
 class SGD(NamedTuple):
-    grad_sign: Any
-    weight_decay: Any
-    lr: Any
-    momentum: Any
-    grad_share: Any
-    nesterov: Any
+    grad_sign: tl.tensor
+    weight_decay: tl.tensor
+    lr: tl.tensor
+    momentum: tl.tensor
+    grad_share: tl.tensor
+    nesterov: tl.tensor
 
 
 class Adam(NamedTuple):
-    grad_sign: Any
-    coupled_decay: Any
-    param_share: Any
-    beta2: Any
-    grad_share1: Any
-    grad_share2: Any
-    step_size: Any
-    denominator_scale: Any
-    eps: Any
+    grad_sign: tl.tensor
+    coupled_decay: tl.tensor
+    param_share: tl.tensor
+    beta2: tl.tensor
+    grad_share1: tl.tensor
+    grad_share2: tl.tensor
+    step_size: tl.tensor
+    denominator_scale: tl.tensor
+    eps: tl.tensor
 
 
-@triton.jit
-def sgd_fold(hyper, lr, step):
+@jit
+def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> SGD:
+    # The first update makes the gradient itself the momentum buffer.
+    grad_share = tl.where(step == 1.0, 1.0, 1.0 - tl.load(group + DAMPENING))
     return SGD(
-        grad_sign=tl.where(tl.load(hyper + MAXIMIZE) != 0.0, -1.0, 1.0),
-        weight_decay=tl.load(hyper + WEIGHT_DECAY).to(tl.float32),
+        grad_sign=tl.where(tl.load(group + MAXIMIZE) != 0.0, -1.0, 1.0),
+        weight_decay=tl.load(group + WEIGHT_DECAY).to(tl.float32),
         lr=lr.to(tl.float32),
-        momentum=tl.load(hyper + MOMENTUM).to(tl.float32),
-        grad_share=tl.where(step == 1.0, 1.0, 1.0 - tl.load(hyper + DAMPENING)).to(tl.float32),
-        nesterov=tl.load(hyper + NESTEROV) != 0.0,
+        momentum=tl.load(group + MOMENTUM).to(tl.float32),
+        grad_share=grad_share.to(tl.float32),
+        nesterov=tl.load(group + NESTEROV) != 0.0,
     )
 
 
-@triton.jit
-def sgd_apply(update, param, grad, states):
+@jit
+def sgd_apply(
+    update: SGD, param: tl.tensor, grad: tl.tensor, states: tl.tuple
+) -> tuple[tl.tensor, tl.tuple]:
     grad *= update.grad_sign
     grad = tl.where(update.weight_decay != 0.0, grad + update.weight_decay * param, grad)
     if len(states) == 1:
         momentum_buffer = update.momentum * states[0] + update.grad_share * grad
         grad = tl.where(update.nesterov, grad + update.momentum * momentum_buffer, momentum_buffer)
-        new_states = (momentum_buffer,)
-    else:
-        new_states = states
-    return param - update.lr * grad, new_states
+        states = (momentum_buffer,)
+    return param - update.lr * grad, states
 
 
-@triton.jit
-def adam_fold(hyper, lr, step):
-    beta1 = tl.load(hyper + BETA1)
-    beta2 = tl.load(hyper + BETA2)
-    weight_decay = tl.load(hyper + WEIGHT_DECAY)
-    decoupled = tl.load(hyper + DECOUPLED) != 0.0
+@jit
+def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
+    # To 2e-16 of 1. The bound spares the interpreter a warning about log(0); 1 - power is the same.
+    return tl.exp(exponent * tl.log(tl.maximum(base, 1e-300)))
+
+
+@jit
+def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> Adam:
+    beta1 = tl.load(group + BETA1)
+    beta2 = tl.load(group + BETA2)
+    weight_decay = tl.load(group + WEIGHT_DECAY)
+    decoupled = tl.load(group + DECOUPLED) != 0.0
     bias_correction1 = 1.0 - power(beta1, step)
     bias_correction2 = 1.0 - power(beta2, step)
     return Adam(
-        grad_sign=tl.where(tl.load(hyper + MAXIMIZE) != 0.0, -1.0, 1.0),
+        grad_sign=tl.where(tl.load(group + MAXIMIZE) != 0.0, -1.0, 1.0),
         coupled_decay=tl.where(decoupled, 0.0, weight_decay).to(tl.float32),
         param_share=tl.where(decoupled, 1.0 - lr * weight_decay, 1.0).to(tl.float32),
         beta2=beta2.to(tl.float32),
@@ -111,136 +119,235 @@ def adam_fold(hyper, lr, step):
         grad_share2=(1.0 - beta2).to(tl.float32),
         step_size=(lr / bias_correction1).to(tl.float32),
         denominator_scale=(1.0 / tl.sqrt(bias_correction2)).to(tl.float32),
-        eps=tl.load(hyper + EPS).to(tl.float32),
+        eps=tl.load(group + EPS).to(tl.float32),
     )
 
 
-@triton.jit
-def adam_apply(update, param, grad, states):
-    exp_avg, exp_avg_sq = states[0], states[1]
+@jit
+def adam_apply(
+    update: Adam, param: tl.tensor, grad: tl.tensor, states: tl.tuple
+) -> tuple[tl.tensor, tl.tuple]:
     grad *= update.grad_sign
     grad = tl.where(update.coupled_decay != 0.0, grad + update.coupled_decay * param, grad)
     param *= update.param_share
-    exp_avg += update.grad_share1 * (grad - exp_avg)
-    exp_avg_sq = update.beta2 * exp_avg_sq + update.grad_share2 * (grad * grad)
+    exp_avg = states[0] + update.grad_share1 * (grad - states[0])
+    exp_avg_sq = update.beta2 * states[1] + update.grad_share2 * (grad * grad)
+    second_moment = exp_avg_sq
     if len(states) == 3:
-        max_exp_avg_sq = states[2]
         # As torch.maximum: nan in either operand stays.
-        keep = (max_exp_avg_sq >= exp_avg_sq) | (max_exp_avg_sq != max_exp_avg_sq)
-        max_exp_avg_sq = tl.where(keep, max_exp_avg_sq, exp_avg_sq)
-        second_moment = max_exp_avg_sq
-        new_states = (exp_avg, exp_avg_sq, max_exp_avg_sq)
+        keep = (states[2] >= exp_avg_sq) | (states[2] != states[2])
+        second_moment = tl.where(keep, states[2], exp_avg_sq)
+        states = (exp_avg, exp_avg_sq, second_moment)
     else:
-        second_moment = exp_avg_sq
-        new_states = (exp_avg, exp_avg_sq)
+        states = (exp_avg, exp_avg_sq)
+    # Triton's plain division and square root are approximate.
     denominator = tl.sqrt_rn(second_moment) * update.denominator_scale + update.eps
-    return param - update.step_size * tl.div_rn(exp_avg, denominator), new_states
+    return param - update.step_size * tl.div_rn(exp_avg, denominator), states
 
 
-@triton.jit
-def power(base, exponent):
-    return tl.exp(exponent * tl.log(base))
+@jit
+def pointers_of(
+    array: tl.tensor, start: tl.tensor, lanes: tl.tensor, LANE: tl.constexpr
+) -> tl.tensor:
+    first = array + start
+    if LANE > 1:
+        first = tl.multiple_of(first, LANE * first.dtype.element_ty.primitive_bitwidth // 8)
+    return first + lanes
 
 
-@triton.jit
-def pointers(address, start, lanes, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = address.to(tl.pointer_type(dtype)) + start
-    if ALIGNED > 0:
-        pointer = tl.multiple_of(pointer, ALIGNED * dtype.primitive_bitwidth // 8)
-    return pointer + lanes
-
-
-@triton.jit
-def update_piece(update, addresses, start, end, APPLY: tl.constexpr, dtype: tl.constexpr, PIECE: tl.constexpr, ALIGNED: tl.constexpr):
+@jit
+def update_piece(
+    update: tl.tuple,
+    arrays: tl.tuple,
+    start: tl.tensor,
+    end: tl.tensor,
+    APPLY: tl.constexpr,
+    LANE: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Updates the elements from `start` to `start + PIECE`, or to `end` where LANE is 1."""
     lanes = tl.arange(0, PIECE)
-    param_pointers = pointers(addresses[0], start, lanes, dtype, ALIGNED)
-    grad_pointers = pointers(addresses[1], start, lanes, dtype, ALIGNED)
-    state_pointers = [pointers(address, start, lanes, tl.float32, ALIGNED) for address in addresses[2:]]
-    mask = None if ALIGNED > 0 else lanes < (end - start).to(tl.int32)
-    param = tl.load(param_pointers, mask).to(tl.float32)
-    grad = tl.load(grad_pointers, mask).to(tl.float32)
-    states = [tl.load(pointer, mask) for pointer in state_pointers]
-    param, states = APPLY(update, param, grad, states)
-    tl.store(param_pointers, param.to(dtype), mask)
-    for i in tl.static_range(len(states)):
-        tl.store(state_pointers[i], states[i], mask)
+    pointers = [pointers_of(array, start, lanes, LANE) for array in arrays]
+    mask = None if LANE > 1 else lanes < (end - start).to(tl.int32)
+    param = tl.load(pointers[0], mask)
+    grad = tl.load(pointers[1], mask).to(tl.float32)
+    states = [tl.load(pointer, mask) for pointer in pointers[2:]]
+    new_param, new_states = APPLY(update, param.to(tl.float32), grad, states)
+    tl.store(pointers[0], new_param.to(param.dtype), mask)
+    for i in tl.static_range(len(new_states)):
+        tl.store(pointers[2 + i], new_states[i], mask)
 
 
-@triton.jit
-def update_chunk(update, addresses, begin, end, APPLY: tl.constexpr, dtype: tl.constexpr, REPEAT: tl.constexpr):
-    LANE: tl.constexpr = 128 // dtype.primitive_bitwidth if len(addresses) == 2 else 4
-    PIECE: tl.constexpr = THREADS * LANE * REPEAT
-    bits = addresses[0]
-    for i in tl.static_range(1, len(addresses)):
+@jit
+def update_chunk(
+    update: tl.tuple,
+    addresses: tl.tuple,
+    begin: tl.tensor,
+    end: tl.tensor,
+    APPLY: tl.constexpr,
+    dtype: tl.constexpr,
+) -> None:
+    """Updates the elements from `begin` to `end`, in lanes of 16 bytes where all arrays allow it.
+
+    A lane holds the elements that fit 16 bytes in the widest array: with wider lanes in the
+    others, Triton would exchange results between threads before it stores them.
+    """
+    HAS_STATES: tl.constexpr = len(addresses) > 2
+    LANE: tl.constexpr = 4 if HAS_STATES else 128 // dtype.primitive_bitwidth
+    # 48 to 96 bytes on the way to each thread, and few enough registers for 1,000 threads.
+    PIECE: tl.constexpr = THREADS * LANE * (1 if len(addresses) > 3 else 2)
+    # Of another shape than PIECE: Triton would choose one layout for both.
+    UNALIGNED_PIECE: tl.constexpr = THREADS * 2
+    params = addresses[0].to(tl.pointer_type(dtype))
+    grads = addresses[1].to(tl.pointer_type(dtype))
+    arrays: tl.tuple = (params, grads)
+    bits = addresses[0] | addresses[1]
+    for i in tl.static_range(2, len(addresses)):
+        arrays += (addresses[i].to(tl.pointer_type(tl.float32)),)
         bits |= addresses[i]
-    count = end - begin
-    aligned_end = tl.where(bits % 16 == 0, begin + count // PIECE * PIECE, begin)
-    for start in range(begin, aligned_end, PIECE):
-        update_piece(update, addresses, start, end, APPLY, dtype, PIECE, LANE)
-    for start in range(aligned_end, end, 2 * THREADS):
-        update_piece(update, addresses, start, end, APPLY, dtype, 2 * THREADS, 0)
+    aligned_end = tl.where(bits % 16 == 0, begin + (end - begin) // PIECE * PIECE, begin)
+    start = begin
+    while start < aligned_end:
+        update_piece(update, arrays, start, end, APPLY, LANE, PIECE)
+        start += PIECE
+    rest = aligned_end
+    while rest < end:
+        update_piece(update, arrays, rest, end, APPLY, 1, UNALIGNED_PIECE)
+        rest += UNALIGNED_PIECE
 
 
-@triton.jit
-def update_chunk_of_dtype(update, addresses, begin, end, code, APPLY: tl.constexpr, REPEAT: tl.constexpr):
+@jit
+def update_chunk_of(
+    row: tl.tensor,
+    update: tl.tuple,
+    gradient: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    APPLY: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+) -> None:
+    """Updates a chunk of the tensor in `row`."""
+    addresses: tl.tuple = (tl.load(row + PARAM), gradient)
+    for i in tl.static_range(NUM_STATES):
+        addresses += (tl.load(row + STATES + i),)
+    code = tl.load(row + DTYPE)
     if code == FLOAT32:
-        update_chunk(update, addresses, begin, end, APPLY, tl.float32, REPEAT)
+        update_chunk(update, addresses, begin, end, APPLY, tl.float32)
     elif code == BFLOAT16:
-        update_chunk(update, addresses, begin, end, APPLY, tl.bfloat16, REPEAT)
+        update_chunk(update, addresses, begin, end, APPLY, tl.bfloat16)
     else:
-        update_chunk(update, addresses, begin, end, APPLY, tl.float16, REPEAT)
+        update_chunk(update, addresses, begin, end, APPLY, tl.float16)
 
 
-@triton.jit
-def commit(tensors, gradients, step, ticket, num_tensors):
-    tl.debug_barrier()
+@jit
+def fold(row: tl.tensor, groups: tl.tensor, step: tl.tensor, FOLD: tl.constexpr) -> tl.tuple:
+    """Returns the coefficients of the next update of the tensor in `row`."""
+    group = groups + tl.load(row + GROUP) * GROUP_COLUMNS
+    doubles = group.to(tl.pointer_type(tl.float64), bitcast=True)
+    lrs = tl.load(group + LR).to(tl.pointer_type(tl.float32))
+    position = tl.minimum(tl.load(step), tl.load(group + CAPACITY) - 1)
+    lr = tl.load(lrs + position).to(tl.float64) * tl.load(doubles + SCALE)
+    tensor_step = tl.load(row + TENSOR_STEP).to(tl.pointer_type(tl.float32))
+    return FOLD(doubles, lr, tl.load(tensor_step).to(tl.float64) + 1.0)
+
+
+@jit
+def commit(
+    tensors: tl.tensor,
+    gradients: tl.tensor,
+    step: tl.tensor,
+    ticket: tl.tensor,
+    num_tensors: tl.tensor,
+) -> None:
+    """Advances the counters once every program has read them: the last to draw a ticket does it."""
+    tl.debug_barrier()  # no thread may still have to read a counter when its program draws
     if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
-        for start in range(0, num_tensors, THREADS):
-            rows = start + tl.arange(0, THREADS)
-            exists = rows < num_tensors
-            updated = tl.load(gradients + rows, exists, other=0) != 0
-            tensor_steps = tl.load(tensors + rows * TENSOR_COLUMNS + TENSOR_STEP, updated, other=0)
-            tensor_steps = tensor_steps.to(tl.pointer_type(tl.float32))
-            tl.store(tensor_steps, tl.load(tensor_steps, updated) + 1.0, updated)
+        first = num_tensors * 0
+        while first < num_tensors:
+            rows = first + tl.arange(0, THREADS)
+            updated = tl.load(gradients + rows, rows < num_tensors, other=0) != 0
+            counters = tl.load(tensors + rows * TENSOR_COLUMNS + TENSOR_STEP, updated, other=0)
+            counters = counters.to(tl.pointer_type(tl.float32))
+            tl.store(counters, tl.load(counters, updated) + 1.0, updated)
+            first += THREADS
         tl.store(step, tl.load(step) + 1)
         tl.store(ticket, 0)
 
 
-@triton.jit
-def step_kernel(tensors, groups, chunks, gradients, step, ticket, num_tensors, num_chunks, FOLD: tl.constexpr, APPLY: tl.constexpr, MIN_STATES: tl.constexpr, MAX_STATES: tl.constexpr, CHUNK: tl.constexpr):
+@jit_kernel
+def step_kernel(
+    tensors: tl.tensor,
+    groups: tl.tensor,
+    chunks: tl.tensor,
+    gradients: tl.tensor,
+    step: tl.tensor,
+    ticket: tl.tensor,
+    num_tensors: tl.tensor,
+    num_chunks: tl.tensor,
+    CHUNK: tl.constexpr,
+    FOLD: tl.constexpr,
+    APPLY: tl.constexpr,
+    MIN_STATES: tl.constexpr,
+    MAX_STATES: tl.constexpr,
+) -> None:
+    tl.static_assert(CHUNK % 16 == 0)  # a chunk is aligned where its tensor is
     program = tl.program_id(0)
-    if program < num_chunks:
+    if program < num_chunks:  # a launch without chunks still commits
         tensor = tl.load(chunks + 2 * program)
         gradient = tl.load(gradients + tensor)
         if gradient != 0:
-            row = tensors + tensor.to(tl.int64) * TENSOR_COLUMNS
-            group = groups + tl.load(row + GROUP) * GROUP_COLUMNS
-            doubles = group.to(tl.pointer_type(tl.float64), bitcast=True)
-            last = tl.load(group + CAPACITY) - 1
-            lrs = tl.load(group + LR).to(tl.pointer_type(tl.float32))
-            lr = tl.load(lrs + tl.minimum(tl.load(step), last)).to(tl.float64) * tl.load(doubles + SCALE)
-            tensor_step = tl.load(tl.load(row + TENSOR_STEP).to(tl.pointer_type(tl.float32)))
-            update = FOLD(doubles + HYPER, lr, tensor_step.to(tl.float64) + 1.0)
+            row = tensors + tensor * TENSOR_COLUMNS
+            update = fold(row, groups, step, FOLD)
             begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
             end = tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
-            code = tl.load(row + DTYPE)
-            addresses = (tl.load(row + PARAM), gradient)
-            for i in tl.static_range(MIN_STATES):
-                addresses = addresses + (tl.load(row + STATES + i),)
             last_state = tl.load(row + STATES + MAX_STATES - 1)
             if last_state != 0:
-                update_chunk_of_dtype(update, addresses + (last_state,), begin, end, code, APPLY, 2 if MIN_STATES == 0 else 1)
+                update_chunk_of(row, update, gradient, begin, end, APPLY, MAX_STATES)
             else:
-                update_chunk_of_dtype(update, addresses, begin, end, code, APPLY, 2 if MIN_STATES == 0 else 1)
+                update_chunk_of(row, update, gradient, begin, end, APPLY, MIN_STATES)
     commit(tensors, gradients, step, ticket, num_tensors)
 
 
+# FOLD, APPLY, MIN_STATES, MAX_STATES of step_kernel.
 ALGORITHMS = {"sgd": (sgd_fold, sgd_apply, 0, 1), "adam": (adam_fold, adam_apply, 2, 3)}
 
 
-def step(algorithm, *, tensors, groups, chunks, gradients, step, ticket, chunk_elements):
-    fold, apply, lo, hi = ALGORITHMS[algorithm]
+def step(
+    algorithm: str,
+    *,
+    tensors: Tensor,
+    groups: Tensor,
+    chunks: Tensor,
+    gradients: Tensor,
+    step: Tensor,
+    ticket: Tensor,
+    chunk_elements: int,
+) -> None:
+    """Updates every tensor that has a gradient and commits the step, in one launch.
+
+    The tables are contiguous, on the parameters' device, and hold addresses on that device.
+
+    Args:
+        algorithm: a key of `ALGORITHMS`.
+        tensors: int64 `(N, 8)`, a TensorEntry a row; its null pointers are 0.
+        groups: int64 `(G, 9)`, a Group a row; its doubles are bit-cast.
+        chunks: int32 `(C, 2)`: the tensor, and the index of the chunk within it.
+        gradients: int64 `(N,)`, addresses; 0 where a tensor has no gradient.
+        step: int64, 0-d: committed updates; advances by one, even if no tensor has a gradient.
+        ticket: int32 `(1,)`; 0 before and after.
+        chunk_elements: elements of a chunk, a multiple of 16; best a power of two from 2048 on.
+    """
     with torch.accelerator.device_index(tensors.device.index):
-        step_kernel[(max(chunks.shape[0], 1),)](
-            tensors, groups, chunks, gradients, step, ticket, tensors.shape[0], chunks.shape[0],
-            fold, apply, lo, hi, chunk_elements, num_warps=NUM_WARPS)
+        step_kernel[(max(len(chunks), 1),)](
+            tensors,
+            groups,
+            chunks,
+            gradients,
+            step,
+            ticket,
+            len(tensors),
+            len(chunks),
+            chunk_elements,
+            *ALGORITHMS[algorithm],
+            num_warps=NUM_WARPS,
+        )

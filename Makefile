@@ -1,0 +1,53 @@
+# Needs Python 3.10 or later and a C++ compiler; everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+CXX_SOURCES := $(NATIVE) $(wildcard tests/*.cpp)
+
+.PHONY: install train test lint format bench gpu-report clean
+
+install: $(STAMP)
+
+# torch comes first: a later look at its version range must find it satisfied. A torch built for GPUs
+# brings its own triton, which stays.
+$(STAMP): Makefile pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v}: make PYTHON=python3.11 install")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TRITON)'
+	$(BIN)/python -m pip install --quiet -e '.[test,lint]'
+	touch $(STAMP)
+
+train: install
+	$(BIN)/python benchmarks/train_gpt.py $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: install
+	$(BIN)/python benchmarks/bench_step.py $(ARGS)
+
+# Needs no network: PYTHON must have torch 2.11 or later and the build tools.
+gpu-report:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) benchmarks/gpu_report.py $(ARGS)
+
+clean:
+	rm -rf build dist lrs_ext/_C.*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,80 @@
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+has_cuda: bool
+cuda_runtime_version: int
+cuda_architectures: str
+group_bytes: int
+profiles: list[str]
+algorithms: list[str]
+
+class Schedule:
+    def __init__(
+        self,
+        *,
+        profile: str,
+        lr: float,
+        min_lr: float,
+        total_steps: int,
+        warmup_steps: int,
+        sampling: int,
+        fractions: Sequence[float],
+        d: float,
+    ) -> None: ...
+    def value(self, step: int) -> float: ...
+    def values(self, start: int, stop: int) -> NDArray[np.float64]: ...
+    def fill_cpu(self, target: int, count: int) -> None: ...
+    def fill_cuda(
+        self, *, target: int, count: int, sample_points: int, device: int, stream: int
+    ) -> None: ...
+    @property
+    def sample_points(self) -> list[int]: ...
+
+class StepTensors:
+    def __init__(
+        self,
+        exchange_api: object,
+        param_lists: list[Any],
+        state: dict[Any, Any],
+        state_names: list[Any],
+        steps: list[Any],
+    ) -> None: ...
+    def refresh(
+        self, param_lists: list[Any], state: dict[Any, Any], gradients: list[Any] | None
+    ) -> bool: ...
+    @property
+    def has_gradients(self) -> bool: ...
+
+class Step:
+    def __init__(self, algorithm: str, tensors: StepTensors, chunk_elements: int) -> None: ...
+    def bind(self, groups: int, step: int) -> None: ...
+    def bind_device(self, tensors: int, chunks: int, ticket: int) -> None: ...
+    @property
+    def tensor_rows(self) -> NDArray[np.int64]: ...
+    @property
+    def chunk_rows(self) -> NDArray[np.int32]: ...
+    @property
+    def gradient_addresses(self) -> NDArray[np.int64]: ...
+    def run_cpu(self, num_threads: int) -> None: ...
+    def run_cuda(self) -> None: ...
+
+def write_group_cpu(
+    target: int, lr: int, capacity: int, scale: float, hyper: Mapping[str, float]
+) -> None: ...
+def write_group_cuda(
+    target: int,
+    lr: int,
+    capacity: int,
+    scale: float,
+    hyper: Mapping[str, float],
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_unavailable_reason() -> str: ...
+def cpu_instruction_set() -> str: ...
+def chunk_ranges(
+    numel: int, chunk_elements: int, lane: int, addresses: Sequence[int], bytes: Sequence[int]
+) -> list[tuple[int, int, int, int]]: ...

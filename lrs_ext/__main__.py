@@ -1,0 +1,144 @@
+"""Commands: ``python -m lrs_ext info`` and ``python -m lrs_ext selfcheck``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lrs_ext
+from lrs_ext import ops
+
+# Largest |difference| / max(1, |value|) after one step: about two units in the last place.
+_TOLERANCES = {torch.float32: 2.4e-7, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def info() -> dict[str, Any]:
+    """Returns versions, devices, and for each device type its backend and why not the others."""
+    devices = {"cpu": platform.processor() or platform.machine()}
+    for index in range(torch.cuda.device_count()):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    backends = {}
+    for device_type in ("cpu", "cuda"):
+        reasons = {name: ops.unavailable_reason(name, device_type) for name in ops.BACKENDS}
+        if device_type == "cuda" and not torch.cuda.is_available():
+            is_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
+            missing = "torch sees no GPU" if is_gpu_build else "torch is a CPU build"
+            reasons = {name: reason or missing for name, reason in reasons.items()}
+        usable = [name for name in ops.BACKENDS if reasons[name] is None and name != "reference"]
+        backends[device_type] = {
+            "used": usable[0] if usable else None,
+            "reasons": {name: reason for name, reason in reasons.items() if reason},
+        }
+    return {
+        "lrs_ext": lrs_ext.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "build": ops.build_info(),
+        "devices": devices,
+        "backends": backends,
+    }
+
+
+def selfcheck() -> list[dict[str, Any]]:
+    """Runs one step of each available backend, optimizer and dtype against the reference backend.
+
+    Returns:
+        One row per combination: device, backend, optimizer, dtype, largest relative error, ok.
+    """
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rows = []
+    for device in devices:
+        for backend in ops.BACKENDS:
+            if backend == "reference" or ops.unavailable_reason(backend, device) is not None:
+                continue
+            for cls in (lrs_ext.SGD, lrs_ext.Adam, lrs_ext.AdamW):
+                for dtype in ops.DTYPES:
+                    got = _one_step(cls, backend, device, dtype)
+                    want = _one_step(cls, "reference", device, dtype)
+                    error = float(((got - want).abs() / want.abs().clamp(min=1.0)).max())
+                    rows.append(
+                        {
+                            "device": device,
+                            "backend": backend,
+                            "optimizer": cls.__name__,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "error": error,
+                            "ok": error <= _TOLERANCES[dtype],
+                        }
+                    )
+    return rows
+
+
+def _one_step(cls: Any, backend: str, device: str, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for numel in (1, 1000, 20_001):
+        value = torch.randn(numel, generator=generator).to(device, dtype)
+        param = torch.nn.Parameter(value)
+        param.grad = torch.randn(numel, generator=generator).to(device, dtype)
+        params.append(param)
+    lr = lrs_ext.rex(0.1, total_steps=10)
+    extra = {"momentum": 0.9} if cls is lrs_ext.SGD else {}
+    cls(params, lr=lr, weight_decay=0.1, backend=backend, **extra).step()
+    return torch.cat([p.detach().double() for p in params])
+
+
+def _version(module: str) -> str | None:
+    try:
+        return str(importlib.import_module(module).__version__)
+    except ImportError:
+        return None
+
+
+def _print_info() -> None:
+    report = info()
+    for name in ("lrs_ext", "python", "torch", "triton"):
+        print(f"{name:<9} {report[name] or 'not installed'}")
+    for name, value in report["build"].items():
+        print(f"{name:<20} {value}")
+    for name, value in report["devices"].items():
+        print(f"device {name}: {value}")
+    for device_type, entry in report["backends"].items():
+        print(f"\nparameters on {device_type}: {entry['used'] or 'no kernel'}")
+        for name, reason in entry["reasons"].items():
+            print(f"  not {name}: {reason}")
+
+
+def _print_selfcheck() -> bool:
+    rows = selfcheck()
+    print(f"{'device':<7} {'backend':<8} {'optimizer':<9} {'dtype':<9} {'error':>9}")
+    for row in rows:
+        print(
+            f"{row['device']:<7} {row['backend']:<8} {row['optimizer']:<9} {row['dtype']:<9} "
+            f"{row['error']:>9.1e}  {'ok' if row['ok'] else 'WRONG'}"
+        )
+    return all(row["ok"] for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lrs_ext", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    info_parser = commands.add_parser("info", help="versions, devices and backends")
+    info_parser.add_argument("--json", action="store_true", help="print one JSON object")
+    commands.add_parser("selfcheck", help="one step of each backend against the reference")
+    options = parser.parse_args(arguments)
+    if options.command == "info" and options.json:
+        print(json.dumps(info(), indent=2))
+    elif options.command == "info":
+        _print_info()
+    else:
+        return 0 if _print_selfcheck() else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Optimizer states on their way out of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrs_ext.layout import laid_out_as
+
+
+class Wrapped:
+    """Hides a tensor from `torch.optim.Optimizer.load_state_dict`.
+
+    That would round float32 states to the dtype of their parameters; what is no tensor, it passes.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Wraps the tensors of every parameter's state; a pre-hook of `load_state_dict`."""
+    wrapped = {
+        index: {name: _wrap(value) for name, value in state.items()}
+        if isinstance(state, dict)
+        else state
+        for index, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": wrapped}
+
+
+def unwrap_state(param: Any, saved: Any) -> Any:
+    """Returns the loaded state of one parameter in new tensors, as the kernels need it.
+
+    Raises:
+        ValueError: an array does not have the shape of its parameter.
+    """
+    if not isinstance(param, Tensor) or not isinstance(saved, dict):
+        return saved
+    state = {}
+    for name, value in saved.items():
+        tensor = value.tensor if isinstance(value, Wrapped) else value
+        if name == "step":
+            count = torch.as_tensor(tensor).detach().reshape(())
+            state[name] = count.to(param.device, torch.float32, copy=True)
+        elif isinstance(tensor, Tensor):
+            if tensor.shape != param.shape:
+                raise ValueError(
+                    f"the loaded {name} has shape {tuple(tensor.shape)}, its parameter "
+                    f"{tuple(param.shape)}: the checkpoint belongs to another model"
+                )
+            state[name] = laid_out_as(param, tensor, torch.float32)
+        elif tensor is not None:
+            state[name] = tensor
+    return state
+
+
+def last_step(states: dict[Any, Any]) -> int | None:
+    """Returns the largest step count among unwrapped states, or None if they have none."""
+    counts = [int(state["step"]) for state in states.values() if "step" in state]
+    return max(counts, default=None)
+
+
+def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Makes `state` equal to `loaded`; tensors that are in both keep their address."""
+    for name in [name for name in state if name not in loaded]:
+        del state[name]
+    for name, value in loaded.items():
+        present = state.get(name)
+        if isinstance(present, Tensor) and isinstance(value, Tensor):
+            present.copy_(value)
+        else:
+            state[name] = value
+
+
+def _wrap(value: Any) -> Any:
+    return Wrapped(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,26 @@
+"""The order in which tensors visit memory; the kernels walk a parameter and its states in step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Returns whether the tensor covers its memory without gaps or overlaps, in any order."""
+    if tensor.layout != torch.strided:
+        return False
+    return same_layout(tensor, torch.empty_like(tensor, device="meta"))
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Returns whether both visit memory in the same order; single entries have no stride."""
+    return a.shape == b.shape and all(
+        size == 1 or stride_a == stride_b
+        for size, stride_a, stride_b in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def laid_out_as(param: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a copy of `source` with the device and the strides of `param`."""
+    return torch.empty_like(param, dtype=dtype).copy_(source)
