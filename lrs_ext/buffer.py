@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ class ScheduleBuffer:
     Attributes:
         values: float32, shape (rows, capacity). An optimizer has one row per parameter group.
         step: int64, 0-d: committed updates.
+        rows: the rows of `values`, float32, shape (capacity,) each.
+        schedules: what each row was last filled with, or None; every fill puts a new object here.
 
     >>> import lrs_ext
     >>> buffer = lrs_ext.ScheduleBuffer(rows=1, capacity=5)
@@ -33,10 +37,8 @@ class ScheduleBuffer:
             raise ValueError(f"a buffer needs rows >= 0 and capacity >= 1, got {rows}, {capacity}")
         self.values = torch.zeros(rows, capacity, dtype=torch.float32, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-
-    @property
-    def rows(self) -> int:
-        return self.values.shape[0]
+        self.rows: list[Tensor] = list(self.values)
+        self.schedules: list[Schedule | None] = [None] * rows
 
     @property
     def capacity(self) -> int:
@@ -57,6 +59,7 @@ class ScheduleBuffer:
                 f"{capacity_for(schedule)}, got {self.capacity}: make a larger ScheduleBuffer"
             )
         ops.fill_schedule(target, schedule)
+        self.schedules[row] = copy.copy(schedule)
         return self
 
     def write_(self, row: int, value: Tensor | float, steps: int) -> ScheduleBuffer:
@@ -94,9 +97,9 @@ class ScheduleBuffer:
         return self._row(row).index_select(0, position).reshape(())
 
     def _row(self, row: int) -> Tensor:
-        if not 0 <= row < self.rows:
-            raise IndexError(f"row {row} is not in a buffer of {self.rows} rows")
-        return self.values[row]
+        if not 0 <= row < len(self.rows):
+            raise IndexError(f"row {row} is not in a buffer of {len(self.rows)} rows")
+        return self.rows[row]
 
 
 def capacity_for(schedule: Schedule) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,11 @@ Group = dict[str, Any]
 class _Source:
     """Where one group's learning rate comes from."""
 
+    row: Tensor  # what the kernels read: one float32 a step, of which the last one holds
     schedule: Schedule | None = None
+    value: Callable[[int], float] | None = None  # the schedule, from step to learning rate
     scheduled: float | None = None  # the very float that the schedule last put into group["lr"]
     seen: float | Tensor | None = None  # what group["lr"] held when its row was last written
-    zeroed: bool = False  # that was a zero, as far as the host can tell without a sync
 
 
 class LearningRates:
@@ -32,7 +34,8 @@ class LearningRates:
     A group with a `Schedule` shows on the host, as a float, what the next update will use. Any
     other float put there takes over from the next update. The very float that was found there hands
     control back: saving and restoring ``group["lr"]``, as distributed checkpoints do, changes
-    nothing. A tensor is read by the kernels where it is.
+    nothing. A tensor is read at every update: where it is if it is float32 and on the device,
+    otherwise through a copy.
 
     Args:
         groups: the optimizer's parameter groups; a `Schedule` in ``group["lr"]`` is replaced by its
@@ -43,64 +46,73 @@ class LearningRates:
 
     def __init__(self, groups: list[Group], device: torch.device, step: int = 0) -> None:
         self.step = step
-        self._sources = [_Source() for _ in groups]
-        for index, group in enumerate(groups):
-            if isinstance(group["lr"], Schedule):
-                self._sources[index].schedule = group["lr"]
-            elif isinstance(group["lr"], Tensor):
-                group["lr"] = _own_tensor(group["lr"], groups[:index], device)
-        self.buffer = ScheduleBuffer(len(groups), self._capacity(), device)
+        self.buffer = ScheduleBuffer(len(groups), _capacity(groups), device)
         self.buffer.step.fill_(step)
+        self._sources = [_Source(row) for row in self.buffer.rows]
         for index, group in enumerate(groups):
-            if self._sources[index].schedule is not None:
-                self._resume(index, group)
-            else:
-                self.sync(index, group)
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and any(lr is other["lr"] for other in groups[:index]):
+                group["lr"] = lr.clone()
+            self.sync(index, group)
 
-    def sync(self, index: int, group: Group) -> bool:
+    def sync(self, index: int, group: Group) -> None:
         """Writes what the host put into ``group["lr"]`` to the device, if it is new.
 
-        Returns:
-            True if `row` has changed its address.
-
         Raises:
-            ValueError: it is not a finite number >= 0, or a tensor of more than one element.
+            TypeError: it is no number.
+            ValueError: it is negative or not finite, or a tensor of more than one element.
         """
         source = self._sources[index]
         lr = group["lr"]
-        if lr is source.seen:
-            return False
         if isinstance(lr, Schedule):
-            return self._attach(index, group, lr)
-        if lr is source.scheduled:
-            self._resume(index, group)
-        elif isinstance(lr, Tensor):
-            group["lr"] = _own_tensor(lr, [], self.buffer.values.device)
-            source.zeroed = lr.device.type == "cpu" and float(lr) == 0.0
+            self.buffer.fill_(index, lr)
+        if self.buffer.schedules[index] is not source.schedule:
+            # The line above or the owner of the buffer has filled the row.
+            self._follow_schedule(index, group)
+        elif lr is not source.seen:
+            self._take(source, index, group)
+        if isinstance(source.seen, Tensor) and source.row is self.buffer.rows[index]:
+            source.row.copy_(source.seen.detach().reshape(()), non_blocking=True)
+
+    def _take(self, source: _Source, index: int, group: Group) -> None:
+        lr = group["lr"]
+        row = self.buffer.rows[index]
+        if lr is source.scheduled and source.schedule is not None:
+            self.buffer.fill_(index, source.schedule)
+            self._follow_schedule(index, group)
+            return
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+            is_readable = lr.dtype == torch.float32 and lr.device == row.device
+            source.row = lr.detach().view(1) if is_readable else row
         else:
-            self.buffer.values[index].fill_(checked_learning_rate(lr))
-            source.zeroed = lr == 0.0
-        moved = isinstance(group["lr"], Tensor) or isinstance(source.seen, Tensor)
-        source.seen = group["lr"]
-        return moved
+            row.fill_(checked_learning_rate(lr))
+            source.row = row
+        source.seen = lr
+
+    def _follow_schedule(self, index: int, group: Group) -> None:
+        schedule = self.buffer.schedules[index]
+        source = self._sources[index] = _Source(self.buffer.rows[index], schedule)
+        if schedule is not None:
+            source.value = ops.native_schedule(schedule).value
+            group["lr"] = source.scheduled = source.seen = source.value(self.step)
 
     def row(self, index: int) -> Tensor:
-        """Returns what the kernels read: one value a step, of which the last one holds."""
-        seen = self._sources[index].seen
-        return seen.detach().view(1) if isinstance(seen, Tensor) else self.buffer.values[index]
+        """Returns what the kernels read: one float32 a step, of which the last one holds."""
+        return self._sources[index].row
 
     def current(self, index: int) -> Tensor:
         """Returns the 0-d value that the next update of the group uses, without a sync."""
-        seen = self._sources[index].seen
-        return seen.detach().view(()) if isinstance(seen, Tensor) else self.buffer.current(index)
+        row = self._sources[index].row
+        return self.buffer.current(index) if row is self.buffer.rows[index] else row.view(())
 
     def advance(self, groups: list[Group]) -> None:
         """Follows a committed update on the host."""
         self.step += 1
         for source, group in zip(self._sources, groups, strict=True):
-            if source.schedule is not None and group["lr"] is source.scheduled:
-                lr = ops.native_schedule(source.schedule).value(self.step)
-                group["lr"] = source.scheduled = source.seen = lr
+            if source.value is not None and group["lr"] is source.scheduled:
+                group["lr"] = source.scheduled = source.seen = source.value(self.step)
 
     def schedule(self, index: int) -> Schedule | None:
         """Returns the schedule that is in charge of the group, if any."""
@@ -132,16 +144,13 @@ class LearningRates:
                 group["lr"] = schedule
             elif isinstance(source.seen, Tensor):
                 group["lr"] = source.seen.fill_(checked_learning_rate(group["lr"]))
-        capacity = max(
-            (capacity_for(g["lr"]) for g in saved_groups if isinstance(g["lr"], Schedule)),
-            default=1,
-        )
-        if capacity > self.buffer.capacity:
+        if _capacity(saved_groups) > self.buffer.capacity:
             return LearningRates(saved_groups, self.buffer.values.device, step)
         self.step = step
         self.buffer.step.fill_(step)
         for index, group in enumerate(saved_groups):
-            self._sources[index] = _Source()
+            self.buffer.schedules[index] = None
+            self._sources[index] = _Source(self.buffer.rows[index])
             self.sync(index, group)
         return self
 
@@ -155,37 +164,14 @@ class LearningRates:
 
     @property
     def all_zero(self) -> bool:
-        """Whether the host has set every learning rate to zero."""
-        return all(source.zeroed for source in self._sources)
-
-    def _capacity(self) -> int:
-        schedules = [source.schedule for source in self._sources]
-        return max((capacity_for(s) for s in schedules if s is not None), default=1)
-
-    def _attach(self, index: int, group: Group, schedule: Schedule) -> bool:
-        if capacity_for(schedule) > self.buffer.capacity:
-            raise ValueError(
-                f"a schedule of total_steps={schedule.total_steps} does not fit into the schedule "
-                f"buffer of {self.buffer.capacity} values, whose address is fixed: give it to the "
-                "optimizer's constructor"
-            )
-        moved = isinstance(self._sources[index].seen, Tensor)
-        self._sources[index].schedule = schedule
-        self._resume(index, group)
-        return moved
-
-    def _resume(self, index: int, group: Group) -> None:
-        source = self._sources[index]
-        assert source.schedule is not None
-        self.buffer.fill_(index, source.schedule)
-        source.zeroed = False
-        group["lr"] = source.scheduled = source.seen = source.schedule(self.step)
+        """Whether the host has set every learning rate to zero, as far as it knows."""
+        return all(_is_zero(source.seen) for source in self._sources)
 
 
-def _own_tensor(lr: Tensor, others: list[Group], device: torch.device) -> Tensor:
-    """Returns `lr` as the kernels read it; the same tensor unless its type or another group's hold
-    on it forbids that."""
-    if lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    own = lr.to(device=device, dtype=torch.float32)
-    return own.clone() if any(group["lr"] is own for group in others) else own
+def _capacity(groups: list[Group]) -> int:
+    schedules = [group["lr"] for group in groups if isinstance(group["lr"], Schedule)]
+    return max(map(capacity_for, schedules), default=1)
+
+
+def _is_zero(lr: float | Tensor | None) -> bool:
+    return ops.host_value(lr) == 0.0 if isinstance(lr, Tensor) else lr == 0.0

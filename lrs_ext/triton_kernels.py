@@ -262,7 +262,7 @@ def commit(
     """Advances the counters once every program has read them: the last to draw a ticket does it."""
     tl.debug_barrier()  # no thread may still have to read a counter when its program draws
     if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
-        first = num_tensors * 0
+        first = 0
         while first < num_tensors:
             rows = first + tl.arange(0, THREADS)
             updated = tl.load(gradients + rows, rows < num_tensors, other=0) != 0
