@@ -49,6 +49,8 @@ jit_kernel: Callable[[Callable[..., Any]], Any] = triton.jit(
 
 
 class SGD(NamedTuple):
+    """Coefficients of an update, folded once for each chunk."""
+
     grad_sign: tl.tensor
     weight_decay: tl.tensor
     lr: tl.tensor
@@ -58,6 +60,8 @@ class SGD(NamedTuple):
 
 
 class Adam(NamedTuple):
+    """Coefficients of an update, folded once for each chunk."""
+
     grad_sign: tl.tensor
     coupled_decay: tl.tensor
     param_share: tl.tensor
@@ -98,7 +102,8 @@ def sgd_apply(
 
 @jit
 def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    # To 2e-16 of 1. The bound spares the interpreter a warning about log(0); 1 - power is the same.
+    # For 0 <= base < 1 and exponent >= 1, the error is some 1e-16 absolute, which is what counts in
+    # 1 - power. The bound spares the interpreter a warning about log(0).
     return tl.exp(exponent * tl.log(tl.maximum(base, 1e-300)))
 
 
@@ -206,6 +211,7 @@ def update_chunk(
         arrays += (addresses[i].to(tl.pointer_type(tl.float32)),)
         bits |= addresses[i]
     aligned_end = tl.where(bits % 16 == 0, begin + (end - begin) // PIECE * PIECE, begin)
+    # The interpreter cannot count a range to a loaded value under numpy 2.4.
     start = begin
     while start < aligned_end:
         update_piece(update, arrays, start, end, APPLY, LANE, PIECE)

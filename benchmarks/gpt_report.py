@@ -1,0 +1,82 @@
+"""What the main job leaves behind: a CSV for each schedule, one picture, a table."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from gpt_training import History
+from matplotlib.figure import Figure  # without pyplot: needs no display
+
+COLORS = ("#0b6bcb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#846358", "#0c8599", "#5c5f66")
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def write_csv(path: Path, history: History) -> None:
+    """One row an update: the rate it used, its training loss, the validation loss after it."""
+    validation = dict(history.validation)
+    rows = zip(history.learning_rates.tolist(), history.losses.tolist(), strict=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "lr", "train_loss", "val_loss"))
+        for step, (lr, loss) in enumerate(rows):
+            writer.writerow((step, lr, loss, validation.get(step + 1, "")))
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last ``window`` values, fewer at the start."""
+    total = np.cumsum(np.concatenate(([0.0], values)))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    return (total[end] - total[start]) / (end - start)
+
+
+def draw(path: Path, histories: dict[str, History], title: str) -> None:
+    """Losses above, learning rates below; one colour a schedule."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 6.5), layout="constrained")
+        top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+        highest, lowest = 0.0, math.inf
+        for index, (schedule, history) in enumerate(histories.items()):
+            color = COLORS[index % len(COLORS)]
+            losses = np.asarray(history.losses.tolist())
+            steps = np.arange(len(losses))
+            smoothed = smooth(losses, max(1, len(losses) // 50))
+            if len(histories) == 1:
+                top.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
+            top.plot(steps, smoothed, color=color, label=f"{schedule}: training")
+            done, validation = zip(*history.validation, strict=True)
+            label = f"{schedule}: validation, {validation[-1]:.4f} at the end"
+            style = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
+            top.plot(np.asarray(done) - 1, validation, color=color, label=label, **style)
+            bottom.plot(steps, history.learning_rates.tolist(), color=color)
+            highest = max(highest, smoothed[len(losses) // 30], *validation)
+            lowest = min(lowest, np.quantile(losses, 0.02), *validation)
+        margin = 0.05 * (highest - lowest)
+        top.set_ylim(lowest - margin, highest + margin)  # leaves the first steep steps out
+        top.set_ylabel("loss (nats per byte)")
+        top.set_title(title)
+        top.legend(frameon=False)
+        bottom.set_ylabel("learning rate")
+        bottom.set_xlabel("step")
+        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        for axes in (top, bottom):
+            axes.grid(alpha=0.25)
+            axes.margins(x=0.01)
+        figure.savefig(path, dpi=150)
+
+
+def table(histories: dict[str, History]) -> str:
+    """One line a schedule, the lowest validation loss first."""
+    lines = [f"{'schedule':<16}{'val_loss':>10}{'bits/byte':>11}{'train_loss':>12}{'minutes':>9}"]
+    for schedule, history in sorted(histories.items(), key=lambda item: item[1].validation[-1][1]):
+        loss = history.validation[-1][1]
+        tail = history.losses[-max(1, len(history.losses) // 20) :].mean().item()
+        lines.append(
+            f"{schedule:<16}{loss:>10.4f}{loss / math.log(2):>11.4f}{tail:>12.4f}"
+            f"{history.seconds / 60:>9.1f}"
+        )
+    return "\n".join(lines)

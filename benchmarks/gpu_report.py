@@ -1,0 +1,285 @@
+"""Everything that needs a GPU, in one command: tests, sanitizers, benchmarks and the main job.
+
+    python benchmarks/gpu_report.py               # writes benchmarks/results/<device>.json and .md
+    python benchmarks/gpu_report.py --minutes 20  # on a slower machine
+
+Needs no network, but lrs_ext and pytest installed. A stage that fails or runs out of time is
+recorded and the others go on; the exit code is 0 only if every stage passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import results_page
+import timing
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+INSTALL = "pip install --no-build-isolation -e ."
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+JOB_STEPS = 200
+SHORTEST_STAGE = 5.0  # seconds; with less than that nothing is started
+GRACE = 10.0  # seconds from an interrupt to the end of a stage that ran out of time
+OUTPUT_LINES = 25
+LISTED_FAILURES = 50
+
+Outcome = dict[str, Any]
+Stage = Callable[[float], Outcome]  # gets its time limit in seconds
+
+
+def unusable_reason() -> str | None:
+    """Returns why this machine cannot make a report, with the way out, or None if it can."""
+    if not torch.cuda.is_available():
+        return (
+            f"torch {torch.__version__} sees no CUDA device: run this on a machine with an NVIDIA "
+            "GPU and its driver, with a CUDA build of torch; the tests and bench_step.py also run "
+            "without one"
+        )
+    try:
+        from lrs_ext import ops
+    except ImportError as error:
+        return f"lrs_ext cannot be imported ({error}): {INSTALL}"
+    reason = ops.unavailable_reason("cuda", "cuda")
+    return None if reason is None else f"the cuda backend of lrs_ext cannot be used: {reason}"
+
+
+def run_command(
+    command: Sequence[str | Path], limit: float, environment: Mapping[str, str] | None = None
+) -> tuple[int | None, str]:
+    """Runs a command in the repository's root; returns its exit code, None after `limit` seconds,
+    and all that it printed."""
+    # A file, not a pipe: nobody waits for grandchildren that keep it open.
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # to end it with all its children
+        )
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGINT)  # pytest then still writes what it has found
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log.seek(0)
+        return code, log.read().decode(errors="replace")
+
+
+def ending(code: int | None, output: str, limit: float) -> str:
+    """Says in one line how a command ended."""
+    if code is None:
+        return f"did not finish within {limit:.0f} s"
+    lines = [line for line in output.splitlines() if line.strip()]
+    return f"exit code {code}" + (f": {without_paths(lines[-1])}" if code and lines else "")
+
+
+def tail(output: str) -> str:
+    """Returns the end of an output, to be kept with a failure."""
+    return without_paths("\n".join(output.splitlines()[-OUTPUT_LINES:]))
+
+
+def without_paths(text: str) -> str:
+    """Leaves out where this machine keeps things."""
+    for path, name in ((str(ROOT), "."), (sys.prefix, "PYTHON"), (str(Path.home()), "~")):
+        if len(path) > 1:
+            text = text.replace(path, name)
+    return text
+
+
+def run_tests(limit: float, *, gpu: bool, folder: Path) -> Outcome:
+    """Runs the tests that are marked `gpu`, of which none may be skipped, or all others."""
+    xml = folder / f"tests-{'gpu' if gpu else 'other'}.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "gpu" if gpu else "not gpu", f"--junitxml={xml}"]
+    if not gpu and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    code, output = run_command(command, limit)
+    outcome: Outcome = {"passed": code == 0, "detail": ending(code, output, limit)}
+    if xml.exists():
+        counts, failures = read_junit(xml.read_text(encoding="utf-8"), skips_fail=gpu)
+        more = len(failures) - LISTED_FAILURES
+        listed = failures[:LISTED_FAILURES] + ([f"and {more} more"] if more > 0 else [])
+        outcome.update(counts=counts, failures=listed)
+        found = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        outcome["detail"] = found or "no test was found"
+        if code is None:
+            outcome["detail"] += f"; {ending(code, output, limit)}"
+        outcome["passed"] = code == 0 and not failures and counts["passed"] > 0
+    if not outcome["passed"]:
+        outcome["output"] = tail(output)
+    return outcome
+
+
+def read_junit(xml: str, skips_fail: bool) -> tuple[dict[str, int], list[str]]:
+    """Returns how many tests had which outcome, and those that did not pass, with the reason."""
+    counts = {"passed": 0, "failed": 0, "error": 0, "skipped": 0, "xfailed": 0}
+    kinds = {"failure": "failed", "error": "error", "skipped": "skipped"}
+    failures = []
+    for case in ElementTree.fromstring(xml).iter("testcase"):
+        found = [element for element in case if element.tag in kinds]
+        if not found:
+            counts["passed"] += 1
+            continue
+        kind = kinds[found[0].tag]
+        if found[0].get("type") == "pytest.xfail":
+            kind = "xfailed"
+        counts[kind] += 1
+        if kind in ("failed", "error") or (kind == "skipped" and skips_fail):
+            message = (found[0].get("message") or "").strip().splitlines() or ["no message"]
+            name = f"{case.get('classname')}::{case.get('name')}"
+            failures.append(without_paths(f"`{name}` {kind}: {message[0]}"))
+    return counts, failures
+
+
+def run_sanitizer(limit: float, *, tool: str) -> Outcome:
+    """Runs steps of every optimizer under one tool of compute-sanitizer."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if sanitizer is None:
+        return {
+            "passed": False,
+            "detail": "compute-sanitizer was not found: it comes with the CUDA toolkit; "
+            "put its folder on the PATH",
+        }
+    # torch's allocator hands out parts of large blocks: an access beyond a tensor would stay
+    # within its block, and memory used before would pass for initialised.
+    environment = {} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    # The CUDA runtime probes the driver for functions that may not exist; those are no errors.
+    command += ["--report-api-errors", "no"]
+    command += [sys.executable, str(BENCHMARKS / "sanitizer_steps.py")]
+    code, output = run_command(command, limit, environment)
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+    clean = bool(summaries) and re.search(r"SUMMARY: 0 (errors|hazards)\b", summaries[-1])
+    outcome: Outcome = {"passed": code == 0 and bool(clean)}
+    outcome["detail"] = summaries[-1] if summaries else ending(code, output, limit)
+    if not outcome["passed"]:
+        outcome["output"] = tail(output)
+    return outcome
+
+
+def run_benchmark(limit: float, *, folder: Path) -> Outcome:
+    """Runs bench_step.py; what it had measured when it failed is kept."""
+    numbers = folder / "bench_step.json"
+    script = BENCHMARKS / "bench_step.py"
+    command = [sys.executable, script, "--device", "cuda", "--check", "--json", numbers]
+    code, output = run_command(command, limit)
+    outcome: Outcome = {"passed": code == 0, "detail": ending(code, output, limit)}
+    if numbers.exists():
+        bench = outcome["bench"] = json.loads(numbers.read_text(encoding="utf-8"))
+        passed = sum(check["passed"] for check in bench["checks"])
+        checked = f"{passed} of {len(bench['checks'])} checks passed"
+        outcome["detail"] = checked if code == 0 else f"{checked}; {outcome['detail']}"
+    if code != 0:
+        outcome["output"] = tail(output)
+    return outcome
+
+
+def run_job(limit: float, *, folder: Path) -> Outcome:
+    """Runs the main job briefly."""
+    command = [sys.executable, BENCHMARKS / "train_gpt.py", "--device", "cuda"]
+    command += ["--steps", str(JOB_STEPS), "--out", folder]
+    code, output = run_command(command, limit)
+    loss = re.search(r"validation loss: .*", output)
+    outcome: Outcome = {"passed": code == 0 and loss is not None}
+    outcome["detail"] = ending(code, output, limit)
+    if outcome["passed"]:
+        outcome["detail"] = f"{JOB_STEPS} steps, {loss.group()}"
+    else:
+        outcome["output"] = tail(output)
+    return outcome
+
+
+def stages(folder: Path) -> dict[str, tuple[Stage, float]]:
+    """The stages with their longest time in seconds; what only a GPU can tell comes first."""
+    found: dict[str, tuple[Stage, float]] = {
+        "GPU tests": (functools.partial(run_tests, gpu=True, folder=folder), 240),
+        "step benchmark": (functools.partial(run_benchmark, folder=folder), 180),
+    }
+    for tool in SANITIZERS:
+        found[tool] = (functools.partial(run_sanitizer, tool=tool), 90)
+    found["main job"] = (functools.partial(run_job, folder=folder), 90)
+    found["other tests"] = (functools.partial(run_tests, gpu=False, folder=folder), 300)
+    return found
+
+
+def run_stages(
+    planned: Mapping[str, tuple[Stage, float]],
+    document: dict[str, Any],
+    save: Callable[[], object],
+    deadline: float,
+) -> None:
+    """Runs one stage after another into `document`; a failure stops none of the others.
+
+    Args:
+        save: is called after each stage.
+        deadline: by `time.monotonic`, in seconds.
+    """
+    for name, (stage, longest) in planned.items():
+        print(f"{name} ...", flush=True)
+        started = time.monotonic()
+        limit = min(longest, deadline - started)
+        if limit < SHORTEST_STAGE:
+            outcome: Outcome = {"passed": False, "detail": "no time was left: give more --minutes"}
+        else:
+            try:
+                outcome = stage(limit)
+            except Exception as error:
+                text = without_paths(f"{type(error).__name__}: {error}")
+                outcome = {"passed": False, "detail": text.splitlines()[0]}
+        outcome["seconds"] = round(time.monotonic() - started, 1)
+        document["stages"][name] = outcome
+        save()
+        print(f"  {results_page.verdict(outcome['passed'])}: {outcome['detail']}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (9)")
+    parser.add_argument("--out", type=Path, default=results_page.FOLDER, help="results folder")
+    args = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * args.minutes
+    reason = unusable_reason()
+    if reason is not None:
+        print(f"gpu_report.py: error: {reason}", file=sys.stderr)
+        return 2
+    machine = timing.machine(torch.device("cuda", 0))
+    document: dict[str, Any] = {"machine": machine, "stages": {}}
+    name = results_page.slug(machine["device"])
+    save = functools.partial(results_page.write_json, document, args.out, name)
+    with tempfile.TemporaryDirectory() as folder:
+        run_stages(stages(Path(folder)), document, save, deadline)
+    print("written: " + ", ".join(map(str, results_page.write(document, args.out, name))))
+    return 0 if all(stage["passed"] for stage in document["stages"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""A few steps of every optimizer and storage type on small odd shapes, to run under a sanitizer.
+
+compute-sanitizer --tool memcheck python benchmarks/sanitizer_steps.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lrs_ext
+from lrs_ext import ops
+
+STEPS = 3
+# No element, one, less than 16 bytes, odd, one more than a block's share, several chunks.
+SHAPES = ((0,), (), (1,), (3,), (7, 11), (257,), (33, 65), (2049,), (16_411,))
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "SGD": ({}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "Adam": ({}, {"amsgrad": True, "weight_decay": 0.1}),
+    "AdamW": ({}, {"amsgrad": True, "maximize": True}),
+}
+
+
+def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    """Every public optimizer by name."""
+    public = {name: getattr(lrs_ext, name) for name in lrs_ext.__all__}
+    return {
+        name: value
+        for name, value in public.items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }
+
+
+def parameters(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Tensors at aligned addresses and the same shapes one element further, so unaligned."""
+    aligned = [torch.randn(shape, device=device).to(dtype) for shape in SHAPES]
+    shifted = [
+        torch.randn(tensor.numel() + 1, device=device).to(dtype)[1:].view(tensor.shape)
+        for tensor in aligned
+    ]
+    return [tensor.requires_grad_() for tensor in aligned + shifted]
+
+
+def run(
+    optimizer: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    backend: str,
+) -> None:
+    params = parameters(dtype, "cpu" if backend == "cpu" else "cuda")
+    half = len(params) // 2
+    groups = [
+        {"params": params[:half], "lr": lrs_ext.rex(0.01, total_steps=STEPS, warmup_steps=1)},
+        {"params": params[half:], "lr": lrs_ext.cosine(0.01, total_steps=STEPS + 2)},
+    ]
+    opt = optimizer(groups, backend=backend, **options)
+    for step in range(STEPS):
+        for index, param in enumerate(params):
+            # Now and then a parameter has no gradient: its row of the table is passed over.
+            missing = step == 1 and index % 3 == 0
+            param.grad = None if missing else torch.randn_like(param)
+        opt.step()
+    if not all(bool(param.isfinite().all()) for param in params):
+        raise RuntimeError(f"{optimizer.__name__} {options} {dtype}: a parameter is not finite")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=("cuda", "triton", "cpu"), default="cuda")
+    backend = parser.parse_args(argv).backend
+    torch.manual_seed(0)
+    for name, optimizer in optimizers().items():
+        for options in VARIANTS.get(name, ({},)):
+            for dtype in ops.DTYPES:
+                run(optimizer, options, dtype, backend)
+        print(f"{name}: done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

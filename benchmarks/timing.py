@@ -1,0 +1,178 @@
+"""Measuring: callables in turn within one process, the device's copy bandwidth, the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+
+Call = Callable[[], object]
+
+SPIN_CYCLES_PER_SECOND = 2e9  # at least the clock of any present GPU
+COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}  # beyond any cache
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Quartiles of what the rounds measured, in seconds."""
+
+    lower: float
+    median: float
+    upper: float
+
+    @staticmethod
+    def of(samples: list[float]) -> Spread:
+        return Spread(*(float(value) for value in np.percentile(samples, (25, 50, 75))))
+
+
+def host_seconds(
+    calls: Mapping[str, Call],
+    rounds: int,
+    device: torch.device,
+    prepare: Callable[[str], object] | None = None,
+) -> dict[str, Spread]:
+    """Measures what each call costs the host: on a GPU, the time to enqueue its work.
+
+    The calls take turns, so that whatever disturbs the machine disturbs all of them. The device is
+    idle when a call starts, and nobody waits for it within the measured time.
+
+    Args:
+        prepare: gets the name of the call that is next, outside the measured time.
+    """
+
+    def measure(call: Call) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return _in_turn(calls, rounds, measure, prepare)
+
+
+def device_seconds(
+    calls: Mapping[str, Call], rounds: int, device: torch.device, host: Mapping[str, Spread]
+) -> dict[str, Spread]:
+    """Measures how long the GPU is busy with each call, without waits for the host in between.
+
+    Args:
+        host: what `host_seconds` returned for the same calls.
+    """
+    longest = max(spread.upper for spread in host.values())
+    spin = int(SPIN_CYCLES_PER_SECOND * min(2 * longest + 5e-5, 0.1))
+
+    def measure(call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronize(device)
+        torch.cuda._sleep(spin)  # the host enqueues the whole call in the meantime
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return _in_turn(calls, rounds, measure, None)
+
+
+def _in_turn(
+    calls: Mapping[str, Call],
+    rounds: int,
+    measure: Callable[[Call], float],
+    prepare: Callable[[str], object] | None,
+) -> dict[str, Spread]:
+    if rounds < 1:
+        raise ValueError(f"rounds must be positive, got {rounds}")
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if prepare is not None:
+                prepare(name)
+            samples[name].append(measure(call))
+    return {name: Spread.of(values) for name, values in samples.items()}
+
+
+def launches(call: Call) -> int | None:
+    """Counts the kernels and copies that one call puts on the GPU; None if they cannot be seen."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    try:
+        for _ in range(2):  # the first one also sets the profiler up
+            with torch.profiler.profile(activities=activities) as profiler:
+                call()
+                torch.cuda.synchronize()
+    except RuntimeError:
+        return None
+    # torch also shows the span of an annotated range, such as Optimizer.step, on the device.
+    count = sum(
+        event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        for event in profiler.events()
+    )
+    return count or None
+
+
+def copy_bandwidth(device: torch.device, size: int | None = None, rounds: int = 10) -> float:
+    """Measures a copy within the memory of `device`: bytes read and written per second.
+
+    Args:
+        size: bytes of the source.
+    """
+    size = COPY_BYTES[device.type] if size is None else size
+    # Written, not only allocated: pages that nobody wrote to share one page of zeros.
+    source = torch.empty(size // 4, device=device).uniform_()
+    target = torch.empty_like(source).copy_(source)
+    calls = {"copy": lambda: target.copy_(source)}
+    seconds = host_seconds(calls, rounds, device)
+    if device.type == "cuda":
+        seconds = device_seconds(calls, rounds, device, seconds)
+    return 2 * source.nbytes / seconds["copy"].median
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Describes where the numbers come from; the first entry names the device."""
+    cpu = _cpu_model()
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "measured on": time.strftime("%Y-%m-%d"),
+        "CPU": f"{cpu}, {os.cpu_count()} cores",
+        "CPU instruction set": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "load average before": f"{os.getloadavg()[0]:.1f}",
+        "Python": platform.python_version(),
+        "lrs_ext": _version("lrs_ext"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        facts["compute capability"] = f"{major}.{minor}"
+        facts["GPU memory"] = f"{memory / 2**30:.0f} GiB"
+        facts["CUDA of torch"] = str(torch.version.cuda)
+    return facts
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

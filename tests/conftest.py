@@ -1,0 +1,70 @@
+"""Marks, the backend fixture and the switches that every test shares."""
+
+import functools
+import os
+
+import hypothesis
+import pytest
+import torch
+from cases import BACKENDS, HAS_GPU
+
+if not HAS_GPU:
+    # Read when triton is imported: its kernels then run on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("LRS_EXT_BACKEND", None)
+
+import lrs_ext
+
+hypothesis.settings.register_profile("lrs_ext", deadline=None, derandomize=True, max_examples=200)
+hypothesis.settings.load_profile("lrs_ext")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def backend_param(backend):
+    marks = [pytest.mark.gpu] if backend.device == "cuda" else []
+    return pytest.param(backend, id=str(backend), marks=marks)
+
+
+@pytest.fixture(params=[backend_param(backend) for backend in BACKENDS])
+def backend(request):
+    """Each backend on each device that it serves."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Probe:
+    """SGD on one 0-d parameter a group: from 0 and with gradient -1, an update leaves lr there."""
+
+    def __init__(self, backend, *lrs):
+        self.params = [torch.zeros((), device=backend.device, requires_grad=True) for _ in lrs]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(self.params, lrs, strict=True)]
+        self.opt = lrs_ext.SGD(groups, backend=backend.name)
+        self.groups, self.buffer = self.opt.param_groups, self.opt.schedule_buffer
+
+    def used(self):
+        """Steps once and returns the learning rate that each group's update used."""
+        for param in self.params:
+            param.data.zero_()
+            param.grad = torch.full_like(param, -1.0)
+        self.opt.step()
+        return [param.item() for param in self.params]
+
+
+@pytest.fixture
+def probe(backend):
+    return functools.partial(Probe, backend)

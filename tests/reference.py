@@ -1,0 +1,130 @@
+"""Slow, readable oracles in exact or float64 arithmetic. Nothing here imports the package.
+
+Schedules are functions of exact rationals; updates are functions of float64 tensors that return new
+tensors. Both are written from the papers' formulas, not from the implementation.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+
+# Profiles: f(p) for an exact progress p in [0, 1].
+
+
+def rex(progress, d=0.5):
+    """Chen, Wolfe and Kyrillidis, arXiv 2107.04197, section 4.1, with d for its 1/2."""
+    return float((1 - progress) / (1 - Fraction(d) * progress))
+
+
+def linear(progress):
+    return float(1 - progress)
+
+
+def cosine(progress):
+    """(1 + cos(pi p)) / 2 as a square, which does not cancel near p = 1."""
+    return math.sin(math.pi / 2 * float(1 - progress)) ** 2
+
+
+def constant(progress):
+    return 1.0
+
+
+PROFILES = {"rex": rex, "linear": linear, "cosine": cosine, "constant": constant}
+
+
+def sample_point(fraction, budget):
+    """The update at which a share of the budget is reached: the decimal that was meant counts."""
+    return math.ceil(Fraction(fraction).limit_denominator(10**6) * budget)
+
+
+def sampled_update(update, budget, sampling):
+    """The last sample point at or before an update; update 0 is always one."""
+    if isinstance(sampling, int):
+        return update // sampling * sampling
+    points = [0, *(sample_point(fraction, budget) for fraction in sampling)]
+    return max(point for point in points if point <= update)
+
+
+def schedule(name, step, *, lr, total_steps, warmup_steps=0, min_lr=0.0, sampling=1, **own):
+    """The learning rate of update `step`, a float64."""
+    if step < warmup_steps:
+        return float(Fraction(lr) * (step + 1) / warmup_steps)
+    if total_steps is None:
+        return float(lr)
+    update, budget = step - warmup_steps, total_steps - warmup_steps
+    if update >= budget:
+        progress = Fraction(1)
+    else:
+        progress = Fraction(sampled_update(update, budget, sampling), budget)
+    return min_lr + (lr - min_lr) * PROFILES[name](progress, **own)
+
+
+# Updates: (param, grad, state, options) -> (param, state), all float64. A new state is empty.
+
+
+def sgd(
+    param,
+    grad,
+    state,
+    *,
+    lr,
+    momentum=0.0,
+    dampening=0.0,
+    weight_decay=0.0,
+    nesterov=False,
+    maximize=False,
+):
+    """Stochastic gradient descent; momentum as in Sutskever et al., ICML 2013, in torch's form."""
+    grad = (-grad if maximize else grad) + weight_decay * param
+    if momentum == 0:
+        return param - lr * grad, state
+    if "momentum_buffer" in state:
+        buffer = momentum * state["momentum_buffer"] + (1 - dampening) * grad
+    else:
+        buffer = grad
+    direction = grad + momentum * buffer if nesterov else buffer
+    return param - lr * direction, {"momentum_buffer": buffer}
+
+
+def adam(
+    param,
+    grad,
+    state,
+    *,
+    lr,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+    amsgrad=False,
+    maximize=False,
+    decoupled_weight_decay=False,
+):
+    """Kingma and Ba, arXiv 1412.6980, algorithm 1; amsgrad: Reddi, Kale and Kumar, ICLR 2018."""
+    beta1, beta2 = betas
+    zeros = torch.zeros_like(param)
+    step = float(state.get("step", 0.0)) + 1
+    grad = -grad if maximize else grad
+    if decoupled_weight_decay:
+        param = param - lr * weight_decay * param
+    else:
+        grad = grad + weight_decay * param
+    exp_avg = beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad
+    exp_avg_sq = beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2
+    new_state = {"step": torch.tensor(step), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    second_moment = exp_avg_sq
+    if amsgrad:
+        second_moment = torch.maximum(state.get("max_exp_avg_sq", zeros), exp_avg_sq)
+        new_state["max_exp_avg_sq"] = second_moment
+    corrected1 = exp_avg / (1 - beta1**step)
+    corrected2 = second_moment / (1 - beta2**step)
+    return param - lr * corrected1 / (corrected2.sqrt() + eps), new_state
+
+
+def adamw(param, grad, state, *, weight_decay=0.01, **options):
+    """Loshchilov and Hutter, arXiv 1711.05101: the decay goes to the parameter directly."""
+    options |= {"weight_decay": weight_decay, "decoupled_weight_decay": True}
+    return adam(param, grad, state, **options)
+
+
+UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw}

@@ -1,0 +1,356 @@
+"""Checkpoints: resuming to the bit, exchange with torch.optim, copies, distributed checkpoints."""
+
+import copy
+import io
+import pickle
+
+import cases
+import pytest
+import torch
+from torch.distributed.checkpoint import state_dict as dcp
+
+import lrs_ext
+
+OPTIONS = {
+    "SGD": {},
+    "SGD momentum": {"momentum": 0.9, "dampening": 0.5},
+    "Adam": {"amsgrad": True, "betas": (0.8, 0.9)},
+    "AdamW": {"weight_decay": 0.1},
+}
+rows = pytest.mark.parametrize("row", OPTIONS)
+dtypes = pytest.mark.parametrize("dtype", cases.DTYPES[:2], ids=str)
+REX = lrs_ext.rex(0.1, 8, warmup_steps=2, min_lr=0.001)
+SHAPES = [(5,), (2, 3, 4, 5), (7,)]
+
+
+def make(row, params, backend=None, **options):
+    options = OPTIONS[row] | options
+    if backend is None:
+        return getattr(torch.optim, row.split()[0])(params, foreach=False, **options)
+    return getattr(lrs_ext, row.split()[0])(params, backend=backend.name, **options)
+
+
+def make_params(backend, dtype=torch.float32):
+    torch.manual_seed(0)
+    params = [torch.randn(s).to(backend.device, dtype).requires_grad_() for s in SHAPES]
+    params[1].data = params[1].data.contiguous(memory_format=torch.channels_last)
+    return params
+
+
+def copies(params):
+    return [param.detach().clone().requires_grad_() for param in params]
+
+
+def update(params, opt, k):
+    """Update k, with its own random gradients; the third parameter gets none at first."""
+    generator = torch.Generator().manual_seed(k)
+    for i, param in enumerate(params):
+        grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
+        param.grad = None if i == 2 and k < 2 else grad
+    opt.step()
+
+
+def params_of(opt):
+    return [param for group in opt.param_groups for param in group["params"]]
+
+
+def through_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_equal_runs(opts, start, stop):
+    """The optimizers go on from update `start`, equal to the bit in all that they hold."""
+    for k in range(start, stop):
+        for opt in opts:
+            update(params_of(opt), opt, k)
+        expected = opts[0]
+        for opt in opts[1:]:
+            assert [g["lr"] for g in opt.param_groups] == [g["lr"] for g in expected.param_groups]
+            assert opt.current_lr() == expected.current_lr()
+            assert torch.equal(opt.schedule_buffer.step, expected.schedule_buffer.step)
+            for param, other in zip(params_of(opt), params_of(expected), strict=True):
+                assert torch.equal(param, other)
+                state, others = opt.state.get(param, {}), expected.state.get(other, {})
+                assert set(state) == set(others)
+                assert all(torch.equal(state[name], others[name]) for name in state)
+
+
+# Our own checkpoints.
+
+
+@rows
+@dtypes
+@pytest.mark.parametrize("saved_at", [0, 1, 2, 5, 8, 11])
+def test_resuming_is_exact_at_any_step(backend, row, dtype, saved_at):
+    opt = make(row, make_params(backend, dtype), backend, lr=REX)
+    for k in range(saved_at):
+        update(params_of(opt), opt, k)
+    checkpoint = through_file(opt.state_dict())
+    resumed = [
+        make(row, copies(params_of(opt)), backend, lr=lr)
+        for lr in (REX, 0.5, lrs_ext.linear(0.7, 3), lrs_ext.cosine(0.7, 500))
+    ][: 1 if backend.interpreted else None]
+    for other in resumed:
+        other.load_state_dict(checkpoint)
+        assert other.param_groups[0]["lr"] == opt.param_groups[0]["lr"] == REX(saved_at)
+    assert_equal_runs([opt, *resumed], saved_at, saved_at + 4)
+
+
+@rows
+def test_a_float_that_took_over_is_resumed_too(backend, row):
+    opt = make(row, make_params(backend), backend, lr=REX)
+    update(params_of(opt), opt, 0)
+    opt.param_groups[0]["lr"] = 0.03
+    checkpoints = [through_file(opt.state_dict())]
+    update(params_of(opt), opt, 1)
+    checkpoints.append(through_file(opt.state_dict()))
+    resumed = make(row, copies(params_of(opt)), backend, lr=REX)
+    resumed.load_state_dict(checkpoints[1])
+    assert_equal_runs([opt, resumed], 2, 12)
+    assert opt.param_groups[0]["lr"] == 0.03
+    resumed.load_state_dict(checkpoints[0])
+    update(params_of(resumed), resumed, 1)
+    assert resumed.current_lr() == [float(torch.tensor(0.03))]
+
+
+@rows
+def test_groups_of_every_kind_of_learning_rate_are_resumed(backend, row):
+    params = make_params(backend)
+    lrs = [REX, 0.05, torch.tensor(0.02)]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(params, lrs, strict=True)]
+    opt = make(row, groups, backend)
+    for k in range(3):
+        update(params, opt, k)
+    checkpoint = through_file(opt.state_dict())
+    opt.param_groups[2]["lr"].fill_(0.9)
+    assert float(checkpoint["param_groups"][2]["lr"]) == pytest.approx(0.02)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(copies(params), lrs, strict=True)]
+    resumed = make(row, groups, backend)
+    resumed.load_state_dict(checkpoint)
+    opt.param_groups[2]["lr"].fill_(0.02)
+    assert_equal_runs([opt, resumed], 3, 6)
+
+
+@rows
+def test_a_kept_state_dict_does_not_follow_the_learning_rate(backend, row):
+    lr = torch.tensor(0.02, device=backend.device)
+    opt = make(row, make_params(backend), backend, lr=lr)
+    kept = opt.state_dict()
+    lr.fill_(0.9)
+    assert float(kept["param_groups"][0]["lr"]) == pytest.approx(0.02)
+
+
+@rows
+def test_loading_keeps_every_address_and_the_tensor_lr(backend, row):
+    lr = torch.tensor(0.02, device=backend.device)
+    opt = make(row, make_params(backend), backend, lr=lr)
+    for k in range(3):
+        update(params_of(opt), opt, k)
+    checkpoint = through_file(opt.state_dict())
+    tensors = [t for p in params_of(opt) for t in opt.state[p].values()]
+    tensors += [opt.schedule_buffer.values, opt.schedule_buffer.step, opt.param_groups[0]["lr"]]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    before = [tensor.clone() for tensor in tensors]
+    update(params_of(opt), opt, 3)
+    lr.fill_(0.9)
+    opt.load_state_dict(checkpoint)
+    assert opt.param_groups[0]["lr"] is lr
+    assert [tensor.data_ptr() for tensor in tensors] == addresses
+    assert all(torch.equal(tensor, b) for tensor, b in zip(tensors, before, strict=True))
+
+
+@rows
+def test_a_checkpoint_of_a_new_optimizer_resets_a_used_one(backend, row):
+    opt = make(row, make_params(backend), backend, lr=REX)
+    checkpoint = through_file(opt.state_dict())
+    for k in range(3):
+        update(params_of(opt), opt, k)
+    opt.load_state_dict(checkpoint)
+    fresh = make(row, copies(params_of(opt)), backend, lr=REX)
+    assert_equal_runs([fresh, opt], 0, 3)
+
+
+@rows
+def test_states_of_16_bit_parameters_are_loaded_in_float32(backend, row):
+    opt = make(row, make_params(backend, torch.bfloat16), backend, lr=REX)
+    for k in range(3):
+        update(params_of(opt), opt, k)
+    resumed = make(row, copies(params_of(opt)), backend, lr=REX)
+    resumed.load_state_dict(opt.state_dict())
+    for param, other in zip(params_of(resumed), params_of(opt), strict=True):
+        for name, tensor in resumed.state.get(param, {}).items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, opt.state[other][name])
+            assert tensor.data_ptr() != opt.state[other][name].data_ptr()
+
+
+@pytest.mark.gpu
+@rows
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")], ids=str)
+def test_checkpoints_move_between_devices(row, devices):
+    backends = [cases.Backend(device, device) for device in devices]
+    opts = [make(row, make_params(backend), backend, lr=REX) for backend in backends]
+    for opt in opts:
+        for k in range(3):
+            update(params_of(opt), opt, k)
+    opts[1].load_state_dict(through_file(opts[0].state_dict()))
+    for param, other in zip(params_of(opts[0]), params_of(opts[1]), strict=True):
+        for name, tensor in opts[0].state.get(param, {}).items():
+            assert opts[1].state[other][name].device == other.device
+            assert torch.equal(opts[1].state[other][name].cpu(), tensor.cpu())
+
+
+# Exchange with torch.optim.
+
+
+def assert_close_runs(opt, torch_opt, start, stop):
+    for k in range(start, stop):
+        update(params_of(opt), opt, k)
+        update(params_of(torch_opt), torch_opt, k)
+        for param, other in zip(params_of(opt), params_of(torch_opt), strict=True):
+            close = {"rtol": cases.TORCH.rtol, "atol": cases.TORCH.atol}
+            torch.testing.assert_close(param, other, **close)
+
+
+@rows
+def test_our_checkpoint_goes_on_in_torch(backend, row):
+    opt = make(row, make_params(backend), backend, lr=0.05)
+    for k in range(4):
+        update(params_of(opt), opt, k)
+    torch_opt = make(row, copies(params_of(opt)))
+    torch_opt.load_state_dict(through_file(opt.state_dict()))
+    assert torch_opt.param_groups[0]["lr"] == 0.05
+    assert_close_runs(opt, torch_opt, 4, 8)
+
+
+@rows
+@pytest.mark.parametrize("loaded_after", [0, 2])
+def test_a_checkpoint_of_torch_goes_on_here(backend, row, loaded_after):
+    torch_opt = make(row, make_params(backend), lr=0.05)
+    for k in range(4):
+        update(params_of(torch_opt), torch_opt, k)
+    opt = make(row, copies(params_of(torch_opt)), backend, lr=0.7, weight_decay=0.9)
+    for k in range(loaded_after):
+        update(params_of(opt), opt, k)
+    for param, other in zip(params_of(opt), params_of(torch_opt), strict=True):
+        param.data.copy_(other.data)
+    opt.load_state_dict(through_file(torch_opt.state_dict()))
+    assert opt.param_groups[0]["lr"] == 0.05
+    for param in params_of(opt):
+        for tensor in opt.state.get(param, {}).values():
+            assert (tensor.dtype, tensor.device) == (torch.float32, param.device)
+    assert_close_runs(opt, torch_opt, 4, 8)
+
+
+@pytest.mark.parametrize("row", ["Adam", "AdamW"])
+def test_after_a_checkpoint_of_torch_the_schedule_goes_on_from_its_step(backend, row):
+    torch_opt = make(row, make_params(backend), lr=0.05)
+    for k in range(4):
+        update(params_of(torch_opt), torch_opt, k)
+    opt = make(row, copies(params_of(torch_opt)), backend, lr=REX)
+    opt.load_state_dict(through_file(torch_opt.state_dict()))
+    for k in range(4, 11):
+        assert opt.schedule_buffer.step.item() == k
+        assert opt.param_groups[0]["lr"] == REX(k)
+        assert opt.current_lr() == [float(torch.tensor(REX(k)))]
+        torch_opt.param_groups[0]["lr"] = REX(k)
+        assert_close_runs(opt, torch_opt, k, k + 1)
+
+
+@pytest.mark.parametrize("row", ["Adam", "AdamW"])
+@pytest.mark.parametrize("kind", [float, int, torch.tensor])
+def test_old_checkpoints_with_steps_of_any_kind_and_fewer_options_load(backend, row, kind):
+    torch_opt = make(row, make_params(backend), lr=0.05)
+    for k in range(4):
+        update(params_of(torch_opt), torch_opt, k)
+    checkpoint = copy.deepcopy(torch_opt.state_dict())
+    for state in checkpoint["state"].values():
+        state["step"] = kind(int(state["step"]))
+    for group in checkpoint["param_groups"]:
+        for option in ("maximize", "foreach", "capturable", "differentiable", "fused"):
+            del group[option]
+    opt = make(row, copies(params_of(torch_opt)), backend, lr=0.05)
+    opt.load_state_dict(checkpoint)
+    for param in params_of(opt):
+        step = opt.state[param]["step"]
+        assert (step.dtype, step.device, step.shape) == (torch.float32, param.device, ())
+    assert_close_runs(opt, torch_opt, 4, 6)
+
+
+# Copies.
+
+
+@rows
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_to_the_bit_and_share_nothing(backend, row, steps, copied):
+    params = make_params(backend)
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.05}]
+    opt = make(row, groups, backend, lr=REX)
+    for k in range(steps):
+        update(params, opt, k)
+    opt.param_groups[1]["lr"] = 0.04
+    other = copied(opt)
+    assert type(other) is type(opt)
+    assert other.backend == opt.backend
+    update(params_of(other), other, steps)
+    assert opt.schedule_buffer.step.item() == steps
+    update(params, opt, steps)
+    assert_equal_runs([opt, other], steps + 1, steps + 4)
+
+
+# Distributed checkpoints, which step an optimizer without states to create them.
+
+
+class Model(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        a, b, c = make_params(backend)
+        self.a, self.b, self.c = (torch.nn.Parameter(p.detach()) for p in (a, b, c))
+        self.frozen = torch.nn.Parameter(torch.ones(3, device=backend.device), requires_grad=False)
+
+
+@rows
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("lr", [REX, 0.05, torch.tensor(0.05)], ids=["schedule", "float", "tensor"])
+def test_asking_for_a_distributed_state_dict_moves_nothing(backend, row, steps, lr):
+    model, untouched = Model(backend), Model(backend)
+    opts = [make(row, m.parameters(), backend, lr=copy.deepcopy(lr)) for m in (model, untouched)]
+    for k in range(steps):
+        for opt in opts:
+            update(params_of(opt)[:3], opt, k)
+            opt.zero_grad()
+    state_dict = dcp.get_optimizer_state_dict(model, opts[0])
+    assert opts[0].schedule_buffer.step.item() == steps
+    for state in state_dict["state"].values():
+        assert state.get("step", torch.tensor(0)) <= steps
+    for param, other in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(param, other)
+    for k in range(steps, steps + 3):
+        for opt in opts:
+            update(params_of(opt)[:3], opt, k)
+        for param, other in zip(model.parameters(), untouched.parameters(), strict=True):
+            assert torch.equal(param, other)
+    assert opts[0].current_lr() == opts[1].current_lr()
+
+
+@pytest.mark.parametrize("row", ["SGD momentum", "Adam", "AdamW"])
+def test_resuming_through_a_distributed_state_dict_is_exact(backend, row):
+    model = Model(backend)
+    opt = make(row, model.parameters(), backend, lr=REX)
+    for k in range(4):
+        update(params_of(opt)[:3], opt, k)
+    state_dict = copy.deepcopy(dcp.get_optimizer_state_dict(model, opt))
+    resumed_model = Model(backend)
+    resumed_model.load_state_dict(model.state_dict())
+    resumed = make(row, resumed_model.parameters(), backend, lr=REX)
+    dcp.set_optimizer_state_dict(resumed_model, resumed, state_dict)
+    for k in range(4, 10):
+        for o in (opt, resumed):
+            update(params_of(o)[:3], o, k)
+        assert opt.current_lr() == resumed.current_lr() == [float(torch.tensor(REX(k + 1)))]
+        for param, other in zip(model.parameters(), resumed_model.parameters(), strict=True):
+            assert torch.equal(param, other)

@@ -1,0 +1,397 @@
+"""The CUDA backend: what nvcc makes of it on any machine, what it computes where there is a GPU.
+
+`test_optimizers.py` and `test_no_sync.py` run their matrices on this backend too; here is what only
+CUDA has.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+
+import lrs_ext
+from lrs_ext import _C, ops
+
+# xdist: one worker compiles for all tests of the file.
+pytestmark = pytest.mark.xdist_group(__name__)
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+
+# What the compiler makes of the kernels.
+
+ARCHITECTURES = ["80", "90", "100", "120"]
+# 256 threads a block and four blocks at once on a multiprocessor of 65,536 registers.
+MAX_REGISTERS = 64
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids="sm_{}".format)
+def kernels(request, tmp_path_factory):
+    """The report of ptxas and the PTX of each kernel, by name; Adam's step kernel is `adam`."""
+    path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=path)
+    if nvcc is None:
+        pytest.skip("no nvcc: install the CUDA toolkit to check the kernels")
+    known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True)
+    if f"sm_{request.param}" not in known.stdout.split():
+        pytest.skip(f"this nvcc does not know sm_{request.param}")
+    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{request.param}", f"-I{SOURCES}"]
+    command = [nvcc, *flags, "-Xptxas=-v", "-cubin", "--keep", SOURCES / "step_cuda.cu"]
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    report = {name_of(text): text for text in done.stderr.split("Compiling entry function")[1:]}
+    ptx = (folder / "step_cuda.ptx").read_text()
+    code = {name_of(text): text for text in re.split(r"\.entry ", ptx)[1:]}
+    assert report.keys() == code.keys()
+    return {name: (report[name], code[name]) for name in report}
+
+
+def name_of(text):
+    mangled = re.search(r"_Z\w+", text)[0]
+    update = re.search(r"step_kernelI\w*?\d([A-Za-z]+)EEEv", mangled)
+    return update[1].lower() if update else re.search(r"\d([a-z_]+_kernel)", mangled)[1]
+
+
+def number_before(what, report):
+    return [int(number) for number in re.findall(rf"(\d+) {what}", report)]
+
+
+def test_every_update_has_a_step_kernel(kernels):
+    others = {"fill_schedule_kernel", "write_group_kernel"}
+    assert kernels.keys() == others | set(_C.algorithms)
+
+
+def test_no_kernel_spills_registers(kernels):
+    for name, (report, _) in kernels.items():
+        spills = number_before(r"bytes spill (?:stores|loads)", report)
+        assert spills, name
+        assert not any(spills), name
+
+
+def test_step_kernels_stay_in_registers_of_which_they_have_64(kernels):
+    for name in _C.algorithms:
+        report, _ = kernels[name]
+        [registers] = number_before("registers", report)
+        assert registers <= MAX_REGISTERS, name
+        assert number_before("bytes stack frame", report)[0] == 0, name
+
+
+def test_step_kernels_move_16_bytes_at_a_time_to_and_from_global_memory(kernels):
+    for name in _C.algorithms:
+        _, code = kernels[name]
+        moves = re.findall(r"\b(ld|st)\.(global\.)?\S*?v4\.\S?32", code)
+        for kind in ("ld", "st"):
+            # Three dtypes with two numbers of states.
+            assert moves.count((kind, "global.")) >= 6, (name, kind)
+            # Without knowing the memory space, the hardware has to find it out at each access.
+            assert moves.count((kind, "")) == 0, (name, kind)
+
+
+# What the kernels compute.
+
+CHUNK = 16384  # the longest that the launcher cuts
+SHAPES = [*cases.SHAPES, (CHUNK + 5,), (2 * CHUNK,), (3, CHUNK + 1)]
+
+
+def shifted(tensor, shift=0, device="cuda"):
+    """A copy that begins `shift` elements after a multiple of 16 bytes."""
+    base = torch.empty(tensor.numel() + shift, dtype=tensor.dtype, device=device)
+    return base[shift:].view(tensor.shape).copy_(tensor.detach())
+
+
+class Twins:
+    """The same parameters in two optimizers; the second follows the first after each comparison."""
+
+    def __init__(
+        self, row, shapes, dtype=torch.float32, shift=0, backends=("cuda", "cpu"), split=list
+    ):
+        tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+        self.shift, self.params, self.opts = shift, [], []
+        for backend in backends:
+            device = "cpu" if backend == "cpu" else "cuda"
+            params = [shifted(t, shift, device).requires_grad_() for t in tensors]
+            optimizer = getattr(lrs_ext, row.name)
+            self.params.append(params)
+            self.opts.append(optimizer(split(params), lr=row.lr, backend=backend, **row.options))
+
+    def step(self, skip=()):
+        ours, theirs = self.params
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            grad = torch.randn(a.shape).to(a.dtype)
+            a.grad = None if i in skip else shifted(grad, self.shift, a.device)
+            b.grad = None if i in skip else grad.to(b.device)
+        for opt in self.opts:
+            opt.step()
+        self.compare(ours, theirs, cases.PARAM[ours[0].dtype])
+        for name in {name for state in self.opts[0].state.values() for name in state}:
+            states = [
+                [opt.state[p][name] for p in params if name in opt.state.get(p, {})]
+                for opt, params in zip(self.opts, self.params, strict=True)
+            ]
+            self.compare(*states, cases.STATE)
+
+    @torch.no_grad()
+    def compare(self, ours, theirs, tolerance):
+        a, b = (torch.cat([t.flatten() for t in ts]).cpu().double() for ts in (ours, theirs))
+        # Either may be a tolerance away from the exact result.
+        rtol, atol = 2 * tolerance.rtol, 2 * tolerance.atol
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+        for a, b in zip(ours, theirs, strict=True):
+            b.copy_(a)
+
+
+updates = pytest.mark.parametrize("row", cases.UPDATES, ids=str)
+state_updates = pytest.mark.parametrize("row", cases.STATE_UPDATES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@dtypes
+@updates
+def test_updates_equal_those_of_the_cpu_backend(row, dtype, shift):
+    twins = Twins(row, SHAPES, dtype, shift)
+    for k in range(4):
+        twins.step(skip=[k, 11] if k < 3 else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shift", [1, 2, 3, 5])
+@dtypes
+@state_updates
+def test_arrays_that_are_all_misaligned_alike(row, dtype, shift):
+    """The first elements go one by one up to an address of 16 bytes, the rest in lanes."""
+    twins = Twins(row, [(1,), (7,), (257,), (CHUNK + 5,)], dtype, shift)
+    twins.step()
+    for state in twins.opts[0].state.values():
+        for name in state.keys() - {"step"}:
+            state[name] = shifted(state[name], shift)
+    for _ in range(3):
+        twins.step()
+
+
+@pytest.mark.gpu
+@state_updates
+def test_groups_have_their_own_schedules_and_options(row):
+    lrs = [lrs_ext.rex(0.05, 6, warmup_steps=2), 0.01, lrs_ext.linear(0.1, 4, min_lr=0.02)]
+
+    def split(params):
+        groups = [{"params": params[i::3], "lr": lrs[i], "weight_decay": 0.1 * i} for i in range(3)]
+        groups[1]["lr"] = torch.tensor(0.01, device=params[0].device)
+        return groups
+
+    twins = Twins(row, SHAPES, split=split)
+    for k in range(8):
+        ours, theirs = (opt.current_lr() for opt in twins.opts)
+        assert ours == pytest.approx(theirs, rel=cases.PARAM[torch.float32].rtol)
+        twins.step(skip=[k])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [4000, 4001, 8001])
+@state_updates
+def test_more_tensors_than_a_launch_takes(row, count):
+    twins = Twins(row, [(1 + i % 3,) for i in range(count)])
+    twins.step()
+    twins.step(skip=range(count - 1))  # all launches but the last find no gradient
+    twins.step(skip=range(1, count))
+    assert [opt.schedule_buffer.step.item() for opt in twins.opts] == [3, 3]
+
+
+@pytest.mark.gpu
+@dtypes
+@state_updates
+def test_triton_and_cuda_agree(row, dtype):
+    reason = ops.unavailable_reason("triton", "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    twins = Twins(row, SHAPES, dtype, backends=("cuda", "triton"))
+    for k in range(4):
+        twins.step(skip=[k, 11] if k < 3 else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", cases.SCHEDULES, ids=str)
+def test_a_buffer_filled_on_the_device_holds_the_float32_of_the_host(row):
+    schedule = getattr(lrs_ext, row.name)(row.lr, row.total_steps, **row.options)
+    buffer = lrs_ext.ScheduleBuffer(1, 1200, "cuda").fill_(0, schedule)
+    expected = torch.from_numpy(schedule.values(0, 1200)).float()
+    # Both are not negative: neighbouring floats have neighbouring bits.
+    ulps = buffer.values[0].cpu().view(torch.int32) - expected.view(torch.int32)
+    assert ulps.abs().max() <= 1
+
+
+@pytest.mark.gpu
+@state_updates
+def test_a_step_counts_once_and_leaves_the_ticket_at_zero(row):
+    twins = Twins(row, SHAPES)
+    opt, skipped = twins.opts[0], twins.params[0][3]
+    for k in range(1, 6):
+        twins.step(skip=[3] if k > 2 else [])
+        assert opt.schedule_buffer.step.item() == k
+        assert opt._table._ticket.item() == 0
+    if row.name != "SGD":  # it keeps no count
+        counts = {p: int(state["step"]) for p, state in opt.state.items()}
+        assert counts.pop(skipped) == 2
+        assert set(counts.values()) == {5}
+    for param in twins.params[0]:
+        param.grad = None
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 5
+
+
+def run(row, shapes, steps, dtype=torch.float32):
+    """Parameters and states after some steps with a schedule and fixed random numbers."""
+    torch.manual_seed(1)
+    params = [torch.randn(s).to("cuda", dtype).requires_grad_() for s in shapes]
+    opt = getattr(lrs_ext, row.name)(params, lr=lrs_ext.rex(row.lr, steps), **row.options)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape).to("cuda", dtype)
+        opt.step()
+    return [*params, *(t for state in opt.state.values() for t in state.values())]
+
+
+@pytest.mark.gpu
+@dtypes
+@state_updates
+def test_runs_are_identical_to_the_bit(row, dtype):
+    first = run(row, [*SHAPES, (1_000_003,)], 3, dtype)
+    for _ in range(19):
+        again = run(row, [*SHAPES, (1_000_003,)], 3, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+# How the kernels are launched.
+
+
+@contextlib.contextmanager
+def sync_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def make(row, lr, shapes=((33,), (5, 7))):
+    params = [torch.randn(shape).cuda().requires_grad_() for shape in shapes]
+    return params, getattr(lrs_ext, row.name)(params, lr=lr, backend="cuda", **row.options)
+
+
+@pytest.mark.gpu
+@state_updates
+def test_no_step_waits_whoever_sets_the_learning_rate(row):
+    params, opt = make(row, lrs_ext.rex(0.1, 5, warmup_steps=2))
+    tensor = torch.tensor(0.01, device="cuda")
+    schedule = lrs_ext.linear(0.1, 4, sampling=(0.5,))
+    with sync_is_an_error():
+        for lr in (None, None, 0.02, 0.03, tensor, None, schedule, None, None):
+            if lr is not None:
+                opt.param_groups[0]["lr"] = lr
+            for param in params:
+                param.grad = torch.randn_like(param)
+            opt.step()
+            opt.zero_grad()
+    assert opt.schedule_buffer.step.item() == 9
+
+
+@pytest.mark.gpu
+@dtypes
+@state_updates
+def test_a_captured_step_replays_a_schedule_as_eager_steps_do(row, dtype):
+    steps, warmup = 12, 3
+    schedule = lrs_ext.rex(row.lr, steps, warmup_steps=5, min_lr=row.lr / 10)
+    eager, replayed = (Captured(row, schedule, dtype, first) for first in (steps + 2, warmup))
+    for k in range(steps + 2):  # two more than the schedule has
+        torch.manual_seed(k)
+        gradients = [torch.randn(shape).to("cuda", dtype) for shape in SHAPES]
+        eager.step(k, gradients)
+        replayed.step(k, gradients)
+        for a, b in zip(eager.tensors(), replayed.tensors(), strict=True):
+            assert torch.equal(a, b)
+    assert replayed.opt.schedule_buffer.step.item() == steps + 2
+    assert replayed.graph is not None
+
+
+class Captured:
+    """An optimizer whose steps from number `first` on are replays of one captured step."""
+
+    def __init__(self, row, schedule, dtype, first):
+        torch.manual_seed(0)
+        self.params = [torch.randn(s).to("cuda", dtype).requires_grad_() for s in SHAPES]
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        self.opt = getattr(lrs_ext, row.name)(
+            self.params, lr=schedule, backend="cuda", **row.options
+        )
+        self.first, self.graph = first, None
+
+    def step(self, k, gradients):
+        for param, gradient in zip(self.params, gradients, strict=True):
+            param.grad.copy_(gradient)
+        if k < self.first:
+            self.opt.step()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                self.opt.step()
+        self.graph.replay()
+
+    def tensors(self):
+        states = [self.opt.state.get(param, {}) for param in self.params]
+        return [*self.params, *(tensor for state in states for tensor in state.values())]
+
+
+@pytest.mark.gpu
+@state_updates
+def test_a_step_is_one_kernel_and_nothing_else(row, tmp_path):
+    params, opt = make(row, lrs_ext.rex(0.1, 20), SHAPES)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    opt.step()  # makes states and tables
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            opt.step()
+        torch.cuda.synchronize()
+    trace = tmp_path / "trace.json"
+    profile.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    on_device = {"kernel", "gpu_memcpy", "gpu_memset"}
+    names = [event["name"] for event in events if event.get("cat") in on_device]
+    assert len(names) == 5
+    assert all("step_kernel" in name for name in names)
+
+
+@pytest.mark.gpu
+@state_updates
+def test_a_step_runs_on_the_current_stream(row):
+    """A gradient is written late on the stream; a step on another one would find the old one."""
+    params, opt = make(row, 0.1, [(33,)])
+    twin, other = make(row, 0.1, [(33,)])
+    with torch.no_grad():
+        twin[0].copy_(params[0])
+    for param in (*params, *twin):
+        param.grad = torch.ones_like(param)
+    opt.step()
+    other.step()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        params[0].grad.fill_(-3.0)
+        opt.step()
+    torch.cuda.synchronize()
+    twin[0].grad.fill_(-3.0)
+    other.step()
+    assert torch.equal(params[0], twin[0])

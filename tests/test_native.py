@@ -1,0 +1,267 @@
+"""The native core from below: ranges, tables, what makes a table stale, and who may run it."""
+
+import re
+
+import cases
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrs_ext import _C, ops
+
+CHUNK = 2048
+
+
+# Ranges: how a kernel cuts a tensor into chunks, and a chunk into 16-byte lanes and the rest.
+
+
+@st.composite
+def layouts(draw):
+    """Sizes and addresses of a parameter, its gradient and a float32 state."""
+    size = draw(st.sampled_from([2, 4]))
+    element_bytes = [size, size, 4]
+    offsets = [draw(st.integers(0, 40)) for _ in element_bytes]
+    if draw(st.booleans()):  # the same element of every array is aligned
+        element = draw(st.integers(0, 40))
+        offsets = [element] * 3
+    addresses = [4096 + n * b for n, b in zip(offsets, element_bytes, strict=True)]
+    chunk = draw(st.sampled_from([1, 3, 7, 8, 16, 100, 2048]))
+    return draw(st.integers(0, 20 * chunk)), chunk, 16 // size, addresses, element_bytes
+
+
+def is_aligned(element, addresses, element_bytes):
+    pairs = zip(addresses, element_bytes, strict=True)
+    return all((address + element * size) % 16 == 0 for address, size in pairs)
+
+
+@given(layouts())
+def test_ranges_tile_a_tensor_and_lanes_are_aligned(layout):
+    numel, chunk, lane, addresses, element_bytes = layout
+    position = 0
+    for begin, first, last, end in _C.chunk_ranges(*layout):
+        assert begin == position
+        assert begin <= first <= last <= end
+        assert end - begin == min(chunk, numel - begin)
+        aligned = [i for i in range(begin, end) if is_aligned(i, addresses, element_bytes)]
+        lanes = (last - first) // lane
+        assert (last - first) % lane == 0
+        # As many lanes as fit behind the first aligned element, none if there is no such element.
+        assert lanes == ((end - aligned[0]) // lane if aligned else 0)
+        assert lanes == 0 or first == aligned[0]
+        position = end
+    assert position == numel
+
+
+@pytest.mark.parametrize("numel", [2**31 - 1, 2**31, 2**33 + 5, 2**45 + 3])
+def test_ranges_of_more_elements_than_32_bits_count(numel):
+    chunk = 2 ** (numel.bit_length() - 3)
+    ranges = _C.chunk_ranges(numel, chunk, 4, [4096 + 4] * 3, [4, 4, 4])
+    assert len(ranges) == -(-numel // chunk)
+    assert [r[0] for r in ranges] == [i * chunk for i in range(len(ranges))]
+    assert [r[3] for r in ranges] == [*(r[0] for r in ranges[1:]), numel]
+    assert all(first == begin + 3 for begin, first, _, end in ranges if end - begin > 3)
+
+
+# Tables: the rows that a kernel reads.
+
+
+class Tensors:
+    """Parameters in groups with states, as an optimizer keeps them, and their StepTensors."""
+
+    def __init__(self, groups, names=("exp_avg", "exp_avg_sq"), without_state=()):
+        self.param_lists, self.state, self.names = groups, {}, [list(names) for _ in groups]
+        for param in [param for group in groups for param in group]:
+            if not any(param is other for other in without_state):
+                self.state[param] = {name: torch.rand_like(param).float() for name in names}
+                self.state[param]["step"] = torch.tensor(3.0)
+        self.native = _C.StepTensors(
+            torch.Tensor.__dlpack_c_exchange_api__,
+            self.param_lists,
+            self.state,
+            self.names,
+            [self.state.get(p, {}).get("step") for group in groups for p in group],
+        )
+
+    def refresh(self, gradients=None):
+        return self.native.refresh(self.param_lists, self.state, gradients)
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+SHAPES = [(), (0,), (1,), (CHUNK,), (3, 0, 2), (3 * CHUNK + 1,), (5, 7), (CHUNK - 1,)]
+
+
+def test_a_table_covers_every_element_of_every_tensor_once():
+    groups = [[leaf(*shape, dtype=dtype) for shape in SHAPES] for dtype in cases.DTYPES]
+    tensors = Tensors(groups)
+    step = _C.Step("adam", tensors.native, CHUNK)
+    params = [param for group in groups for param in group]
+    covered = [torch.zeros(param.numel(), dtype=torch.int64) for param in params]
+    for tensor, index in step.chunk_rows.tolist():
+        part = covered[tensor][index * CHUNK : (index + 1) * CHUNK]
+        assert part.numel() > 0
+        part += 1
+    for param, counts in zip(params, covered, strict=True):
+        assert counts.shape == (param.numel(),)
+        assert counts.eq(1).all()
+
+
+def test_a_row_has_the_addresses_size_group_and_dtype_of_its_tensor():
+    groups = [[leaf(*shape, dtype=dtype) for shape in SHAPES] for dtype in cases.DTYPES]
+    idle = [groups[0][3], groups[2][0]]
+    tensors = Tensors(groups, without_state=idle)
+    rows = _C.Step("adam", tensors.native, CHUNK).tensor_rows.tolist()
+    expected = []
+    for index, group in enumerate(groups):
+        for param in group:
+            if any(param is other for other in idle):
+                continue
+            state = tensors.state[param]
+            states = [state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), 0]
+            counter = state["step"].data_ptr()
+            code = cases.DTYPES.index(param.dtype)
+            expected.append([param.data_ptr(), *states, counter, param.numel(), index, code])
+    assert rows == expected
+
+
+def test_tables_of_many_tensors():
+    params = [leaf(1 + i % 3) for i in range(9001)]
+    tensors = Tensors([params[:4500], params[4500:]])
+    step = _C.Step("adam", tensors.native, CHUNK)
+    assert step.chunk_rows.tolist() == [[i, 0] for i in range(len(params))]
+    assert step.tensor_rows[:, 0].tolist() == [param.data_ptr() for param in params]
+    assert step.tensor_rows[:, 6].tolist() == [0] * 4500 + [1] * 4501
+
+
+def test_gradient_addresses_are_those_of_the_moment():
+    params = [leaf(3), leaf(0), leaf(5), leaf(7)]
+    tensors = Tensors([params])
+    step = _C.Step("adam", tensors.native, CHUNK)
+    assert tensors.refresh()
+    assert not tensors.native.has_gradients
+    assert step.gradient_addresses.tolist() == [0, 0, 0, 0]
+    for _ in range(3):
+        for param in params[:3]:
+            param.grad = torch.randn_like(param)
+        assert tensors.refresh()
+        assert tensors.native.has_gradients
+        first, empty, third, last = step.gradient_addresses.tolist()
+        assert (first, third, last) == (params[0].grad.data_ptr(), params[2].grad.data_ptr(), 0)
+        assert empty != 0  # an empty gradient is still one: its tensor's counter advances
+
+
+# What makes a table stale. Each change is applied to tensors that have just been refreshed.
+
+
+def put(param, data, grad):
+    param.data = data
+    param.grad = grad
+
+
+STALE = {
+    "parameter replaced": lambda t, p: t.param_lists[0].__setitem__(0, leaf(4, 5)),
+    "parameter added": lambda t, p: t.param_lists[1].append(leaf(2)),
+    "parameter removed": lambda t, p: t.param_lists[1].pop(),
+    "group added": lambda t, p: t.param_lists.append([leaf(2)]),
+    "parameter's data swapped": lambda t, p: put(p, p.data.clone(), torch.randn(4, 5)),
+    "parameter shortened": lambda t, p: put(p, p.data[:2], torch.randn(2, 5)),
+    "parameter transposed": lambda t, p: put(p, p.data.t(), torch.randn(5, 4)),
+    "state replaced": lambda t, p: t.state[p].update(exp_avg=torch.zeros(4, 5)),
+    "state's data swapped": lambda t, p: put(t.state[p]["exp_avg_sq"], torch.zeros(4, 5), None),
+    "state entry removed": lambda t, p: t.state[p].pop("exp_avg"),
+    "step counter replaced": lambda t, p: t.state[p].update(step=torch.tensor(3.0)),
+    "state of a parameter replaced": lambda t, p: t.state.update({p: dict(t.state[p])}),
+    "state of a parameter removed": lambda t, p: t.state.pop(p),
+    "state of a parameter added": lambda t, p: t.state.update({t.param_lists[1][1]: {}}),
+    "states cleared": lambda t, p: t.state.clear(),
+    "state dictionary replaced": lambda t, p: setattr(t, "state", dict(t.state)),
+    "first gradient": lambda t, p: setattr(t.param_lists[1][1], "grad", torch.randn(6)),
+    "sparse gradient": lambda t, p: setattr(p, "grad", torch.randn(4, 5).to_sparse()),
+    "gradient with other strides": lambda t, p: setattr(p, "grad", torch.randn(5, 4).t()),
+}
+
+
+@pytest.fixture
+def tensors():
+    """Two groups; the last parameter has no state and no gradient yet."""
+    groups = [[leaf(4, 5), leaf(3)], [leaf(7), leaf(6)]]
+    tensors = Tensors(groups, without_state=[groups[1][1]])
+    for param in [*groups[0], groups[1][0]]:
+        param.grad = torch.randn_like(param)
+    assert tensors.refresh()
+    return tensors
+
+
+@pytest.mark.parametrize("change", STALE)
+def test_a_changed_tensor_makes_the_table_stale(tensors, change):
+    STALE[change](tensors, tensors.param_lists[0][0])
+    assert not tensors.refresh()
+
+
+def test_a_changed_dtype_in_the_same_memory_makes_the_table_stale():
+    param = leaf(8, dtype=torch.float16)
+    tensors = Tensors([[param]])
+    address = param.data_ptr()
+    param.data = param.data.view(torch.bfloat16)
+    assert param.data_ptr() == address
+    assert tensors.refresh()  # without a gradient it takes no part
+    param.grad = torch.randn_like(param)
+    assert not tensors.refresh()
+
+
+GRADIENTS = {
+    "dtype": lambda: torch.randn(4, 5, dtype=torch.bfloat16),
+    "shape": lambda: torch.randn(4, 4),
+    "dimensions": lambda: torch.randn(20),
+    "device": lambda: torch.randn(4, 5, device="meta"),
+}
+
+
+@pytest.mark.parametrize("difference", GRADIENTS)
+def test_a_given_gradient_must_match_its_parameter(tensors, difference):
+    rest = [torch.randn(3), None, None]
+    assert tensors.refresh([torch.randn(4, 5), *rest])
+    assert not tensors.refresh([GRADIENTS[difference](), *rest])
+
+
+def test_new_gradients_and_values_leave_the_table_valid(tensors):
+    param, other = tensors.param_lists[0]
+    param.grad = torch.randn(4, 5)
+    other.grad = None
+    with torch.no_grad():
+        param.add_(1)
+    tensors.state[param]["exp_avg"].zero_()
+    tensors.state[param]["note"] = "of somebody else"
+    assert tensors.refresh()
+
+
+# Backends.
+
+
+def test_an_unusable_backend_is_refused_with_the_reason_and_the_way_out():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    with pytest.raises(ValueError, match=r"must be one of .*'cuda', 'triton', 'cpu', 'reference'"):
+        ops.select_backend("tpu", cpu)
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot be used .* on cpu: .*; available") as e:
+        ops.select_backend("cuda", cpu)
+    available = re.search(r"available here: \[(.*)\]", str(e.value))[1]
+    assert "'cpu'" in available
+    assert "'reference'" in available
+    assert "'cuda'" not in available
+    with pytest.raises(RuntimeError, match=r"'cpu' .* on meta: it updates CPU tensors, not meta"):
+        ops.select_backend("cpu", meta)
+    with pytest.raises(RuntimeError, match=r"no kernel .* on meta: .*backend='reference' runs any"):
+        ops.select_backend(None, meta)
+
+
+def test_the_environment_chooses_the_backend_unless_an_argument_does(monkeypatch):
+    cpu = torch.device("cpu")
+    assert ops.select_backend(None, cpu) == "cpu"
+    monkeypatch.setenv("LRS_EXT_BACKEND", "reference")
+    assert ops.select_backend(None, cpu) == "reference"
+    assert ops.select_backend("cpu", cpu) == "cpu"
+    monkeypatch.setenv("LRS_EXT_BACKEND", "")
+    assert ops.select_backend(None, cpu) == "cpu"
