@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure  # without pyplot: needs no display
 
 COLORS = ("#0b6bcb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#846358", "#0c8599", "#5c5f66")
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+INSET = 4  # evaluations enlarged
 
 
 def write_csv(path: Path, history: History) -> None:
@@ -35,23 +37,27 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(path: Path, histories: dict[str, History], title: str) -> None:
-    """Losses above, learning rates below; one colour a schedule."""
+    """Losses above, learning rates below; one colour a schedule, the end enlarged to compare."""
+    alone = len(histories) == 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 6.5), layout="constrained")
         top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+        inset = None if alone else top.inset_axes((0.19, 0.52, 0.37, 0.44))
         highest, lowest = 0.0, math.inf
-        for index, (schedule, history) in enumerate(histories.items()):
-            color = COLORS[index % len(COLORS)]
+        for color, (schedule, history) in zip(cycle(COLORS), histories.items()):
             losses = np.asarray(history.losses.tolist())
             steps = np.arange(len(losses))
             smoothed = smooth(losses, max(1, len(losses) // 50))
-            if len(histories) == 1:
+            if alone:
                 top.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
-            top.plot(steps, smoothed, color=color, label=f"{schedule}: training")
-            done, validation = zip(*history.validation, strict=True)
-            label = f"{schedule}: validation, {validation[-1]:.4f} at the end"
-            style = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
-            top.plot(np.asarray(done) - 1, validation, color=color, label=label, **style)
+            strength = {"linewidth": 1.5} if alone else {"linewidth": 1, "alpha": 0.4}
+            top.plot(steps, smoothed, color=color, label="training" if alone else None, **strength)
+            done, validation = np.asarray(history.validation).T
+            label = f"{schedule}: validation {validation[-1]:.4f}"
+            style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.2}
+            top.plot(done - 1, validation, label=label, **style)
+            if inset is not None:
+                inset.plot(done[-INSET:] - 1, validation[-INSET:], **style)
             bottom.plot(steps, history.learning_rates.tolist(), color=color)
             highest = max(highest, smoothed[len(losses) // 30], *validation)
             lowest = min(lowest, np.quantile(losses, 0.02), *validation)
@@ -59,13 +65,17 @@ def draw(path: Path, histories: dict[str, History], title: str) -> None:
         top.set_ylim(lowest - margin, highest + margin)  # leaves the first steep steps out
         top.set_ylabel("loss (nats per byte)")
         top.set_title(title)
-        top.legend(frameon=False)
+        top.legend(frameon=False, loc="upper right")
         bottom.set_ylabel("learning rate")
         bottom.set_xlabel("step")
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         for axes in (top, bottom):
             axes.grid(alpha=0.25)
             axes.margins(x=0.01)
+        if inset is not None:
+            inset.set_title("validation, the end of the run", fontsize=9)
+            inset.tick_params(labelsize=8)
+            inset.grid(alpha=0.25)
         figure.savefig(path, dpi=150)
 
 

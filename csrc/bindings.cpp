@@ -102,6 +102,22 @@ lrs::Group make_group(uintptr_t lr, int64_t capacity, double scale,
   return group;
 }
 
+lrs::TensorAccess make_tensor_access(const py::capsule& exchange_api,
+                                     const py::function& make_handles, uintptr_t data_pointer,
+                                     uintptr_t delete_handle) {
+  auto* exchange = static_cast<lrs::dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(exchange_api.ptr(), lrs::dlpack::kCapsuleName));
+  if (exchange == nullptr) throw py::error_already_set();
+  while (exchange != nullptr && exchange->major_version != lrs::dlpack::kMajorVersion) {
+    exchange = exchange->previous;
+  }
+  if (exchange == nullptr) {
+    throw std::runtime_error("torch offers no DLPack exchange interface of version 1");
+  }
+  return {exchange, make_handles, reinterpret_cast<int32_t (*)(void*, void**)>(data_pointer),
+          reinterpret_cast<int32_t (*)(void*)>(delete_handle)};
+}
+
 // A step that is ready to run: the live tensors, their chunks, and the addresses of the tables.
 class Step {
  public:
@@ -215,12 +231,18 @@ PYBIND11_MODULE(_C, m) {
 #endif
       .def_property_readonly("sample_points", &Schedule::sample_points);
 
+  py::class_<lrs::TensorAccess>(m, "TensorAccess")
+      .def(py::init(&make_tensor_access), "exchange_api"_a, "make_handles"_a, "data_pointer"_a,
+           "delete_handle"_a);
+
   py::class_<lrs::StepTensors>(m, "StepTensors")
-      .def(py::init<const py::capsule&, const py::list&, const py::dict&, const py::list&,
+      .def(py::init<const lrs::TensorAccess&, const py::list&, const py::dict&, const py::list&,
                     const py::list&>(),
-           "exchange_api"_a, "param_lists"_a, "state"_a, "state_names"_a, "steps"_a)
+           "access"_a, "param_lists"_a, "state"_a, "state_names"_a, "steps"_a,
+           py::keep_alive<1, 2>())
       .def("refresh", &lrs::StepTensors::refresh, "param_lists"_a, "state"_a, "gradients"_a)
-      .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients);
+      .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients)
+      .def("updated_params", &lrs::StepTensors::updated_params);
 
   py::class_<Step>(m, "Step")
       .def(py::init<const std::string&, lrs::StepTensors*, int64_t>(), "algorithm"_a, "tensors"_a,

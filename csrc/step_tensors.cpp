@@ -8,32 +8,11 @@ namespace {
 // Stands for the address of an empty gradient: null means that there is none.
 const void* const kEmptyGradient = reinterpret_cast<const void*>(16);
 
-const dlpack::ExchangeApi* exchange_api_of(const py::capsule& capsule) {
-  auto* api =
-      static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
-  if (api == nullptr) throw py::error_already_set();
-  while (api != nullptr && api->major_version != dlpack::kMajorVersion) api = api->previous;
-  if (api == nullptr) {
-    throw std::runtime_error(
-        "this torch offers no DLPack exchange interface of version 1; "
-        "install torch 2.10 or later");
-  }
-  return api;
-}
-
-// False with no Python exception pending if the object has no plain memory (a sparse tensor).
-bool read(const dlpack::ExchangeApi* api, PyObject* object, dlpack::Tensor* out) {
-  if (api->tensor_from_py_object(object, out) == 0) {
-    out->data = static_cast<char*>(out->data) + out->byte_offset;
-    return true;
-  }
-  PyErr_Clear();
-  return false;
-}
-
-dlpack::Tensor read_or_throw(const dlpack::ExchangeApi* api, const py::handle& object) {
+dlpack::Tensor read(const TensorAccess& access, const py::handle& object) {
   dlpack::Tensor tensor;
-  if (api->tensor_from_py_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  if (access.exchange->tensor_from_py_object(object.ptr(), &tensor) != 0) {
+    throw py::error_already_set();
+  }
   tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   return tensor;
 }
@@ -46,12 +25,13 @@ bool same(const dlpack::Device& a, const dlpack::Device& b) {
   return a.type == b.type && a.index == b.index;
 }
 
-// Whether both visit memory in the same order. The stride of a dimension of size 1 means nothing.
-bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int32_t i = 0; i < a.ndim; ++i) {
-    if (a.shape[i] != b.shape[i]) return false;
-    if (a.shape[i] != 1 && a.strides[i] != b.strides[i]) return false;
+// Whether `tensor` visits memory in the same order. The stride of a dimension of size 1 is free.
+bool same_layout(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                 const dlpack::Tensor& tensor) {
+  if (static_cast<size_t>(tensor.ndim) != shape.size()) return false;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (tensor.shape[i] != shape[i]) return false;
+    if (shape[i] != 1 && tensor.strides[i] != strides[i]) return false;
   }
   return true;
 }
@@ -72,24 +52,31 @@ DType dtype_of(const dlpack::Tensor& tensor) {
 
 }  // namespace
 
-StepTensors::StepTensors(const py::capsule& exchange_api, const py::list& param_lists,
+StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists,
                          const py::dict& state, const py::list& state_names, const py::list& steps)
-    : api_(exchange_api_of(exchange_api)), state_(state) {
-  const auto watch = [&](const py::handle& dict, const py::handle& key, const py::handle& tensor) {
-    void* address = read_or_throw(api_, tensor).data;
-    watched_.push_back({py::reinterpret_borrow<py::object>(dict),
-                        py::reinterpret_borrow<py::object>(key),
-                        py::reinterpret_borrow<py::object>(tensor), address});
-    return static_cast<float*>(address);
+    : access_(access), state_(state) {
+  py::list held;
+  std::vector<const void*> held_addresses;
+  const auto hold = [&](const py::handle& object) {
+    const dlpack::Tensor tensor = read(access_, object);
+    held.append(object);
+    held_addresses.push_back(tensor.data);
+    return tensor;
   };
-  const py::str step_name("step");
+  const auto hold_state = [&](const py::dict& dict, const py::handle& key) {
+    const py::object tensor = dict[key];
+    state_arrays_.push_back({dict, py::reinterpret_borrow<py::object>(key), tensor});
+    return static_cast<float*>(hold(tensor).data);
+  };
   size_t position = 0;
   for (size_t group = 0; group < param_lists.size(); ++group) {
     for (const py::handle& param : py::reinterpret_borrow<py::list>(param_lists[group])) {
       const py::object step = steps[position++];
-      const dlpack::Tensor tensor = read_or_throw(api_, param);
       const bool takes_part = !step.is_none();
-      params_.push_back({py::reinterpret_borrow<py::object>(param), tensor.data, tensor.dtype,
+      const dlpack::Tensor tensor = takes_part ? hold(param) : read(access_, param);
+      params_.push_back({py::reinterpret_borrow<py::object>(param), tensor.dtype,
+                         std::vector<int64_t>(tensor.shape, tensor.shape + tensor.ndim),
+                         std::vector<int64_t>(tensor.strides, tensor.strides + tensor.ndim),
                          takes_part ? static_cast<int64_t>(entries_.size()) : -1});
       device_ = tensor.device;
       if (!takes_part) continue;
@@ -98,23 +85,24 @@ StepTensors::StepTensors(const py::capsule& exchange_api, const py::list& param_
       entry.numel = numel(tensor);
       entry.group = static_cast<int64_t>(group);
       entry.dtype = dtype_of(tensor);
-      entry.step = static_cast<float*>(read_or_throw(api_, step).data);
       if (state.contains(param)) {
         const py::dict param_state = state[param];
         size_t index = 0;
         for (const py::handle& name : py::reinterpret_borrow<py::list>(state_names[group])) {
-          if (param_state.contains(name)) {
-            entry.states[index] = watch(param_state, name, param_state[name]);
-          }
-          ++index;
+          entry.states[index++] = hold_state(param_state, name);
         }
-        if (param_state.contains(step_name)) watch(param_state, step_name, step);
+        if (param_state.contains("step")) hold_state(param_state, py::str("step"));
       }
+      entry.step = static_cast<float*>(hold(step).data);
       entries_.push_back(entry);
     }
   }
   for (const auto& item : state) {
     state_dicts_.push_back(py::reinterpret_borrow<py::object>(item.second));
+  }
+  size_t index = 0;
+  for (const py::handle& capsule : py::list(access_.make_handles(held))) {
+    addresses_.push_back({TensorHandle(access_, capsule), held_addresses[index++]});
   }
   gradients_.resize(entries_.size());
 }
@@ -138,33 +126,34 @@ bool StepTensors::same_states(const py::dict& state) const {
   for (const py::object& held : state_dicts_) {
     if (!PyDict_Next(state.ptr(), &iterator, &key, &value) || value != held.ptr()) return false;
   }
-  for (const Watched& watched : watched_) {
-    if (PyDict_GetItemWithError(watched.dict.ptr(), watched.key.ptr()) != watched.tensor.ptr()) {
+  for (const StateArray& array : state_arrays_) {
+    if (PyDict_GetItemWithError(array.dict.ptr(), array.key.ptr()) != array.tensor.ptr()) {
       return false;
     }
-    dlpack::Tensor now;
-    if (!read(api_, watched.tensor.ptr(), &now) || now.data != watched.address) return false;
   }
   return true;
 }
 
 bool StepTensors::collect(const Param& param, PyObject* gradient) {
-  if (gradient == Py_None) {
-    if (param.entry >= 0) gradients_[static_cast<size_t>(param.entry)] = nullptr;
-    return true;
+  if (param.entry < 0) return gradient == Py_None;
+  const void*& collected = gradients_[static_cast<size_t>(param.entry)];
+  const void* address = nullptr;
+  if (gradient != Py_None) {
+    dlpack::Tensor grad;
+    if (access_.exchange->tensor_from_py_object(gradient, &grad) != 0) {
+      PyErr_Clear();  // it has no plain memory: the caller looks closer and explains
+      return false;
+    }
+    if (!same(grad.dtype, param.dtype) || !same(grad.device, device_) ||
+        !same_layout(param.shape, param.strides, grad)) {
+      return false;
+    }
+    address =
+        grad.data == nullptr ? kEmptyGradient : static_cast<char*>(grad.data) + grad.byte_offset;
+    has_gradients_ = true;
   }
-  if (param.entry < 0) return false;
-  dlpack::Tensor now, grad;
-  if (!read(api_, param.tensor.ptr(), &now) || !read(api_, gradient, &grad)) return false;
-  const TensorEntry& entry = entries_[static_cast<size_t>(param.entry)];
-  const bool same_param = now.data == param.address && numel(now) == entry.numel &&
-                          same(now.dtype, param.dtype) && same(now.device, device_);
-  if (!same_param || !same(grad.dtype, param.dtype) || !same(grad.device, device_) ||
-      !same_layout(now, grad)) {
-    return false;
-  }
-  gradients_[static_cast<size_t>(param.entry)] = grad.data != nullptr ? grad.data : kEmptyGradient;
-  has_gradients_ = true;
+  has_changed_gradients_ |= (address == nullptr) != (collected == nullptr);
+  collected = address;
   return true;
 }
 
@@ -172,6 +161,9 @@ bool StepTensors::refresh(const py::list& param_lists, const py::dict& state,
                           const py::object& gradients) {
   static PyObject* const grad_name = PyUnicode_InternFromString("grad");
   if (!same_params(param_lists) || !same_states(state)) return false;
+  for (const Address& address : addresses_) {
+    if (!address.handle.is_at(address.address)) return false;
+  }
   has_gradients_ = false;
   for (size_t i = 0; i < params_.size(); ++i) {
     if (gradients.is_none()) {
@@ -186,9 +178,22 @@ bool StepTensors::refresh(const py::list& param_lists, const py::dict& state,
   return true;
 }
 
+py::list StepTensors::updated_params() {
+  if (has_changed_gradients_) {
+    has_changed_gradients_ = false;
+    updated_params_ = py::list();
+    for (const Param& param : params_) {
+      if (param.entry >= 0 && gradients_[static_cast<size_t>(param.entry)] != nullptr) {
+        updated_params_.append(param.tensor);
+      }
+    }
+  }
+  return updated_params_;
+}
+
 void* StepTensors::current_stream() const {
   void* stream = nullptr;
-  if (api_->current_work_stream(device_.type, device_.index, &stream) != 0) {
+  if (access_.exchange->current_work_stream(device_.type, device_.index, &stream) != 0) {
     throw py::error_already_set();
   }
   return stream;

@@ -1,27 +1,26 @@
 // The live Python tensors of an optimizer, as rows of the step table.
 //
 // A table of addresses goes stale when a parameter or a state is replaced, moved or resized behind
-// the optimizer's back. `refresh` compares every address with what the tensors say now, at about 15
-// ns a tensor, and collects the gradients' addresses on the way.
+// the optimizer's back. `refresh` compares every address with what the tensors say now, and
+// collects the gradients' addresses on the way.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <vector>
 
-#include "dlpack_exchange.h"
+#include "tensor_access.h"
 #include "tensor_table.h"
 
 namespace lrs {
-
-namespace py = pybind11;
 
 class StepTensors {
  public:
   // `param_lists` and `state_names` have one list per group: its parameters, and the keys under
   // which `state` keeps the arrays that the update reads. `steps` has the step counter of each
   // parameter in order, or None for one that takes no part because it has no state yet.
-  StepTensors(const py::capsule& exchange_api, const py::list& param_lists, const py::dict& state,
+  // `access` outlives the object.
+  StepTensors(const TensorAccess& access, const py::list& param_lists, const py::dict& state,
               const py::list& state_names, const py::list& steps);
 
   // Collects the gradients. False if anything but the gradients' addresses has changed since the
@@ -33,35 +32,47 @@ class StepTensors {
   const std::vector<const void*>& gradients() const { return gradients_; }
   bool has_gradients() const { return has_gradients_; }
 
+  // The parameters that have a gradient. The list is a new one whenever they change.
+  py::list updated_params();
+
   // The stream on which the framework currently enqueues work for the parameters' device.
   void* current_stream() const;
   int device_index() const { return device_.index; }
 
  private:
-  struct Watched {
-    py::object dict, key, tensor;
-    void* address;
-  };
+  // A parameter, as it was when the table was built.
   struct Param {
     py::object tensor;
-    void* address;
     dlpack::DataType dtype;
+    std::vector<int64_t> shape, strides;
     int64_t entry;  // row of the table, or -1
+  };
+  // An array of a parameter's state: under `key` in the state's dictionary.
+  struct StateArray {
+    py::object dict, key, tensor;
+  };
+  // An address that the table holds.
+  struct Address {
+    TensorHandle handle;
+    const void* address;
   };
 
   bool same_params(const py::list& param_lists) const;
   bool same_states(const py::dict& state) const;
   bool collect(const Param& param, PyObject* gradient);
 
-  const dlpack::ExchangeApi* api_;
+  const TensorAccess& access_;
   dlpack::Device device_{};
   std::vector<Param> params_;
   py::dict state_;
   std::vector<py::object> state_dicts_;
-  std::vector<Watched> watched_;
+  std::vector<StateArray> state_arrays_;
+  std::vector<Address> addresses_;
   std::vector<TensorEntry> entries_;
   std::vector<const void*> gradients_;
   bool has_gradients_ = false;
+  bool has_changed_gradients_ = true;  // some parameter has got or lost its gradient
+  py::list updated_params_;
 };
 
 }  // namespace lrs

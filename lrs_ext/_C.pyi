@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,19 @@ class Schedule:
     @property
     def sample_points(self) -> list[int]: ...
 
-class StepTensors:
+class TensorAccess:
     def __init__(
         self,
         exchange_api: object,
+        make_handles: Callable[[list[Any]], list[Any]],
+        data_pointer: int,
+        delete_handle: int,
+    ) -> None: ...
+
+class StepTensors:
+    def __init__(
+        self,
+        access: TensorAccess,
         param_lists: list[Any],
         state: dict[Any, Any],
         state_names: list[Any],
@@ -47,6 +56,7 @@ class StepTensors:
     ) -> bool: ...
     @property
     def has_gradients(self) -> bool: ...
+    def updated_params(self) -> list[Any]: ...
 
 class Step:
     def __init__(self, algorithm: str, tensors: StepTensors, chunk_elements: int) -> None: ...

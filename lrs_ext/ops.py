@@ -154,6 +154,27 @@ def fill_schedule(target: Tensor, schedule: Schedule) -> None:
         target.copy_(host)
 
 
+@functools.cache
+def _tensor_access() -> _C.TensorAccess:
+    """Returns torch's C functions for reading tensors, which lrs_ext does not link."""
+    try:
+        torch_library = ctypes.CDLL(torch._C.__file__)
+        return _C.TensorAccess(
+            exchange_api=Tensor.__dlpack_c_exchange_api__,
+            make_handles=torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
+            data_pointer=_address(torch_library.aoti_torch_get_data_ptr),
+            delete_handle=_address(torch_library.aoti_torch_delete_tensor_object),
+        )
+    except AttributeError as error:
+        raise RuntimeError(
+            f"lrs_ext needs torch 2.10 or later, got {torch.__version__}: {error}"
+        ) from error
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 def host_value(tensor: Tensor) -> float | None:
     """Returns the value of a one-element tensor in host memory, None for one on another device."""
     if tensor.device.type != "cpu":
@@ -216,14 +237,13 @@ class StepTable:
         groups: GroupTable,
         step: Tensor,
     ) -> None:
-        exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-        if exchange_api is None:
-            raise RuntimeError(f"lrs_ext needs torch 2.10 or later, got {torch.__version__}")
         self.backend = backend
         self.algorithm = algorithm
         self.groups = groups
         self.step = step
-        self._tensors = _C.StepTensors(exchange_api, param_lists, state, state_names, list(steps))
+        self._tensors = _C.StepTensors(
+            _tensor_access(), param_lists, state, state_names, list(steps)
+        )
         params = itertools.chain.from_iterable(param_lists)
         elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)
         self._chunk_elements = _CPU_CHUNK if backend == "cpu" else _gpu_chunk(elements)
@@ -270,6 +290,8 @@ class StepTable:
         else:
             self._run_triton()
         self._held = None
+        # Autograd refuses to go back through a graph whose parameters have changed since.
+        torch.autograd.graph.increment_version(self._tensors.updated_params())
 
     def _run_triton(self) -> None:
         from lrs_ext import triton_kernels

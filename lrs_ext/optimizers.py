@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lrs_ext import ops
 from lrs_ext.learning_rates import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.schedules import Schedule, checked_learning_rate
@@ -112,7 +113,8 @@ class Adam(ScheduledOptimizer):
     Args:
         params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
         lr: a float, a one-element tensor or a `Schedule`, here or in a group.
-        betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
+        betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch; betas that
+            are tensors on a device make every step wait for it.
         foreach, capturable, differentiable, fused: accepted for compatibility; every step is fused.
         backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
 
@@ -178,6 +180,11 @@ class Adam(ScheduledOptimizer):
         for index, beta in enumerate(betas):
             if isinstance(beta, Tensor) and beta.numel() != 1:
                 raise ValueError(f"Tensor betas[{index}] must be 1-element")
+            if isinstance(beta, Tensor) and group["foreach"] and not group["capturable"]:
+                raise ValueError(
+                    f"betas[{index}] as a Tensor is not supported for capturable=False and "
+                    "foreach=True"
+                )
             if not 0.0 <= float(beta) < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {float(beta)}")
         if not group["weight_decay"] >= 0.0:
@@ -188,7 +195,7 @@ class Adam(ScheduledOptimizer):
         return [*names, "max_exp_avg_sq"] if group["amsgrad"] else names
 
     def _hyper(self, group: Group) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(_number, group["betas"])
         return {
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
@@ -254,6 +261,14 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             backend=backend,
         )
+
+
+def _number(value: float | Tensor) -> float:
+    """Returns `value` as a float; waits for the device if it is a tensor there."""
+    if not isinstance(value, Tensor):
+        return value
+    host_value = ops.host_value(value)
+    return float(value) if host_value is None else host_value
 
 
 def _check_learning_rate(lr: LearningRate) -> None:

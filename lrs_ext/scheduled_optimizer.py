@@ -330,7 +330,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                     "or overlaps in memory: make it with .contiguous()"
                 )
         if len(params) != len(set(params)):
-            raise ValueError("some parameters appear more than once in a parameter group")
+            raise ValueError(
+                "optimizer contains a parameter group with duplicate parameters: list each once"
+            )
         _device_of(self.param_groups)
 
     # Pickling, copying, loading

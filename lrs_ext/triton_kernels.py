@@ -356,4 +356,5 @@ def step(
             chunk_elements,
             *ALGORITHMS[algorithm],
             num_warps=NUM_WARPS,
+            enable_fp_fusion=False,  # the bits of the other backends
         )

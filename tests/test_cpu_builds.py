@@ -21,6 +21,9 @@ import torch
 
 from lrs_ext import _C, ops
 
+# xdist: one worker compiles for all tests of the file.
+pytestmark = pytest.mark.xdist_group(__name__)
+
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 2045  # no multiple of any vector: chunks begin and end anywhere
 

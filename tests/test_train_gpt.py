@@ -166,11 +166,11 @@ def test_ctrl_c_in_a_terminal(tmp_path, job):
         assert part, progress.decode()
         progress += part
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err.decode()
     command = out.decode().partition("resume with:\n")[2].strip()
     resumed = subprocess.run(
-        shlex.split(command), env=environment, capture_output=True, text=True, timeout=60
+        shlex.split(command), env=environment, capture_output=True, text=True, timeout=300
     )
     assert resumed.returncode == 0, resumed.stderr
 

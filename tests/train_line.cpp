@@ -9,19 +9,16 @@
 int main() {
   // The schedule buffer: one value per update and one that holds after the end.
   constexpr int64_t kSteps = 300;
-  const lrs::ScheduleSpec rex{lrs::Profile::kRex, /*lr=*/0.1,     /*min_lr=*/0.0,
-                              kSteps,             /*warmup=*/10,  /*sampling=*/1,
-                              nullptr,            /*points=*/0,   /*d=*/0.5};
+  lrs::ScheduleSpec rex{};
+  rex.profile = lrs::Profile::kRex;
+  rex.d = 0.5;
+  rex.lr = 0.1;
+  rex.total_steps = kSteps;
+  rex.warmup_steps = 10;
+  rex.sampling = 1;
   std::vector<float> learning_rates(kSteps + 1);
   lrs::fill_schedule(rex, 0, kSteps + 1, learning_rates.data());
 
-  // Two tensors of one element, with their states, in one parameter group.
-  float slope[4] = {}, intercept[4] = {};  // value, exp_avg, exp_avg_sq, step
-  std::vector<lrs::TensorEntry> tensors;
-  for (float* p : {slope, intercept}) {
-    tensors.push_back({&p[0], {&p[1], &p[2]}, &p[3], /*numel=*/1, /*group=*/0,
-                       lrs::DType::kFloat32});
-  }
   lrs::Group adamw{learning_rates.data(), kSteps + 1, /*scale=*/1.0, {}};
   adamw.hyper[lrs::kBeta1] = 0.9;
   adamw.hyper[lrs::kBeta2] = 0.99;
@@ -29,16 +26,28 @@ int main() {
   adamw.hyper[lrs::kWeightDecay] = 1e-4;
   adamw.hyper[lrs::kDecoupled] = 1.0;
 
-  constexpr int64_t kChunkElements = 8192;
+  // Two tensors of one element with their states, in one group, and the work cut into chunks.
+  float slope[4] = {}, intercept[4] = {};  // value, exp_avg, exp_avg_sq, step
+  std::vector<lrs::TensorEntry> tensors;
+  for (float* p : {slope, intercept}) {
+    tensors.push_back({p, {p + 1, p + 2}, p + 3, /*numel=*/1, /*group=*/0, lrs::DType::kFloat32});
+  }
+  lrs::StepTable table{};
+  table.chunk_elements = 8192;
   std::vector<lrs::Chunk> chunks;
   std::vector<int64_t> offsets;
-  lrs::build_chunks({1, 1}, kChunkElements, &chunks, &offsets);
-  int64_t step = 0;
-  const lrs::StepTable table{lrs::Algorithm::kAdam, tensors.data(), 2, &adamw, chunks.data(),
-                             static_cast<int64_t>(chunks.size()), kChunkElements, &step,
-                             /*ticket=*/nullptr};
+  lrs::build_chunks({1, 1}, table.chunk_elements, &chunks, &offsets);
 
-  for (int64_t k = 0; k < kSteps; ++k) {
+  int64_t step = 0;
+  table.algorithm = lrs::Algorithm::kAdam;
+  table.tensors = tensors.data();
+  table.num_tensors = 2;
+  table.groups = &adamw;
+  table.chunks = chunks.data();
+  table.num_chunks = static_cast<int64_t>(chunks.size());
+  table.step = &step;
+
+  while (step < kSteps) {
     float gradients[2] = {};  // of the mean squared error over x = -1, -0.9, ..., 1
     for (int i = -10; i <= 10; ++i) {
       const float x = 0.1f * static_cast<float>(i);
@@ -47,10 +56,9 @@ int main() {
       gradients[1] += 2.0f * error / 21.0f;
     }
     const void* const addresses[2] = {&gradients[0], &gradients[1]};
-    lrs::step_cpu(table, addresses, /*num_threads=*/1);
+    lrs::step_cpu(table, addresses, /*num_threads=*/1);  // advances `step`
   }
   std::printf("y = %.4f x + %.4f after %lld steps\n", slope[0], intercept[0],
               static_cast<long long>(step));
-  const float distance = std::fabs(slope[0] - 2.0f) + std::fabs(intercept[0] - 1.0f);
-  return step == kSteps && distance < 1e-2f ? 0 : 1;
+  return std::fabs(slope[0] - 2.0f) + std::fabs(intercept[0] - 1.0f) < 1e-2f ? 0 : 1;
 }
