@@ -1,6 +1,7 @@
 #include "step_tensors.h"
 
 #include <stdexcept>
+#include <utility>
 
 namespace lrs {
 namespace {
@@ -50,6 +51,13 @@ DType dtype_of(const dlpack::Tensor& tensor) {
   throw std::invalid_argument("parameters must be float32, bfloat16 or float16");
 }
 
+// The C function behind the attribute `grad` of a tensor, which saves its look-up at every step.
+PyGetSetDef* plain_getter(const py::handle& tensor) {
+  const py::object attribute = py::type::of(tensor).attr("grad");
+  if (!Py_IS_TYPE(attribute.ptr(), &PyGetSetDescr_Type)) return nullptr;
+  return reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr())->d_getset;
+}
+
 }  // namespace
 
 StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists,
@@ -63,11 +71,6 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
     held_addresses.push_back(tensor.data);
     return tensor;
   };
-  const auto hold_state = [&](const py::dict& dict, const py::handle& key) {
-    const py::object tensor = dict[key];
-    state_arrays_.push_back({dict, py::reinterpret_borrow<py::object>(key), tensor});
-    return static_cast<float*>(hold(tensor).data);
-  };
   size_t position = 0;
   for (size_t group = 0; group < param_lists.size(); ++group) {
     for (const py::handle& param : py::reinterpret_borrow<py::list>(param_lists[group])) {
@@ -77,7 +80,8 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       params_.push_back({py::reinterpret_borrow<py::object>(param), tensor.dtype,
                          std::vector<int64_t>(tensor.shape, tensor.shape + tensor.ndim),
                          std::vector<int64_t>(tensor.strides, tensor.strides + tensor.ndim),
-                         takes_part ? static_cast<int64_t>(entries_.size()) : -1});
+                         takes_part ? static_cast<int64_t>(entries_.size()) : -1,
+                         plain_getter(param)});
       device_ = tensor.device;
       if (!takes_part) continue;
       TensorEntry entry{};
@@ -89,16 +93,20 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
         const py::dict param_state = state[param];
         size_t index = 0;
         for (const py::handle& name : py::reinterpret_borrow<py::list>(state_names[group])) {
-          entry.states[index++] = hold_state(param_state, name);
+          entry.states[index++] = static_cast<float*>(hold(param_state[name]).data);
         }
-        if (param_state.contains("step")) hold_state(param_state, py::str("step"));
       }
       entry.step = static_cast<float*>(hold(step).data);
       entries_.push_back(entry);
     }
   }
   for (const auto& item : state) {
-    state_dicts_.push_back(py::reinterpret_borrow<py::object>(item.second));
+    const auto param_state = py::reinterpret_borrow<py::dict>(item.second);
+    std::vector<py::object> values;
+    for (const auto& array : param_state) {
+      values.push_back(py::reinterpret_borrow<py::object>(array.second));
+    }
+    param_states_.push_back({param_state, std::move(values)});
   }
   size_t index = 0;
   for (const py::handle& capsule : py::list(access_.make_handles(held))) {
@@ -120,18 +128,28 @@ bool StepTensors::same_params(const py::list& param_lists) const {
 }
 
 bool StepTensors::same_states(const py::dict& state) const {
-  if (!state.is(state_) || state.size() != state_dicts_.size()) return false;
+  if (!state.is(state_) || state.size() != param_states_.size()) return false;
   PyObject *key, *value;
-  Py_ssize_t iterator = 0;
-  for (const py::object& held : state_dicts_) {
-    if (!PyDict_Next(state.ptr(), &iterator, &key, &value) || value != held.ptr()) return false;
-  }
-  for (const StateArray& array : state_arrays_) {
-    if (PyDict_GetItemWithError(array.dict.ptr(), array.key.ptr()) != array.tensor.ptr()) {
+  Py_ssize_t position = 0;
+  for (const ParamState& held : param_states_) {
+    if (!PyDict_Next(state.ptr(), &position, &key, &value) || value != held.dict.ptr())
       return false;
+    if (held.dict.size() != held.values.size()) return false;
+    Py_ssize_t array_position = 0;
+    for (const py::object& array : held.values) {
+      PyDict_Next(held.dict.ptr(), &array_position, &key, &value);
+      if (value != array.ptr()) return false;
     }
   }
   return true;
+}
+
+py::object StepTensors::gradient_of(const Param& param) {
+  PyObject* tensor = param.tensor.ptr();
+  PyObject* gradient = param.getter != nullptr ? param.getter->get(tensor, param.getter->closure)
+                                               : PyObject_GetAttrString(tensor, "grad");
+  if (gradient == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(gradient);
 }
 
 bool StepTensors::collect(const Param& param, PyObject* gradient) {
@@ -159,7 +177,6 @@ bool StepTensors::collect(const Param& param, PyObject* gradient) {
 
 bool StepTensors::refresh(const py::list& param_lists, const py::dict& state,
                           const py::object& gradients) {
-  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
   if (!same_params(param_lists) || !same_states(state)) return false;
   for (const Address& address : addresses_) {
     if (!address.handle.is_at(address.address)) return false;
@@ -167,10 +184,7 @@ bool StepTensors::refresh(const py::list& param_lists, const py::dict& state,
   has_gradients_ = false;
   for (size_t i = 0; i < params_.size(); ++i) {
     if (gradients.is_none()) {
-      const auto gradient =
-          py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[i].tensor.ptr(), grad_name));
-      if (!gradient) throw py::error_already_set();
-      if (!collect(params_[i], gradient.ptr())) return false;
+      if (!collect(params_[i], gradient_of(params_[i]).ptr())) return false;
     } else if (!collect(params_[i], PyList_GetItem(gradients.ptr(), static_cast<Py_ssize_t>(i)))) {
       return false;
     }

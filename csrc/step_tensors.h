@@ -45,11 +45,13 @@ class StepTensors {
     py::object tensor;
     dlpack::DataType dtype;
     std::vector<int64_t> shape, strides;
-    int64_t entry;  // row of the table, or -1
+    int64_t entry;        // row of the table, or -1
+    PyGetSetDef* getter;  // of `grad`, or null if it is no plain attribute
   };
-  // An array of a parameter's state: under `key` in the state's dictionary.
-  struct StateArray {
-    py::object dict, key, tensor;
+  // The state of one parameter: the dictionary and its values in order.
+  struct ParamState {
+    py::dict dict;
+    std::vector<py::object> values;
   };
   // An address that the table holds.
   struct Address {
@@ -60,13 +62,13 @@ class StepTensors {
   bool same_params(const py::list& param_lists) const;
   bool same_states(const py::dict& state) const;
   bool collect(const Param& param, PyObject* gradient);
+  static py::object gradient_of(const Param& param);
 
   const TensorAccess& access_;
   dlpack::Device device_{};
   std::vector<Param> params_;
   py::dict state_;
-  std::vector<py::object> state_dicts_;
-  std::vector<StateArray> state_arrays_;
+  std::vector<ParamState> param_states_;
   std::vector<Address> addresses_;
   std::vector<TensorEntry> entries_;
   std::vector<const void*> gradients_;

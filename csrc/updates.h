@@ -72,7 +72,7 @@ struct Adam {
   static constexpr int kMinStates = 2;  // exp_avg, exp_avg_sq
   static constexpr int kMaxStates = 3;  // max_exp_avg_sq
 
-  float grad_sign, coupled_decay, param_share, beta2, grad_share1, grad_share2, step_size,
+  float grad_sign, coupled_decay, param_share, beta1, beta2, grad_share1, grad_share2, step_size,
       denominator_scale, eps;
 
   static LRS_HOST_DEVICE Adam fold(const double* hyper, double lr, double step) {
@@ -83,6 +83,7 @@ struct Adam {
     update.grad_sign = hyper[kMaximize] != 0.0 ? -1.0f : 1.0f;
     update.coupled_decay = decoupled ? 0.0f : static_cast<float>(hyper[kWeightDecay]);
     update.param_share = decoupled ? static_cast<float>(1.0 - lr * hyper[kWeightDecay]) : 1.0f;
+    update.beta1 = static_cast<float>(hyper[kBeta1]);
     update.beta2 = static_cast<float>(hyper[kBeta2]);
     update.grad_share1 = static_cast<float>(1.0 - hyper[kBeta1]);
     update.grad_share2 = static_cast<float>(1.0 - hyper[kBeta2]);
@@ -99,7 +100,7 @@ struct Adam {
     grad *= grad_sign;
     grad = coupled_decay != 0.0f ? grad + coupled_decay * param : grad;
     param *= param_share;
-    exp_avg += grad_share1 * (grad - exp_avg);
+    exp_avg = beta1 * exp_avg + grad_share1 * grad;
     exp_avg_sq = beta2 * exp_avg_sq + grad_share2 * (grad * grad);
     float second_moment = exp_avg_sq;
     if constexpr (kNumStates == 3) {

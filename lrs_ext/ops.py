@@ -140,7 +140,7 @@ def fill_schedule(target: Tensor, schedule: Schedule) -> None:
     if target.device.type == "cpu":
         native.fill_cpu(target.data_ptr(), target.numel())
     elif _cuda_unavailable_reason(target.device.type) is None:
-        points = torch.tensor(native.sample_points, dtype=torch.int64, device=target.device)
+        points = _to_device(np.array(native.sample_points, dtype=np.int64), target.device)
         native.fill_cuda(
             target=target.data_ptr(),
             count=target.numel(),

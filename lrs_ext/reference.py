@@ -113,6 +113,7 @@ class ReferenceTable:
     def refresh(self, *_: object) -> bool:
         return False
 
+    @torch.no_grad()
     def run(self) -> None:
         for item in self._updates:
             item.step.add_(1.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -100,7 +102,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._rates = self._rates.rebuilt(self.param_groups, self._device)
             self._forget_tables()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one update of every parameter that has a gradient, and advances the schedule.
 
@@ -131,6 +132,24 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         table.run()
         self._learning_rates.advance(self.param_groups)
         return loss
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps `step` as in torch, but only where a profiler or a hook is there to notice."""
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: ScheduledOptimizer, *args: Any, **kwargs: Any) -> Any:
+            is_watched = (
+                torch._C._autograd._profiler_enabled()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or optimizer._global_optimizer_pre_hooks
+                or optimizer._global_optimizer_post_hooks
+            )
+            return (hooked if is_watched else func)(self, *args, **kwargs)
+
+        return step
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as in torch; each group also has its schedule and position."""
@@ -191,6 +210,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._table_names = names
             self._table = None
 
+    @torch.no_grad()
     def _prepare(self, param_lists: list[list[Tensor]]) -> Table | None:
         """Brings the table up to date, with states for parameters that have their first gradient.
 

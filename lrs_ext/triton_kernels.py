@@ -65,6 +65,7 @@ class Adam(NamedTuple):
     grad_sign: tl.tensor
     coupled_decay: tl.tensor
     param_share: tl.tensor
+    beta1: tl.tensor
     beta2: tl.tensor
     grad_share1: tl.tensor
     grad_share2: tl.tensor
@@ -119,6 +120,7 @@ def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> Adam:
         grad_sign=tl.where(tl.load(group + MAXIMIZE) != 0.0, -1.0, 1.0),
         coupled_decay=tl.where(decoupled, 0.0, weight_decay).to(tl.float32),
         param_share=tl.where(decoupled, 1.0 - lr * weight_decay, 1.0).to(tl.float32),
+        beta1=beta1.to(tl.float32),
         beta2=beta2.to(tl.float32),
         grad_share1=(1.0 - beta1).to(tl.float32),
         grad_share2=(1.0 - beta2).to(tl.float32),
@@ -135,7 +137,7 @@ def adam_apply(
     grad *= update.grad_sign
     grad = tl.where(update.coupled_decay != 0.0, grad + update.coupled_decay * param, grad)
     param *= update.param_share
-    exp_avg = states[0] + update.grad_share1 * (grad - states[0])
+    exp_avg = update.beta1 * states[0] + update.grad_share1 * grad
     exp_avg_sq = update.beta2 * states[1] + update.grad_share2 * (grad * grad)
     second_moment = exp_avg_sq
     if len(states) == 3:

@@ -8,8 +8,10 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import cases
@@ -22,7 +24,7 @@ from lrs_ext import _C, ops
 # xdist: one worker compiles for all tests of the file.
 pytestmark = pytest.mark.xdist_group(__name__)
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+ROOT = Path(__file__).resolve().parents[1]
 
 # What the compiler makes of the kernels.
 
@@ -31,20 +33,37 @@ ARCHITECTURES = ["80", "90", "100", "120"]
 MAX_REGISTERS = 64
 
 
+@pytest.fixture(scope="module")
+def build_command(tmp_path_factory):
+    """nvcc with the flags of the project's build, but no architecture, and where to call it."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None:
+        pytest.skip("no cmake on the PATH or in this environment")
+    folder = tmp_path_factory.mktemp("cuda")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LRS_CUDA")}
+    configure = [cmake, "-S", ROOT, "-B", folder, "-DLRS_PYTHON=OFF"]
+    subprocess.run(configure, env=environment | {"PATH": path}, check=True, capture_output=True)
+    for entry in json.loads((folder / "compile_commands.json").read_text()):
+        if entry["file"].endswith(".cu"):
+            command = shlex.split(entry["command"])
+            flags = command[: command.index("-c")]
+            return [f for f in flags if not f.startswith("--generate-code")], entry["directory"]
+    return pytest.skip("no nvcc: install the CUDA toolkit to check the kernels")
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids="sm_{}".format)
-def kernels(request, tmp_path_factory):
+def kernels(request, build_command, tmp_path_factory):
     """The report of ptxas and the PTX of each kernel, by name; Adam's step kernel is `adam`."""
-    path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=path)
-    if nvcc is None:
-        pytest.skip("no nvcc: install the CUDA toolkit to check the kernels")
-    known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True)
-    if f"sm_{request.param}" not in known.stdout.split():
+    command, directory = build_command
+    known = subprocess.run([command[0], "--list-gpu-code"], check=True, capture_output=True)
+    if f"sm_{request.param}" not in known.stdout.decode().split():
         pytest.skip(f"this nvcc does not know sm_{request.param}")
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    flags = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{request.param}", f"-I{SOURCES}"]
-    command = [nvcc, *flags, "-Xptxas=-v", "-cubin", "--keep", SOURCES / "step_cuda.cu"]
-    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    inspect = [f"-arch=sm_{request.param}", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
+    output = ["-cubin", ROOT / "csrc" / "step_cuda.cu", "-o", folder / "step_cuda.cubin"]
+    compilation = [*command, *inspect, *output]
+    done = subprocess.run(compilation, cwd=directory, check=True, capture_output=True, text=True)
     report = {name_of(text): text for text in done.stderr.split("Compiling entry function")[1:]}
     ptx = (folder / "step_cuda.ptx").read_text()
     code = {name_of(text): text for text in re.split(r"\.entry ", ptx)[1:]}
