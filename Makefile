@@ -28,7 +28,7 @@ train: install
 	$(BIN)/python benchmarks/train_gpt.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

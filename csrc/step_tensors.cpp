@@ -101,12 +101,13 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
     }
   }
   for (const auto& item : state) {
-    const auto param_state = py::reinterpret_borrow<py::dict>(item.second);
     std::vector<py::object> values;
-    for (const auto& array : param_state) {
-      values.push_back(py::reinterpret_borrow<py::object>(array.second));
+    if (PyDict_Check(item.second.ptr())) {
+      for (const auto& array : py::reinterpret_borrow<py::dict>(item.second)) {
+        values.push_back(py::reinterpret_borrow<py::object>(array.second));
+      }
     }
-    param_states_.push_back({param_state, std::move(values)});
+    param_states_.push_back({py::reinterpret_borrow<py::object>(item.second), std::move(values)});
   }
   size_t index = 0;
   for (const py::handle& capsule : py::list(access_.make_handles(held))) {
@@ -132,12 +133,14 @@ bool StepTensors::same_states(const py::dict& state) const {
   PyObject *key, *value;
   Py_ssize_t position = 0;
   for (const ParamState& held : param_states_) {
-    if (!PyDict_Next(state.ptr(), &position, &key, &value) || value != held.dict.ptr())
+    if (!PyDict_Next(state.ptr(), &position, &key, &value) || value != held.entry.ptr()) {
       return false;
-    if (held.dict.size() != held.values.size()) return false;
+    }
+    if (!PyDict_Check(value)) continue;
+    if (static_cast<size_t>(PyDict_GET_SIZE(value)) != held.values.size()) return false;
     Py_ssize_t array_position = 0;
     for (const py::object& array : held.values) {
-      PyDict_Next(held.dict.ptr(), &array_position, &key, &value);
+      PyDict_Next(held.entry.ptr(), &array_position, &key, &value);
       if (value != array.ptr()) return false;
     }
   }

@@ -48,9 +48,9 @@ class StepTensors {
     int64_t entry;        // row of the table, or -1
     PyGetSetDef* getter;  // of `grad`, or null if it is no plain attribute
   };
-  // The state of one parameter: the dictionary and its values in order.
+  // One entry of the optimizer's state: if it is a dictionary, also its values in order.
   struct ParamState {
-    py::dict dict;
+    py::object entry;
     std::vector<py::object> values;
   };
   // An address that the table holds.

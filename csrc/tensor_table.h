@@ -64,9 +64,9 @@ LRS_HOST_DEVICE Range chunk_range(int64_t numel, int64_t chunk_elements, int64_t
   return {begin, end < numel ? end : numel};
 }
 
-// The part of `range` that 16-byte lanes can serve: it starts at an element whose address is a
-// multiple of 16 bytes in every array, and holds a multiple of `lane` elements. It is empty if the
-// arrays are not aligned at any common element. `bytes` are the element sizes.
+// The part of `range` that lanes of `lane` elements can serve: it starts at an element where every
+// array is aligned to its lane, or to 16 bytes if that is less, and holds a multiple of `lane`
+// elements. It is empty if no element is so in all arrays. `bytes` are the element sizes.
 template <int kArrays>
 LRS_HOST_DEVICE Range vector_range(Range range, int64_t lane, const uint64_t (&addresses)[kArrays],
                                    const int (&bytes)[kArrays]) {
@@ -74,7 +74,8 @@ LRS_HOST_DEVICE Range vector_range(Range range, int64_t lane, const uint64_t (&a
     const int64_t begin = range.begin + head;
     bool aligned = true;
     for (int i = 0; i < kArrays; ++i) {
-      aligned &= (addresses[i] + static_cast<uint64_t>(begin * bytes[i])) % 16 == 0;
+      const uint64_t alignment = lane * bytes[i] < 16 ? lane * bytes[i] : 16;
+      aligned &= (addresses[i] + static_cast<uint64_t>(begin * bytes[i])) % alignment == 0;
     }
     if (aligned && begin < range.end) {
       return {begin, begin + (range.end - begin) / lane * lane};

@@ -38,8 +38,7 @@ struct SGD {
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;  // momentum_buffer
 
-  float grad_sign, weight_decay, lr, momentum, grad_share;
-  bool nesterov;
+  float grad_sign, weight_decay, lr, momentum, grad_share, nesterov;
 
   // `step` counts this update: 1 is the first, whose momentum buffer becomes the gradient itself.
   static LRS_HOST_DEVICE SGD fold(const double* hyper, double lr, double step) {
@@ -49,7 +48,7 @@ struct SGD {
     update.lr = static_cast<float>(lr);
     update.momentum = static_cast<float>(hyper[kMomentum]);
     update.grad_share = step == 1.0 ? 1.0f : static_cast<float>(1.0 - hyper[kDampening]);
-    update.nesterov = hyper[kNesterov] != 0.0;
+    update.nesterov = static_cast<float>(hyper[kNesterov]);
     return update;
   }
 
@@ -60,7 +59,7 @@ struct SGD {
     if constexpr (kNumStates == 1) {
       float& momentum_buffer = state[0];
       momentum_buffer = momentum * momentum_buffer + grad_share * grad;
-      grad = nesterov ? grad + momentum * momentum_buffer : momentum_buffer;
+      grad = nesterov != 0.0f ? grad + momentum * momentum_buffer : momentum_buffer;
     }
     param -= lr * grad;
   }

@@ -31,9 +31,8 @@ def info() -> dict[str, Any]:
             is_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
             missing = "torch sees no GPU" if is_gpu_build else "torch is a CPU build"
             reasons = {name: reason or missing for name, reason in reasons.items()}
-        usable = [name for name in ops.BACKENDS if reasons[name] is None and name != "reference"]
         backends[device_type] = {
-            "used": usable[0] if usable else None,
+            "used": _backend_for(device_type, reasons),
             "reasons": {name: reason for name, reason in reasons.items() if reason},
         }
     return {
@@ -45,6 +44,14 @@ def info() -> dict[str, Any]:
         "devices": devices,
         "backends": backends,
     }
+
+
+def _backend_for(device_type: str, reasons: dict[str, str | None]) -> str | None:
+    try:
+        backend = ops.select_backend(None, torch.device(device_type))
+    except RuntimeError:
+        return None
+    return backend if reasons[backend] is None else None
 
 
 def selfcheck() -> list[dict[str, Any]]:

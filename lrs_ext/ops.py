@@ -252,8 +252,8 @@ class StepTable:
         self._held: list[Tensor | None] | None = None  # gradients that only we keep alive
         if backend != "cpu":
             device = step.device
-            self._rows = torch.from_numpy(self._native.tensor_rows).to(device)
-            self._chunks = torch.from_numpy(self._native.chunk_rows).to(device)
+            self._rows = _to_device(self._native.tensor_rows, device)
+            self._chunks = _to_device(self._native.chunk_rows, device)
             self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
             self._native.bind_device(
                 self._rows.data_ptr(), self._chunks.data_ptr(), self._ticket.data_ptr()
@@ -320,7 +320,7 @@ def _gpu_chunk(elements: int) -> int:
     return chunk
 
 
-def _to_device(addresses: NDArray[np.int64], device: torch.device) -> Tensor:
+def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """Copies without waiting: the caching allocator keeps pinned memory until the copy is done."""
-    host = torch.from_numpy(addresses)
+    host = torch.from_numpy(array)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -99,7 +99,7 @@ class SGD(ScheduledOptimizer):
         # had its first gradient: one that came with a checkpoint has.
         if is_new or param not in self._counters:
             count = 0.0 if is_new else 1.0
-            self._counters[param] = torch.tensor(count, dtype=torch.float32, device=param.device)
+            self._counters[param] = torch.full((), count, dtype=torch.float32, device=param.device)
         return self._counters[param]
 
 

@@ -1,4 +1,4 @@
-"""The CUDA backend: what nvcc makes of it on any machine, what it computes where there is a GPU.
+"""The CUDA backend on a GPU: the numbers of the other backends, launches, streams and graphs.
 
 `test_optimizers.py` and `test_no_sync.py` run their matrices on this backend too; here is what only
 CUDA has.
@@ -6,113 +6,15 @@ CUDA has.
 
 import contextlib
 import json
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import cases
 import pytest
 import torch
 
 import lrs_ext
-from lrs_ext import _C, ops
+from lrs_ext import ops
 
-# xdist: one worker compiles for all tests of the file.
-pytestmark = pytest.mark.xdist_group(__name__)
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# What the compiler makes of the kernels.
-
-ARCHITECTURES = ["80", "90", "100", "120"]
-# 256 threads a block and four blocks at once on a multiprocessor of 65,536 registers.
-MAX_REGISTERS = 64
-
-
-@pytest.fixture(scope="module")
-def build_command(tmp_path_factory):
-    """nvcc with the flags of the project's build, but no architecture, and where to call it."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    cmake = shutil.which("cmake", path=path)
-    if cmake is None:
-        pytest.skip("no cmake on the PATH or in this environment")
-    folder = tmp_path_factory.mktemp("cuda")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LRS_CUDA")}
-    configure = [cmake, "-S", ROOT, "-B", folder, "-DLRS_PYTHON=OFF"]
-    subprocess.run(configure, env=environment | {"PATH": path}, check=True, capture_output=True)
-    for entry in json.loads((folder / "compile_commands.json").read_text()):
-        if entry["file"].endswith(".cu"):
-            command = shlex.split(entry["command"])
-            flags = command[: command.index("-c")]
-            return [f for f in flags if not f.startswith("--generate-code")], entry["directory"]
-    return pytest.skip("no nvcc: install the CUDA toolkit to check the kernels")
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids="sm_{}".format)
-def kernels(request, build_command, tmp_path_factory):
-    """The report of ptxas and the PTX of each kernel, by name; Adam's step kernel is `adam`."""
-    command, directory = build_command
-    known = subprocess.run([command[0], "--list-gpu-code"], check=True, capture_output=True)
-    if f"sm_{request.param}" not in known.stdout.decode().split():
-        pytest.skip(f"this nvcc does not know sm_{request.param}")
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    inspect = [f"-arch=sm_{request.param}", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
-    output = ["-cubin", ROOT / "csrc" / "step_cuda.cu", "-o", folder / "step_cuda.cubin"]
-    compilation = [*command, *inspect, *output]
-    done = subprocess.run(compilation, cwd=directory, check=True, capture_output=True, text=True)
-    report = {name_of(text): text for text in done.stderr.split("Compiling entry function")[1:]}
-    ptx = (folder / "step_cuda.ptx").read_text()
-    code = {name_of(text): text for text in re.split(r"\.entry ", ptx)[1:]}
-    assert report.keys() == code.keys()
-    return {name: (report[name], code[name]) for name in report}
-
-
-def name_of(text):
-    mangled = re.search(r"_Z\w+", text)[0]
-    update = re.search(r"step_kernelI\w*?\d([A-Za-z]+)EEEv", mangled)
-    return update[1].lower() if update else re.search(r"\d([a-z_]+_kernel)", mangled)[1]
-
-
-def number_before(what, report):
-    return [int(number) for number in re.findall(rf"(\d+) {what}", report)]
-
-
-def test_every_update_has_a_step_kernel(kernels):
-    others = {"fill_schedule_kernel", "write_group_kernel"}
-    assert kernels.keys() == others | set(_C.algorithms)
-
-
-def test_no_kernel_spills_registers(kernels):
-    for name, (report, _) in kernels.items():
-        spills = number_before(r"bytes spill (?:stores|loads)", report)
-        assert spills, name
-        assert not any(spills), name
-
-
-def test_step_kernels_stay_in_registers_of_which_they_have_64(kernels):
-    for name in _C.algorithms:
-        report, _ = kernels[name]
-        [registers] = number_before("registers", report)
-        assert registers <= MAX_REGISTERS, name
-        assert number_before("bytes stack frame", report)[0] == 0, name
-
-
-def test_step_kernels_move_16_bytes_at_a_time_to_and_from_global_memory(kernels):
-    for name in _C.algorithms:
-        _, code = kernels[name]
-        moves = re.findall(r"\b(ld|st)\.(global\.)?\S*?v4\.\S?32", code)
-        for kind in ("ld", "st"):
-            # Three dtypes with two numbers of states.
-            assert moves.count((kind, "global.")) >= 6, (name, kind)
-            # Without knowing the memory space, the hardware has to find it out at each access.
-            assert moves.count((kind, "")) == 0, (name, kind)
-
-
-# What the kernels compute.
+pytestmark = pytest.mark.gpu
 
 CHUNK = 16384  # the longest that the launcher cuts
 SHAPES = [*cases.SHAPES, (CHUNK + 5,), (2 * CHUNK,), (3, CHUNK + 1)]
@@ -170,7 +72,6 @@ state_updates = pytest.mark.parametrize("row", cases.STATE_UPDATES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @dtypes
 @updates
@@ -180,7 +81,6 @@ def test_updates_equal_those_of_the_cpu_backend(row, dtype, shift):
         twins.step(skip=[k, 7] if k < 3 else [])
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shift", [0, 1])
 @dtypes
 @state_updates
@@ -190,7 +90,6 @@ def test_tensors_of_several_chunks(row, dtype, shift):
         twins.step(skip=[k, len(SHAPES) - 1] if k < 2 else [])
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shift", [1, 2, 3, 5])
 @dtypes
 @state_updates
@@ -205,7 +104,6 @@ def test_arrays_that_are_all_misaligned_alike(row, dtype, shift):
         twins.step()
 
 
-@pytest.mark.gpu
 @state_updates
 def test_groups_have_their_own_schedules_and_options(row):
     lrs = [lrs_ext.rex(0.05, 6, warmup_steps=2), 0.01, lrs_ext.linear(0.1, 4, min_lr=0.02)]
@@ -222,7 +120,6 @@ def test_groups_have_their_own_schedules_and_options(row):
         twins.step(skip=[k])
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("count", [4000, 4001, 8001])
 @state_updates
 def test_more_tensors_than_a_launch_takes(row, count):
@@ -233,7 +130,6 @@ def test_more_tensors_than_a_launch_takes(row, count):
     assert [opt.schedule_buffer.step.item() for opt in twins.opts] == [3, 3]
 
 
-@pytest.mark.gpu
 @dtypes
 @state_updates
 def test_triton_and_cuda_agree(row, dtype):
@@ -245,7 +141,6 @@ def test_triton_and_cuda_agree(row, dtype):
         twins.step(skip=[k, len(SHAPES) - 1] if k < 2 else [])
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("row", cases.SCHEDULES, ids=str)
 def test_a_buffer_filled_on_the_device_holds_the_float32_of_the_host(row):
     schedule = getattr(lrs_ext, row.name)(row.lr, row.total_steps, **row.options)
@@ -256,7 +151,6 @@ def test_a_buffer_filled_on_the_device_holds_the_float32_of_the_host(row):
     assert ulps.abs().max() <= 1
 
 
-@pytest.mark.gpu
 @state_updates
 def test_a_step_counts_once_and_leaves_the_ticket_at_zero(row):
     twins = Twins(row, SHAPES)
@@ -287,7 +181,6 @@ def run(row, shapes, steps, dtype=torch.float32):
     return [*params, *(t for state in opt.state.values() for t in state.values())]
 
 
-@pytest.mark.gpu
 @dtypes
 @state_updates
 def test_runs_are_identical_to_the_bit(row, dtype):
@@ -314,7 +207,6 @@ def make(row, lr, shapes=((33,), (5, 7))):
     return params, getattr(lrs_ext, row.name)(params, lr=lr, backend="cuda", **row.options)
 
 
-@pytest.mark.gpu
 @state_updates
 def test_no_step_waits_whoever_sets_the_learning_rate(row):
     params, opt = make(row, lrs_ext.rex(0.1, 5, warmup_steps=2))
@@ -331,7 +223,6 @@ def test_no_step_waits_whoever_sets_the_learning_rate(row):
     assert opt.schedule_buffer.step.item() == 9
 
 
-@pytest.mark.gpu
 @dtypes
 @state_updates
 def test_a_captured_step_replays_a_schedule_as_eager_steps_do(row, dtype):
@@ -380,7 +271,6 @@ class Captured:
         return [*self.params, *(tensor for state in states for tensor in state.values())]
 
 
-@pytest.mark.gpu
 @state_updates
 def test_a_step_is_one_kernel_and_nothing_else(row, tmp_path):
     params, opt = make(row, lrs_ext.rex(0.1, 20), SHAPES)
@@ -402,7 +292,6 @@ def test_a_step_is_one_kernel_and_nothing_else(row, tmp_path):
     assert all("step_kernel" in name for name in names)
 
 
-@pytest.mark.gpu
 @state_updates
 def test_a_step_runs_on_the_current_stream(row):
     """A gradient is written late on the stream; a step on another one would find the old one."""

@@ -75,13 +75,12 @@ class Tensors:
             if not any(param is other for other in without_state):
                 self.state[param] = {name: torch.rand_like(param).float() for name in names}
                 self.state[param]["step"] = torch.tensor(3.0)
-        self.native = _C.StepTensors(
-            ops._tensor_access(),
-            self.param_lists,
-            self.state,
-            self.names,
-            [self.state.get(p, {}).get("step") for group in groups for p in group],
-        )
+        self.build()
+
+    def build(self):
+        steps = [self.state.get(p, {}).get("step") for group in self.param_lists for p in group]
+        tables = self.param_lists, self.state, self.names, steps
+        self.native = _C.StepTensors(ops._tensor_access(), *tables)
 
     def refresh(self, gradients=None):
         return self.native.refresh(self.param_lists, self.state, gradients)
@@ -234,6 +233,12 @@ def test_new_gradients_and_values_leave_the_table_valid(tensors):
     with torch.no_grad():
         param.add_(1)
     tensors.state[param]["exp_avg"].zero_()
+    assert tensors.refresh()
+
+
+def test_a_state_that_belongs_to_no_parameter_is_nobodys_business(tensors):
+    tensors.state["note"] = 5
+    tensors.build()
     assert tensors.refresh()
 
 

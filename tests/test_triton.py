@@ -333,6 +333,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+REGISTERS = {"cuda": 64, "hip": 128}  # a thread, for 1,024 threads on each multiprocessor
 # The arguments of the kernel: tables, counts, constants.
 ARGUMENTS = ["*i64", "*i64", "*i32", "*i64", "*i64", "*i32", "i32", "i32", *["constexpr"] * 5]
 # Loads and stores of 128 bits in the aligned paths, float32 plus two 16-bit types, for the fewest
@@ -355,6 +356,7 @@ def compile_kernel(algorithm, target, **options):
     )
     gpu = triton.backends.compiler.GPUTarget(*TARGETS[target])
     options["num_warps"] = triton_kernels.THREADS.value // gpu.warp_size
+    options["enable_fp_fusion"] = False
     stages = triton.compile(source, target=gpu, options=options).asm
     assembly = stages.get("ptx") or stages["amdgcn"]
     registers, stack = resources(stages)
@@ -402,7 +404,7 @@ def report(tmp_path_factory):
 def test_compiles_to_wide_accesses_without_spills(report, algorithm, target):
     kernel = report[f"{algorithm}-{target}"]
     assert kernel["stack"] == 0
-    assert kernel["registers"] <= 64  # for 1,024 threads on each multiprocessor
+    assert kernel["registers"] <= REGISTERS[TARGETS[target][0]]
     assert (kernel["wide_loads"], kernel["wide_stores"]) == WIDE_ACCESSES[algorithm]
     assert kernel["exchanges"] == 0  # between threads, through shared memory
 
