@@ -15,9 +15,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Read when torch is imported: a waiting thread sleeps soon. Where other programs run too, spinning
-# threads hold the cores that the others need. Median step on 2 cores, quiet and busy: 77 and
-# 1600 ms by default, 85 and 200 ms with this.
+# Read when torch is imported: a waiting thread sleeps soon instead of spinning. On 2 quiet cores that
+# costs a tenth of the speed; beside other programs spinning threads made steps several times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from gpt_config import JobError, parse_args

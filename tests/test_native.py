@@ -27,12 +27,13 @@ def layouts(draw):
         offsets = [element] * 3
     addresses = [4096 + n * b for n, b in zip(offsets, element_bytes, strict=True)]
     chunk = draw(st.sampled_from([1, 3, 7, 8, 16, 100, 2048]))
-    return draw(st.integers(0, 20 * chunk)), chunk, 16 // size, addresses, element_bytes
+    lane = draw(st.sampled_from([4, 16 // size]))
+    return draw(st.integers(0, 20 * chunk)), chunk, lane, addresses, element_bytes
 
 
-def is_aligned(element, addresses, element_bytes):
+def is_aligned(element, lane, addresses, element_bytes):
     pairs = zip(addresses, element_bytes, strict=True)
-    return all((address + element * size) % 16 == 0 for address, size in pairs)
+    return all((address + element * size) % min(16, lane * size) == 0 for address, size in pairs)
 
 
 @given(layouts())
@@ -43,7 +44,7 @@ def test_ranges_tile_a_tensor_and_lanes_are_aligned(layout):
         assert begin == position
         assert begin <= first <= last <= end
         assert end - begin == min(chunk, numel - begin)
-        aligned = [i for i in range(begin, end) if is_aligned(i, addresses, element_bytes)]
+        aligned = [i for i in range(begin, end) if is_aligned(i, lane, addresses, element_bytes)]
         lanes = (last - first) // lane
         assert (last - first) % lane == 0
         # As many lanes as fit behind the first aligned element, none if there is no such element.
