@@ -15,8 +15,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Read when torch is imported: a waiting thread sleeps soon instead of spinning. On 2 quiet cores that
-# costs a tenth of the speed; beside other programs spinning threads made steps several times slower.
+# Read when torch is imported: a waiting thread sleeps soon instead of spinning. On 2 quiet cores
+# that costs a tenth of the speed; beside other programs, spinning made steps several times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from gpt_config import JobError, parse_args

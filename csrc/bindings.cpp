@@ -165,14 +165,22 @@ class Step {
   }
 
   void run_cpu(int num_threads) const {
-    const py::gil_scoped_release release;
-    lrs::step_cpu(table_, tensors_->gradients().data(), num_threads);
+    {
+      const py::gil_scoped_release release;
+      lrs::step_cpu(table_, tensors_->gradients().data(), num_threads);
+    }
+    tensors_->release_gradients();
   }
 
 #ifdef LRS_WITH_CUDA
   void run_cuda() const {
-    lrs::step_cuda(table_, chunk_offsets_.data(), tensors_->gradients().data(),
-                   tensors_->device_index(), tensors_->current_stream());
+    void* stream = tensors_->current_stream();
+    {
+      const py::gil_scoped_release release;  // a launch waits while the queue is full
+      lrs::step_cuda(table_, chunk_offsets_.data(), tensors_->gradients().data(),
+                     tensors_->device_index(), stream);
+    }
+    tensors_->release_gradients();
   }
 #endif
 

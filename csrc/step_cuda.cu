@@ -31,11 +31,6 @@ struct Launch {
   bool commits_step;
 };
 
-template <int kBytes>
-struct alignas(16) Lane {
-  char bytes[kBytes];
-};
-
 // Moves kLane elements between memory and registers, in accesses of 16 bytes, or of 8.
 template <int kLane, typename T>
 __device__ __forceinline__ void copy_lane(T* target, const T* source) {

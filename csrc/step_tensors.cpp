@@ -51,6 +51,15 @@ DType dtype_of(const dlpack::Tensor& tensor) {
   throw std::invalid_argument("parameters must be float32, bfloat16 or float16");
 }
 
+// The address of a state, which must be `count` float32 values on the parameter's device.
+float* floats(const dlpack::Tensor& tensor, const dlpack::Device& device, int64_t count) {
+  if (dtype_of(tensor) != DType::kFloat32 || !same(tensor.device, device) ||
+      numel(tensor) != count) {
+    throw std::invalid_argument("a state must be float32, of its parameter's size and device");
+  }
+  return static_cast<float*>(tensor.data);
+}
+
 // The C function behind the attribute `grad` of a tensor, which saves its look-up at every step.
 PyGetSetDef* plain_getter(const py::handle& tensor) {
   const py::object attribute = py::type::of(tensor).attr("grad");
@@ -67,6 +76,9 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
   std::vector<const void*> held_addresses;
   const auto hold = [&](const py::handle& object) {
     const dlpack::Tensor tensor = read(access_, object);
+    if (tensor.data == nullptr && numel(tensor) > 0) {
+      throw std::invalid_argument("a parameter or state has no memory");
+    }
     held.append(object);
     held_addresses.push_back(tensor.data);
     return tensor;
@@ -93,10 +105,10 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
         const py::dict param_state = state[param];
         size_t index = 0;
         for (const py::handle& name : py::reinterpret_borrow<py::list>(state_names[group])) {
-          entry.states[index++] = static_cast<float*>(hold(param_state[name]).data);
+          entry.states[index++] = floats(hold(param_state[name]), tensor.device, entry.numel);
         }
       }
-      entry.step = static_cast<float*>(hold(step).data);
+      entry.step = floats(hold(step), tensor.device, 1);
       entries_.push_back(entry);
     }
   }
@@ -155,13 +167,13 @@ py::object StepTensors::gradient_of(const Param& param) {
   return py::reinterpret_steal<py::object>(gradient);
 }
 
-bool StepTensors::collect(const Param& param, PyObject* gradient) {
-  if (param.entry < 0) return gradient == Py_None;
+bool StepTensors::collect(const Param& param, py::object gradient) {
+  if (param.entry < 0) return gradient.is_none();
   const void*& collected = gradients_[static_cast<size_t>(param.entry)];
   const void* address = nullptr;
-  if (gradient != Py_None) {
+  if (!gradient.is_none()) {
     dlpack::Tensor grad;
-    if (access_.exchange->tensor_from_py_object(gradient, &grad) != 0) {
+    if (access_.exchange->tensor_from_py_object(gradient.ptr(), &grad) != 0) {
       PyErr_Clear();  // it has no plain memory: the caller looks closer and explains
       return false;
     }
@@ -169,9 +181,11 @@ bool StepTensors::collect(const Param& param, PyObject* gradient) {
         !same_layout(param.shape, param.strides, grad)) {
       return false;
     }
-    address =
-        grad.data == nullptr ? kEmptyGradient : static_cast<char*>(grad.data) + grad.byte_offset;
+    const bool is_empty = entries_[static_cast<size_t>(param.entry)].numel == 0;
+    if (grad.data == nullptr && !is_empty) return false;
+    address = is_empty ? kEmptyGradient : static_cast<char*>(grad.data) + grad.byte_offset;
     has_gradients_ = true;
+    held_gradients_.push_back(std::move(gradient));
   }
   has_changed_gradients_ |= (address == nullptr) != (collected == nullptr);
   collected = address;
@@ -185,10 +199,11 @@ bool StepTensors::refresh(const py::list& param_lists, const py::dict& state,
     if (!address.handle.is_at(address.address)) return false;
   }
   has_gradients_ = false;
+  held_gradients_.clear();
   for (size_t i = 0; i < params_.size(); ++i) {
     if (gradients.is_none()) {
-      if (!collect(params_[i], gradient_of(params_[i]).ptr())) return false;
-    } else if (!collect(params_[i], PyList_GetItem(gradients.ptr(), static_cast<Py_ssize_t>(i)))) {
+      if (!collect(params_[i], gradient_of(params_[i]))) return false;
+    } else if (!collect(params_[i], py::reinterpret_borrow<py::list>(gradients)[i])) {
       return false;
     }
   }

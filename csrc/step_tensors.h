@@ -28,6 +28,10 @@ class StepTensors {
   // takes the place of the parameters' own.
   bool refresh(const py::list& param_lists, const py::dict& state, const py::object& gradients);
 
+  // Lets go of the gradients, which are held so that nobody frees them before a kernel has read
+  // them.
+  void release_gradients() { held_gradients_.clear(); }
+
   const std::vector<TensorEntry>& entries() const { return entries_; }
   const std::vector<const void*>& gradients() const { return gradients_; }
   bool has_gradients() const { return has_gradients_; }
@@ -61,7 +65,7 @@ class StepTensors {
 
   bool same_params(const py::list& param_lists) const;
   bool same_states(const py::dict& state) const;
-  bool collect(const Param& param, PyObject* gradient);
+  bool collect(const Param& param, py::object gradient);
   static py::object gradient_of(const Param& param);
 
   const TensorAccess& access_;
@@ -72,6 +76,7 @@ class StepTensors {
   std::vector<Address> addresses_;
   std::vector<TensorEntry> entries_;
   std::vector<const void*> gradients_;
+  std::vector<py::object> held_gradients_;
   bool has_gradients_ = false;
   bool has_changed_gradients_ = true;  // some parameter has got or lost its gradient
   py::list updated_params_;

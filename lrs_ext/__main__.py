@@ -49,7 +49,7 @@ def info() -> dict[str, Any]:
 def _backend_for(device_type: str, reasons: dict[str, str | None]) -> str | None:
     try:
         backend = ops.select_backend(None, torch.device(device_type))
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return None
     return backend if reasons[backend] is None else None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import torch
 from torch import Tensor
 
 from lrs_ext import ops
-from lrs_ext.schedules import Schedule
+from lrs_ext.schedules import Schedule, checked_learning_rate
 
 
 class ScheduleBuffer:
@@ -65,7 +66,8 @@ class ScheduleBuffer:
     def write_(self, row: int, value: Tensor | float, steps: int) -> ScheduleBuffer:
         """Writes `value` for the next `steps` updates, from the current step on, without a sync.
 
-        Steps past the end of the row go to its last entry, which holds for ever.
+        Steps past the end of the row go to its last entry, which holds for ever. The row of a float
+        learning rate may have no other. No checkpoint keeps what was written.
 
         Args:
             value: a float or a one-element tensor on any device; on the buffer's device it is not
@@ -73,17 +75,21 @@ class ScheduleBuffer:
 
         Raises:
             IndexError: there is no such row.
-            ValueError: `steps` is less than 1 or `value` has more than one element.
+            TypeError: `steps` is no integer.
+            ValueError: `steps` is less than 1, `value` has more than one element, or is a float
+                that is negative or not finite.
         """
         target = self._row(row)
+        steps = operator.index(steps)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"value must have one element, got shape {tuple(value.shape)}")
-            source = value.detach().reshape(1).to(target, non_blocking=True)
+            from_host = value.device.type == "cpu"
+            source = value.detach().reshape(1).to(target, non_blocking=from_host)
         else:
-            source = target.new_full((1,), value)
+            source = target.new_full((1,), checked_learning_rate(value))
         length = min(steps, self.capacity)
         positions = torch.arange(length, device=target.device).add_(self.step)
         positions.clamp_(max=self.capacity - 1)

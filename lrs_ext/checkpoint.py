@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext.layout import laid_out_as
+from lrs_ext.tensor_checks import step_counter
 
 
 class Wrapped:
@@ -43,8 +44,7 @@ def unwrap_state(param: Any, saved: Any) -> Any:
     for name, value in saved.items():
         tensor = value.tensor if isinstance(value, Wrapped) else value
         if name == "step":
-            count = torch.as_tensor(tensor).detach().reshape(())
-            state[name] = count.to(param.device, torch.float32, copy=True)
+            state[name] = step_counter(param, tensor).clone()
         elif isinstance(tensor, Tensor):
             if tensor.shape != param.shape:
                 raise ValueError(
@@ -58,9 +58,9 @@ def unwrap_state(param: Any, saved: Any) -> Any:
 
 
 def last_step(states: dict[Any, Any]) -> int | None:
-    """Returns the largest step count among unwrapped states, or None if they have none."""
-    counts = [int(state["step"]) for state in states.values() if "step" in state]
-    return max(counts, default=None)
+    """Returns the largest step count among the parameters' states, or None if they have none."""
+    counts = [s["step"] for s in states.values() if isinstance(s, dict) and "step" in s]
+    return int(torch.stack(counts).max()) if counts else None
 
 
 def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:

@@ -65,14 +65,24 @@ class LearningRates:
         source = self._sources[index]
         lr = group["lr"]
         if isinstance(lr, Schedule):
+            group["lr"] = source.seen  # stays if the schedule does not fit
             self.buffer.fill_(index, lr)
         if self.buffer.schedules[index] is not source.schedule:
             # The line above or the owner of the buffer has filled the row.
             self._follow_schedule(index, group)
-        elif lr is not source.seen:
+        elif lr is not source.seen or self._has_moved(index, lr):
             self._take(source, index, group)
         if isinstance(source.seen, Tensor) and source.row is self.buffer.rows[index]:
             source.row.copy_(source.seen.detach().reshape(()), non_blocking=True)
+
+    def _has_moved(self, index: int, lr: float | Tensor | None) -> bool:
+        """Whether a tensor that the kernels read in place has got another memory."""
+        row = self._sources[index].row
+        return (
+            isinstance(lr, Tensor)
+            and row is not self.buffer.rows[index]
+            and not lr.detach().is_set_to(row)
+        )
 
     def _take(self, source: _Source, index: int, group: Group) -> None:
         lr = group["lr"]
@@ -82,10 +92,11 @@ class LearningRates:
             self._follow_schedule(index, group)
             return
         if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+            # The value of a tensor on a device is its owner's affair: looking would be waiting.
+            value = ops.host_value(lr) if lr.numel() == 1 else None
+            check_learning_rate(lr if lr.numel() != 1 else 0.0 if value is None else value)
             is_readable = lr.dtype == torch.float32 and lr.device == row.device
-            source.row = lr.detach().view(1) if is_readable else row
+            source.row = lr.detach() if is_readable else row
         else:
             row.fill_(checked_learning_rate(lr))
             source.row = row
@@ -120,35 +131,51 @@ class LearningRates:
         in_charge = source.schedule is not None and source.seen is source.scheduled
         return source.schedule if in_charge else None
 
-    def save(self, index: int, saved_group: Group) -> None:
-        """Adds to a group of a checkpoint what it takes to resume."""
-        schedule = self.schedule(index)
-        saved_group["lr"] = float(saved_group["lr"])
-        saved_group["schedule"] = None if schedule is None else json.dumps(schedule.to_dict())
-        saved_group["schedule_step"] = self.step
+    def follow_device(self, groups: list[Group]) -> None:
+        """Takes the position from the device, which alone knows of replayed and skipped updates."""
+        self.step = int(self.buffer.step)
+        for index, group in enumerate(groups):
+            self.sync(index, group)
+            if self.schedule(index) is not None:
+                self._follow_schedule(index, group)
 
-    def load(self, saved_groups: list[Group], step: int) -> LearningRates:
+    def save(self, index: int, saved_group: Group, updates: int | None) -> None:
+        """Adds to a group of a checkpoint what it takes to resume; see `saved_position`."""
+        schedule = self.schedule(index)
+        lr = float(saved_group["lr"])
+        saved_group["lr"] = lr
+        saved_group["schedule"] = json.dumps(
+            {
+                "schedule": None if schedule is None else schedule.to_dict(),
+                "step": self.step,
+                "lr": lr,
+                "updates": updates,
+            }
+        )
+
+    def loaded(
+        self, groups: list[Group], positions: list[Position | None], updates: int | None
+    ) -> LearningRates:
         """Takes over the groups of a checkpoint, in the present buffer if it is long enough.
 
-        A group without the key "schedule" comes from another optimizer: its float is kept only
-        where no schedule is in charge here.
+        A group without a position comes from another optimizer: its float is kept only where no
+        schedule is in charge here.
         """
-        for index, group in enumerate(saved_groups):
-            source = self._sources[index]
-            schedule = self.schedule(index)
-            if "schedule" in group:
-                saved = group.pop("schedule")
-                schedule = None if saved is None else Schedule.from_dict(json.loads(saved))
-            group.pop("schedule_step", None)
+        step = next((p.step for p in positions if p is not None), updates)
+        step = self.step if step is None else step
+        for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
+            group.pop("schedule", None)
+            present = self._sources[index].seen
+            schedule = self.schedule(index) if position is None else position.schedule
             if schedule is not None:
                 group["lr"] = schedule
-            elif isinstance(source.seen, Tensor):
-                group["lr"] = source.seen.fill_(checked_learning_rate(group["lr"]))
-        if _capacity(saved_groups) > self.buffer.capacity:
-            return LearningRates(saved_groups, self.buffer.values.device, step)
+            elif isinstance(present, Tensor):
+                group["lr"] = present.fill_(group["lr"])
+        if _capacity(groups) > self.buffer.capacity:
+            return LearningRates(groups, self.buffer.values.device, step)
         self.step = step
         self.buffer.step.fill_(step)
-        for index, group in enumerate(saved_groups):
+        for index, group in enumerate(groups):
             self.buffer.schedules[index] = None
             self._sources[index] = _Source(self.buffer.rows[index])
             self.sync(index, group)
@@ -160,12 +187,53 @@ class LearningRates:
             schedule = self.schedule(index)
             if schedule is not None and groups[index]["lr"] is self._sources[index].seen:
                 groups[index]["lr"] = schedule
-        return LearningRates(groups, device, self.step)
+        rates = LearningRates(groups, device, int(self.buffer.step))
+        # Rows may have been written; the last value of a row holds.
+        kept = rates.buffer.values[: len(self._sources)]
+        kept[:, : self.buffer.capacity].copy_(self.buffer.values)
+        kept[:, self.buffer.capacity :].copy_(self.buffer.values[:, -1:])
+        return rates
 
     @property
-    def all_zero(self) -> bool:
-        """Whether the host has set every learning rate to zero, as far as it knows."""
-        return all(_is_zero(source.seen) for source in self._sources)
+    def zeroed_by_host(self) -> bool:
+        """Whether somebody has written zeros over all learning rates, as far as the host knows."""
+        return all(s.seen is not s.scheduled and _is_zero(s.seen) for s in self._sources)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a group of a checkpoint stood: its schedule, if one was in charge, and the step."""
+
+    schedule: Schedule | None
+    step: int
+
+
+def saved_position(group: Group, updates: int | None) -> Position | None:
+    """Reads what `LearningRates.save` has added to a group of a checkpoint.
+
+    Optimizers of torch carry keys that they do not know along. A position is believed only if the
+    learning rate and the largest step count of the states (`updates`) are still those it was saved
+    with; otherwise, and where there is none, the result is None.
+
+    Raises:
+        ValueError: the learning rate or the schedule is not valid.
+    """
+    lr = checked_learning_rate(float(group["lr"]))
+    if group.get("schedule") is None:
+        return None
+    saved = json.loads(group["schedule"])
+    if saved["lr"] != lr or saved["updates"] != updates:
+        return None
+    fields = saved["schedule"]
+    return Position(None if fields is None else Schedule.from_dict(fields), saved["step"])
+
+
+def check_learning_rate(lr: float | Tensor | Schedule) -> None:
+    """Raises TypeError or ValueError if `lr` is no learning rate; waits for a device tensor."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    if not isinstance(lr, Schedule):
+        checked_learning_rate(float(lr) if isinstance(lr, Tensor) else lr)
 
 
 def _capacity(groups: list[Group]) -> int:

@@ -61,7 +61,21 @@ def _cuda_unavailable_reason(device_type: str) -> str | None:
         return "torch is built for ROCm; use the triton backend"
     if device_type != "cuda":
         return f"it updates CUDA tensors, not {device_type} ones"
-    return str(_C.cuda_unavailable_reason()) or None
+    return str(_C.cuda_unavailable_reason()) or _unserved_device()
+
+
+def _unserved_device() -> str | None:
+    """Returns which visible GPU the compiled kernels have no code for, or None if there is none."""
+    compiled = [divmod(int(arch), 10) for arch in _C.cuda_architectures.split(",")]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        has_binary = any(major == m and minor >= n for m, n in compiled)
+        if not has_binary and (major, minor) < max(compiled):  # the newest is there as PTX too
+            return (
+                f"cuda:{index} has compute capability {major}.{minor}, the kernels were built for "
+                f"sm_{_C.cuda_architectures}: reinstall with LRS_CUDA_ARCHS={major}{minor}"
+            )
+    return None
 
 
 def _triton_unavailable_reason(device_type: str) -> str | None:
@@ -88,14 +102,18 @@ def select_backend(requested: str | None, device: torch.device) -> str:
         ValueError: there is no such backend.
         RuntimeError: it cannot serve the device; the message says why, and which can.
     """
-    requested = requested or os.environ.get("LRS_EXT_BACKEND") or None
+    origin = "backend"
+    if requested is None and os.environ.get("LRS_EXT_BACKEND"):
+        requested, origin = os.environ["LRS_EXT_BACKEND"], "LRS_EXT_BACKEND"
     if requested is not None:
+        if requested not in BACKENDS:
+            raise ValueError(f"{origin} must be one of {BACKENDS}, got {requested!r}")
         reason = unavailable_reason(requested, device.type)
         if reason is None:
             return requested
         usable = [name for name in BACKENDS if unavailable_reason(name, device.type) is None]
         raise RuntimeError(
-            f"backend {requested!r} cannot be used for parameters on {device}: {reason}; "
+            f"{origin}={requested!r} cannot be used for parameters on {device}: {reason}; "
             f"available here: {usable}"
         )
     candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
@@ -173,6 +191,11 @@ def _tensor_access() -> _C.TensorAccess:
 
 def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Returns whether the elements of a strided tensor, if it has any, are in memory."""
+    return tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() != 0
 
 
 def host_value(tensor: Tensor) -> float | None:

@@ -9,7 +9,8 @@ from torch.optim.optimizer import ParamsT
 from lrs_ext import ops
 from lrs_ext.learning_rates import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
-from lrs_ext.schedules import Schedule, checked_learning_rate
+from lrs_ext.schedules import Schedule
+from lrs_ext.tensor_checks import step_counter
 
 LearningRate = float | Tensor | Schedule
 
@@ -74,7 +75,6 @@ class SGD(ScheduledOptimizer):
         super().__init__(params, defaults, backend)
 
     def _check(self, group: Group) -> None:
-        _check_learning_rate(group["lr"])
         if not group["momentum"] >= 0.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if not group["weight_decay"] >= 0.0:
@@ -171,7 +171,6 @@ class Adam(ScheduledOptimizer):
         super().__init__(params, defaults, backend)
 
     def _check(self, group: Group) -> None:
-        _check_learning_rate(group["lr"])
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         betas = group["betas"]
@@ -207,9 +206,8 @@ class Adam(ScheduledOptimizer):
 
     def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
         state = self.state[param]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        counter: Tensor = state["step"]
+        counter = step_counter(param, state.get("step", 0.0))
+        state["step"] = counter
         return counter
 
 
@@ -269,11 +267,3 @@ def _number(value: float | Tensor) -> float:
         return value
     host_value = ops.host_value(value)
     return float(value) if host_value is None else host_value
-
-
-def _check_learning_rate(lr: LearningRate) -> None:
-    if isinstance(lr, Schedule):
-        return
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    checked_learning_rate(float(lr) if isinstance(lr, Tensor) else lr)

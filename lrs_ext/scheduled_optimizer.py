@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,13 +10,23 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lrs_ext import ops, reference
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tensors
-from lrs_ext.layout import is_dense, laid_out_as, same_layout
-from lrs_ext.learning_rates import Group, LearningRates
+from lrs_ext.learning_rates import (
+    Group,
+    LearningRates,
+    check_learning_rate,
+    saved_position,
+)
+from lrs_ext.tensor_checks import (
+    check_numbers,
+    check_params,
+    checked_gradient,
+    checked_state,
+    common_device,
+)
 
 Table = ops.StepTable | reference.ReferenceTable
 
@@ -35,6 +44,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             raise RuntimeError("`fused` does not support `differentiable`; use torch.optim")
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        check_learning_rate(defaults["lr"])
         self._check(defaults)
         self._requested_backend = backend
         self._counters: dict[Tensor, Tensor] = {}
@@ -93,8 +103,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
+            check_learning_rate(self.param_groups[-1]["lr"])
             self._check(self.param_groups[-1])
-            self._check_params(self.param_groups[-1]["params"])
+            common_device(_all_params(self.param_groups))
+            check_params(self.param_groups[-1]["params"], type(self).__name__)
         except Exception:
             self.param_groups.pop()
             raise
@@ -112,7 +124,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, or differs from its parameter in dtype or device.
-            ValueError: somebody put an invalid learning rate into a parameter group.
+            ValueError: somebody put an invalid number into a parameter group.
         """
         loss = None
         if closure is not None:
@@ -120,12 +132,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._sync_groups()
         param_lists = [group["params"] for group in self.param_groups]
-        table, has_state = self._table, bool(self.state)
+        table, had_state = self._table, bool(self.state)
         if table is None or not table.refresh(param_lists, self.state):
             table = self._prepare(param_lists)
         if table is None or not table.has_gradients:
             return loss
-        if not has_state and self._learning_rates.all_zero and not _any_gradient(param_lists):
+        if not had_state and self._learning_rates.zeroed_by_host and not _any_gradient(param_lists):
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             return loss
@@ -152,12 +164,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return step
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as in torch; each group also has its schedule and position."""
-        for index, group in enumerate(self.param_groups):
-            self._learning_rates.sync(index, group)
+        """Returns the state as in torch; each group also has its schedule and position.
+
+        Reads the position, and with it the learning rates, from the device.
+        """
+        self._learning_rates.follow_device(self.param_groups)
         state_dict = super().state_dict()
+        updates = last_step(state_dict["state"])
         for index, group in enumerate(state_dict["param_groups"]):
-            self._learning_rates.save(index, group)
+            self._learning_rates.save(index, group, updates)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -184,7 +199,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return self._rates
 
     def _start(self, step: int = 0) -> None:
-        self._device = _device_of(self.param_groups)
+        self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = LearningRates(self.param_groups, self._device, step)
         self._forget_tables()
@@ -197,12 +212,19 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def _sync_groups(self) -> None:
         """Writes what has changed in `param_groups` since the last step to the device."""
+        if len(self.param_groups) != len(self._written):
+            raise RuntimeError(
+                f"there are {len(self.param_groups)} parameter groups where there were "
+                f"{len(self._written)}: add them with add_param_group, remove them by making a new "
+                "optimizer"
+            )
         names = []
         for index, group in enumerate(self.param_groups):
             self._learning_rates.sync(index, group)
             row, hyper = self._learning_rates.row(index), self._hyper(group)
             written_row, written_hyper = self._written[index]
             if row is not written_row or hyper != written_hyper:
+                check_numbers(hyper)
                 self._groups.write(index, row, hyper)
                 self._written[index] = (row, hyper)
             names.append(self._state_names(group))
@@ -217,12 +239,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         Everything is checked before anything is changed. Returns None if there is nothing to do.
         """
         for params in param_lists:
-            self._check_params(params)
-        params = list(itertools.chain.from_iterable(param_lists))
-        gradients = [self._checked_gradient(param) for param in params]
+            check_params(params, type(self).__name__)
+        params = _all_params(self.param_groups)
+        gradients = [checked_gradient(param, type(self).__name__) for param in params]
         if all(gradient is None for gradient in gradients):
             return None
-        if _device_of(self.param_groups) != self._device:
+        if common_device(params) != self._device:
             self._follow_params()
         steps: list[Tensor | None] = []
         for names, group_params in zip(self._table_names, param_lists, strict=True):
@@ -286,22 +308,16 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         is_new = False
         for name in names:
-            value = state.get(name)
-            if value is None:
+            if state.get(name) is None:
                 is_new = True
                 state[name] = torch.zeros_like(param, dtype=torch.float32)
-            elif value.shape != param.shape:
-                raise RuntimeError(
-                    f"the state {name} has shape {tuple(value.shape)}, its parameter "
-                    f"{tuple(param.shape)}: delete the parameter's state to start it anew"
-                )
-            elif value.dtype != torch.float32 or not same_layout(value, param):
-                state[name] = laid_out_as(param, value, torch.float32)
+            else:
+                state[name] = checked_state(param, name, state[name])
         return is_new
 
     def _follow_params(self) -> None:
         """Moves everything to the device to which the parameters have been moved."""
-        self._device = _device_of(self.param_groups)
+        self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = self._learning_rates.rebuilt(self.param_groups, self._device)
         for state in self.state.values():
@@ -312,61 +328,18 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._forget_tables()
         self._sync_groups()
 
-    def _checked_gradient(self, param: Tensor) -> Tensor | None:
-        """Returns the gradient in the layout of its parameter."""
-        gradient = param.grad
-        if gradient is None:
-            return None
-        if gradient.layout != torch.strided:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients: use sparse=False in "
-                "the embedding, or torch.optim.SparseAdam"
-            )
-        for what in ("dtype", "device", "shape"):
-            if getattr(gradient, what) != getattr(param, what):
-                raise RuntimeError(
-                    f"a gradient has {what} {getattr(gradient, what)}, its parameter "
-                    f"{getattr(param, what)}: they must be equal"
-                )
-        if same_layout(gradient, param):
-            return gradient
-        return laid_out_as(param, gradient, gradient.dtype)
-
-    def _check_params(self, params: list[Tensor]) -> None:
-        for param in params:
-            if is_traceable_wrapper_subclass(param):
-                raise RuntimeError(
-                    f"{type(self).__name__} does not support {type(param).__name__} parameters "
-                    "yet: use torch.optim for them"
-                )
-            if param.dtype not in ops.DTYPES:
-                raise RuntimeError(
-                    f"{type(self).__name__} requires all the params to be floating point Tensors "
-                    f"of float32, bfloat16 or float16, got {param.dtype}: use torch.optim for it"
-                )
-            if not is_dense(param):
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} has gaps "
-                    "or overlaps in memory: make it with .contiguous()"
-                )
-        if len(params) != len(set(params)):
-            raise ValueError(
-                "optimizer contains a parameter group with duplicate parameters: list each once"
-            )
-        _device_of(self.param_groups)
-
     # Pickling, copying, loading
 
     def __getstate__(self) -> dict[str, Any]:
         rates = self._learning_rates
-        for index, group in enumerate(self.param_groups):
-            rates.sync(index, group)
+        rates.follow_device(self.param_groups)
         return {
             **super().__getstate__(),
             "_requested_backend": self._requested_backend,
             "_counters": self._counters,
             "_schedules": [rates.schedule(index) for index in range(len(self.param_groups))],
             "_schedule_step": rates.step,
+            "_values": rates.buffer.values,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -376,39 +349,40 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             return
         state = dict(state)
         schedules, step = state.pop("_schedules"), state.pop("_schedule_step")
+        values = state.pop("_values")
         super().__setstate__(state)
         for group, schedule in zip(self.param_groups, schedules, strict=True):
             group["lr"] = group["lr"] if schedule is None else schedule
         self._start(step)
+        self.schedule_buffer.values.copy_(values)  # what write_ has put there is in no schedule
 
     def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
+        # Whatever can be wrong with the checkpoint comes to light before anything is changed.
         for group in groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             self._check(group)
         states = {param: unwrap_state(param, saved) for param, saved in saved_state.items()}
-        step = groups[0].get("schedule_step", last_step(states))
-        if step is None:
-            step = self._learning_rates.step
+        updates = last_step(states)
+        positions = [saved_position(group, updates) for group in groups]
         for param in [param for param in self.state if param not in states]:
             del self.state[param]
         for param, loaded in states.items():
-            replace_state(self.state[param], loaded)
+            if isinstance(loaded, dict):
+                replace_state(self.state[param], loaded)
+            else:
+                self.state[param] = loaded
+        for param, counter in list(self._counters.items()):
+            counter.fill_(1.0)
+            if param not in self.state:
+                del self._counters[param]
+        self._rates = self._learning_rates.loaded(groups, positions, updates)
         self.param_groups = groups
-        self._counters.clear()
-        self._rates = self._learning_rates.load(groups, step)
         self._written = _nothing_written(groups)
-        self._table = None
 
 
-def _device_of(groups: list[Group]) -> torch.device:
-    devices: set[torch.device] = {param.device for group in groups for param in group["params"]}
-    if len(devices) != 1:
-        names = sorted(map(str, devices))
-        raise RuntimeError(
-            f"all parameters must be on one device, got {names}: make one optimizer per device"
-        )
-    return devices.pop()
+def _all_params(groups: list[Group]) -> list[Tensor]:
+    return [param for group in groups for param in group["params"]]
 
 
 def _nothing_written(groups: list[Group]) -> list[tuple[Tensor | None, dict[str, float]]]:

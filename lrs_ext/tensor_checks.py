@@ -1,0 +1,125 @@
+"""What must hold of tensors and numbers before a kernel may touch them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lrs_ext import ops
+from lrs_ext.layout import is_dense, laid_out_as, same_layout
+
+
+def check_params(params: list[Tensor], name: str) -> None:
+    """Raises RuntimeError or ValueError if the optimizer called `name` cannot update `params`."""
+    for param in params:
+        if is_traceable_wrapper_subclass(param):
+            raise RuntimeError(
+                f"{name} does not support {type(param).__name__} parameters yet: "
+                "use torch.optim for them"
+            )
+        if param.dtype not in ops.DTYPES:
+            raise RuntimeError(
+                f"{name} requires all the params to be floating point Tensors of float32, "
+                f"bfloat16 or float16, got {param.dtype}: use torch.optim for it"
+            )
+        if not is_dense(param) or param.is_neg():
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} is a view "
+                "with gaps, overlaps or signs of its own: make it with .contiguous()"
+            )
+        if not ops.has_memory(param):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has no memory: its storage was "
+                "resized or never allocated; restore it before the step"
+            )
+    if len(params) != len(set(params)):
+        raise ValueError(
+            "optimizer contains a parameter group with duplicate parameters: list each once"
+        )
+
+
+def common_device(params: Iterable[Tensor]) -> torch.device | None:
+    """Returns the device of all `params`, None if there are none.
+
+    Raises:
+        RuntimeError: there are several.
+    """
+    devices: set[torch.device] = {param.device for param in params}
+    if len(devices) > 1:
+        names = sorted(map(str, devices))
+        raise RuntimeError(
+            f"all parameters must be on one device, got {names}: make one optimizer per device"
+        )
+    return devices.pop() if devices else None
+
+
+def checked_gradient(param: Tensor, name: str) -> Tensor | None:
+    """Returns the gradient of `param` in the layout of `param`, or None if it has none.
+
+    Raises:
+        RuntimeError: it is sparse, has no memory, or differs in dtype, device or shape.
+    """
+    gradient = param.grad
+    if gradient is None:
+        return None
+    if gradient.layout != torch.strided:
+        raise RuntimeError(
+            f"{name} does not support sparse gradients: use sparse=False in the embedding, or "
+            "torch.optim.SparseAdam"
+        )
+    for what in ("dtype", "device", "shape"):
+        if getattr(gradient, what) != getattr(param, what):
+            raise RuntimeError(
+                f"a gradient has {what} {getattr(gradient, what)}, its parameter "
+                f"{getattr(param, what)}: they must be equal"
+            )
+    if gradient._is_zerotensor():
+        return torch.zeros_like(param)
+    if not ops.has_memory(gradient):
+        raise RuntimeError(
+            f"a gradient of shape {tuple(gradient.shape)} has no memory: its storage was resized; "
+            "set it to None to leave its parameter out"
+        )
+    if gradient.is_neg() or not same_layout(gradient, param):
+        return laid_out_as(param, gradient, gradient.dtype)
+    return gradient
+
+
+def checked_state(param: Tensor, name: str, value: Any) -> Tensor:
+    """Returns the array `value` of the state of `param` as the kernels need it.
+
+    Raises:
+        RuntimeError: it is no tensor or has another shape than `param`.
+    """
+    if not isinstance(value, Tensor) or value.shape != param.shape:
+        found = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise RuntimeError(
+            f"the state {name} has shape {found}, its parameter {tuple(param.shape)}: "
+            "delete the parameter's state to start it anew"
+        )
+    is_ready = value.dtype == torch.float32 and value.device == param.device
+    if is_ready and same_layout(value, param) and ops.has_memory(value):
+        return value
+    return laid_out_as(param, value, torch.float32)
+
+
+def check_numbers(hyper: Mapping[str, float]) -> None:
+    """Raises TypeError or ValueError unless all hyper-parameters are finite numbers."""
+    for name, value in hyper.items():
+        try:
+            is_finite = math.isfinite(value)
+        except TypeError:
+            raise TypeError(f"{name} must be a number, got {value!r}") from None
+        if not is_finite:
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+def step_counter(param: Tensor, count: Any) -> Tensor:
+    """Returns `count`, a number or a tensor, as a count of updates: float32, 0-d."""
+    counter = torch.as_tensor(count).detach()
+    return counter.to(param.device, torch.float32).reshape(())

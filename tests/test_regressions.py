@@ -1,0 +1,182 @@
+"""Faults found once: memory that goes away, checkpoints that travel, groups that change."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+import lrs_ext
+
+
+def make(name="AdamW", lr=0.1, numel=5, **options):
+    param = torch.nn.Parameter(torch.ones(numel))
+    return param, getattr(lrs_ext, name)([param], lr=lr, **options)
+
+
+def update(param, opt, steps=1):
+    for _ in range(steps):
+        param.grad = torch.ones_like(param)
+        opt.step()
+
+
+REX = lrs_ext.rex(0.1, total_steps=100)
+
+
+def test_a_checkpoint_survives_a_stay_in_torch():
+    param, opt = make("Adam", REX)
+    update(param, opt, 10)
+    theirs = torch.optim.Adam([param], lr=0.5)
+    theirs.load_state_dict(opt.state_dict())
+    update(param, theirs, 40)
+    _, ours = make("Adam", REX)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.schedule_buffer.step.item() == 50
+    assert ours.param_groups[0]["lr"] == REX(50)
+    theirs.param_groups[0]["lr"] = 0.007
+    _, ours = make("Adam", 0.5)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.current_lr() == [pytest.approx(0.007)]
+
+
+def test_a_refused_schedule_in_a_checkpoint_changes_nothing():
+    param, opt = make("Adam", REX)
+    update(param, opt, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    update(param, opt)
+    state = {name: value.clone() for name, value in opt.state[param].items()}
+    saved["param_groups"][0]["schedule"] = saved["param_groups"][0]["schedule"].replace(
+        "rex", "wsd"
+    )
+    with pytest.raises(ValueError, match="wsd"):
+        opt.load_state_dict(saved)
+    assert all(torch.equal(opt.state[param][name], value) for name, value in state.items())
+    assert opt.schedule_buffer.step.item() == 4
+
+
+def test_a_gradient_may_be_dropped_while_the_step_runs():
+    param, opt = make("SGD", 0.001, numel=1 << 23)
+    stop = threading.Event()
+
+    def drop():
+        while not stop.is_set():
+            param.grad = None
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    try:
+        for _ in range(30):
+            param.grad = torch.ones_like(param)
+            opt.step()
+    finally:
+        stop.set()
+        thread.join()
+    assert param.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tensors_without_memory_are_refused(backend):
+    param, opt = make(backend=backend)
+    update(param, opt)
+    before = param.detach().clone()
+    param.grad = torch.ones_like(param)
+    param.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"gradient .* has no memory"):
+        opt.step()
+    assert torch.equal(param, before)
+    param.grad = torch.ones_like(param)
+    param.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"parameter .* has no memory"):
+        opt.step()
+
+
+@pytest.mark.parametrize("step", [3, torch.tensor(3), torch.tensor([3.0], dtype=torch.float64)])
+def test_a_step_count_set_by_hand_is_converted(step):
+    runs = [make("Adam"), make("Adam")]
+    for param, opt in runs:
+        update(param, opt)
+    for (param, opt), value in zip(runs, (step, torch.tensor(3.0)), strict=True):
+        opt.state[param]["step"] = value
+        update(param, opt)
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1].state[runs[0][0]]["step"].item() == 4.0
+
+
+def test_zero_gradients_count_where_the_schedule_itself_is_zero():
+    param, opt = make("SGD", lrs_ext.linear(0.1, total_steps=2))
+    update(param, opt, 2)
+    param.grad = torch.zeros_like(param)
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 3
+
+
+def test_empty_groups_are_accepted():
+    param = torch.nn.Parameter(torch.ones(2))
+    opt = lrs_ext.SGD([{"params": []}, {"params": [param]}], lr=0.5)
+    update(param, opt)
+    assert param.tolist() == [0.5, 0.5]
+    lrs_ext.SGD([{"params": []}], lr=0.5).step()
+
+
+def test_a_removed_group_is_noticed_before_anything_changes():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = lrs_ext.SGD([{"params": [p]} for p in params], lr=0.5)
+    opt.param_groups.pop()
+    params[0].grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match="1 parameter groups where there were 2"):
+        opt.step()
+    assert params[0].tolist() == [1.0, 1.0]
+
+
+def test_a_schedule_too_long_for_the_buffer_leaves_the_old_one():
+    param, opt = make("SGD", lrs_ext.linear(0.1, total_steps=2))
+    opt.param_groups[0]["lr"] = REX
+    with pytest.raises(ValueError, match="total_steps=100"):
+        opt.step()
+    update(param, opt)
+    assert opt.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("lr", [float("nan"), -1.0, float("inf")])
+def test_invalid_numbers_written_later_are_refused(lr):
+    param, opt = make("SGD", REX)
+    for value in (lr, torch.tensor(lr)):
+        opt.param_groups[0]["lr"] = value
+        param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            opt.step()
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        opt.schedule_buffer.write_(0, lr, 1)
+    opt.param_groups[0]["lr"] = 0.1
+    opt.param_groups[0]["weight_decay"] = lr if lr != -1.0 else "much"
+    with pytest.raises((ValueError, TypeError), match="weight_decay must be"):
+        opt.step()
+    assert torch.equal(param, torch.ones_like(param))
+
+
+def test_written_values_survive_copies_and_new_groups():
+    param, opt = make("SGD", REX)
+    opt.schedule_buffer.write_(0, 0.5, 2)
+    twin = copy.deepcopy(opt)
+    assert twin.current_lr() == [0.5]
+    new = torch.nn.Parameter(torch.ones(2))
+    opt.add_param_group({"params": [new], "lr": lrs_ext.linear(0.3, total_steps=200)})
+    assert opt.current_lr() == pytest.approx([0.5, 0.3])
+    update(param, opt, 2)
+    assert opt.current_lr() == pytest.approx([REX(2), 0.297])
+
+
+def test_a_learning_rate_tensor_may_get_another_memory():
+    lr = torch.tensor(1.0)
+    param, opt = make("SGD", lr)
+    update(param, opt)
+    lr.data = torch.tensor(100.0)
+    update(param, opt)
+    assert param[0].item() == -100.0
+
+
+def test_a_negative_view_is_no_plain_gradient():
+    param, opt = make("SGD", 1.0)
+    param.grad = torch._neg_view(torch.ones(5))
+    opt.step()
+    assert param.tolist() == [2.0] * 5
