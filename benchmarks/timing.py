@@ -17,9 +17,6 @@ from torch.autograd import DeviceType
 Call = Callable[[], object]
 
 SPIN_CYCLES_PER_SECOND = 2e9  # at least the clock of any present GPU
-TURN_SECONDS = (
-    2e-3  # short calls are repeated within a turn, or they would only measure cold caches
-)
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}  # beyond any cache
 
 
@@ -41,15 +38,16 @@ def host_seconds(
     rounds: int,
     device: torch.device,
     prepare: Callable[[str], object] | None = None,
+    calls_per_turn: int = 1,
 ) -> dict[str, Spread]:
     """Measures what each call costs the host: on a GPU, the time to enqueue its work.
 
-    The calls take turns, so that whatever disturbs the machine disturbs all of them; a turn of a
-    short call consists of several, each timed by itself, of which the mean counts. The device is
+    The calls take turns, so that whatever disturbs the machine disturbs all of them. The device is
     idle when a call starts, and nobody waits for it within the measured time.
 
     Args:
         prepare: gets the name of the call that is next, outside the measured time.
+        calls_per_turn: of which the mean counts. A single short call measures cold caches.
     """
 
     def measure(call: Call) -> float:
@@ -58,7 +56,7 @@ def host_seconds(
         call()
         return time.perf_counter() - start
 
-    return _in_turn(calls, rounds, measure, prepare)
+    return _in_turn(calls, rounds, measure, prepare, calls_per_turn)
 
 
 def device_seconds(
@@ -90,24 +88,19 @@ def _in_turn(
     rounds: int,
     measure: Callable[[Call], float],
     prepare: Callable[[str], object] | None,
+    calls_per_turn: int = 1,
 ) -> dict[str, Spread]:
     if rounds < 1:
         raise ValueError(f"rounds must be positive, got {rounds}")
-
-    def turn(name: str, repeats: int) -> float:
-        total = 0.0
-        for _ in range(repeats):
-            if prepare is not None:
-                prepare(name)
-            total += measure(calls[name])
-        return total / repeats
-
-    # A first turn warms up and tells how many calls make a turn of useful length.
-    repeats = {name: max(1, int(TURN_SECONDS / turn(name, 1))) for name in calls}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name in calls:
-            samples[name].append(turn(name, repeats[name]))
+        for name, call in calls.items():
+            seconds = []
+            for _ in range(calls_per_turn):
+                if prepare is not None:
+                    prepare(name)
+                seconds.append(measure(call))
+            samples[name].append(sum(seconds) / calls_per_turn)
     return {name: Spread.of(values) for name, values in samples.items()}
 
 
