@@ -393,7 +393,8 @@ def test_losses_are_read_only_when_shown(job, monkeypatch):
         code, _, _ = job("--steps", 240)
     assert code == 0
     assert len(spans) <= 240 // gpt_training.SHOW_EVERY + gpt_training.EVALUATIONS
-    assert reads.count <= len(spans) + gpt_training.EVALUATIONS  # learning rates, evaluations
+    # One for each span; at an evaluation its loss, and the checkpoint's position and step count.
+    assert reads.count <= len(spans) + 3 * gpt_training.EVALUATIONS
     assert (spans[0][0], spans[-1][1]) == (0, 240)
     assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
 
