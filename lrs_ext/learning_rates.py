@@ -133,10 +133,10 @@ class LearningRates:
 
     def follow_device(self, groups: list[Group]) -> None:
         """Takes the position from the device, which alone knows of replayed and skipped updates."""
-        self.step = int(self.buffer.step)
+        host_step, self.step = self.step, int(self.buffer.step)
         for index, group in enumerate(groups):
             self.sync(index, group)
-            if self.schedule(index) is not None:
+            if self.step != host_step and self.schedule(index) is not None:
                 self._follow_schedule(index, group)
 
     def save(self, index: int, saved_group: Group, updates: int | None) -> None:
@@ -183,15 +183,14 @@ class LearningRates:
 
     def rebuilt(self, groups: list[Group], device: torch.device) -> LearningRates:
         """Returns the same learning rates in a new buffer, for more groups or another device."""
-        for index in range(len(self._sources)):
-            schedule = self.schedule(index)
-            if schedule is not None and groups[index]["lr"] is self._sources[index].seen:
-                groups[index]["lr"] = schedule
+        kept = [i for i, s in enumerate(self._sources) if groups[i]["lr"] is s.seen]
+        for index in kept:
+            groups[index]["lr"] = self.schedule(index) or groups[index]["lr"]
         rates = LearningRates(groups, device, int(self.buffer.step))
-        # Rows may have been written; the last value of a row holds.
-        kept = rates.buffer.values[: len(self._sources)]
-        kept[:, : self.buffer.capacity].copy_(self.buffer.values)
-        kept[:, self.buffer.capacity :].copy_(self.buffer.values[:, -1:])
+        for index in kept:  # somebody may have written to the row, whose last value holds
+            row, old = rates.buffer.rows[index], self.buffer.rows[index]
+            row[: len(old)].copy_(old)
+            row[len(old) :].copy_(old[-1])
         return rates
 
     @property

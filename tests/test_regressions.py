@@ -166,6 +166,36 @@ def test_written_values_survive_copies_and_new_groups():
     assert opt.current_lr() == pytest.approx([REX(2), 0.297])
 
 
+@pytest.mark.parametrize("lr", [REX, 0.1], ids=["schedule", "float"])
+def test_a_float_written_before_a_new_group_counts(lr):
+    param, opt = make("SGD", lr)
+    opt.param_groups[0]["lr"] = 0.25
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert opt.current_lr()[0] == 0.25
+    update(param, opt)
+    assert param[0].item() == 0.75
+
+
+def test_a_checkpoint_does_not_keep_the_schedule_from_taking_over_again():
+    param, opt = make("SGD", REX)
+    update(param, opt, 2)
+    found = opt.param_groups[0]["lr"]
+    opt.state_dict()
+    opt.param_groups[0]["lr"] = 0.5
+    update(param, opt)
+    opt.param_groups[0]["lr"] = found
+    assert opt.current_lr() == [pytest.approx(REX(3))]
+
+
+def test_a_checkpoint_follows_the_device():
+    param, opt = make("SGD", REX)
+    opt.schedule_buffer.step.fill_(7)  # as replays of a graph would leave it
+    opt.state_dict()
+    assert opt.param_groups[0]["lr"] == REX(7)
+    update(param, opt)
+    assert opt.param_groups[0]["lr"] == REX(8)
+
+
 def test_a_learning_rate_tensor_may_get_another_memory():
     lr = torch.tensor(1.0)
     param, opt = make("SGD", lr)
