@@ -1,6 +1,8 @@
 """Faults found once: memory that goes away, checkpoints that travel, groups that change."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,6 +53,30 @@ def test_a_refused_schedule_in_a_checkpoint_changes_nothing():
         opt.load_state_dict(saved)
     assert all(torch.equal(opt.state[param][name], value) for name, value in state.items())
     assert opt.schedule_buffer.step.item() == 4
+
+
+# One thread drops the gradient, once per step, while the other one's kernel reads it. Two threads
+# that write `grad` at the same time crash in torch itself.
+DROP_DURING_STEP = """
+import threading, time, torch, lrs_ext
+param = torch.nn.Parameter(torch.ones(1 << 24))
+opt = lrs_ext.SGD([param], lr=0.125)
+def drop():
+    time.sleep(0.0015)
+    param.grad = None
+for _ in range(10):
+    param.grad = torch.ones_like(param)
+    thread = threading.Thread(target=drop)
+    thread.start()
+    opt.step()
+    thread.join()
+assert param.eq(-0.25).all()
+"""
+
+
+def test_a_gradient_may_be_dropped_while_the_kernel_reads_it():
+    run = [sys.executable, "-c", DROP_DURING_STEP]
+    subprocess.run(run, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
