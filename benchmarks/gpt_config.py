@@ -21,6 +21,7 @@ DEFAULT_LR = {
     "cpu": {"adamw": 3e-3, "adam": 3e-3, "sgd": 0.1},
     "cuda": {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.1},  # wider, so lower
 }
+AUTO_BOUNDS = {"adamw": (1e-5, 1e-1), "adam": (1e-5, 1e-1), "sgd": (1e-3, 1e1)}
 WARMUP_FRACTION = 0.05
 
 
@@ -30,11 +31,16 @@ class JobError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the result of a job; equal configs give equal losses on the CPU."""
+    """Everything that decides the result of a job; equal configs give equal losses on the CPU.
+
+    Attributes:
+        lr: the peak learning rate, None to let AutoLRS find it within `lr_bounds`.
+    """
 
     schedules: tuple[str, ...]
     optimizer: str
-    lr: float
+    lr: float | None
+    lr_bounds: tuple[float, float]
     steps: int
     warmup_steps: int
     backend: str | None
@@ -46,11 +52,13 @@ class Config:
     batch_size: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "schedules": list(self.schedules)}
+        lists = {"schedules": list(self.schedules), "lr_bounds": list(self.lr_bounds)}
+        return {**dataclasses.asdict(self), **lists}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Config:
-        return Config(**{**values, "schedules": tuple(values["schedules"])})
+        tuples = {name: tuple(values[name]) for name in ("schedules", "lr_bounds")}
+        return Config(**{**values, **tuples})
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,18 @@ def positive(kind: type) -> Any:
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value: 'x'"
     return parse
+
+
+def learning_rate(text: str) -> float | None:
+    return None if text == "auto" else positive(float)(text)
+
+
+def learning_rate_bounds(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(",")
+    bounds = float(low), float(high)
+    if not 0.0 < bounds[0] < bounds[1] < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 < low < high < inf, got {text}")
+    return bounds
 
 
 def count(text: str) -> int:
@@ -108,7 +128,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Request:
     )
     parser.add_argument("--optimizer", choices=tuple(DEFAULT_LR["cpu"]), help="(adamw)")
     rates = ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR["cpu"].items())
-    parser.add_argument("--lr", type=positive(float), help=f"peak learning rate (cpu: {rates})")
+    parser.add_argument(
+        "--lr",
+        type=learning_rate,
+        help=f"peak learning rate, or auto to let AutoLRS find it (cpu: {rates})",
+    )
+    parser.add_argument(
+        "--lr-bounds",
+        type=learning_rate_bounds,
+        metavar="LOW,HIGH",
+        help="where --lr auto searches (1e-5,1e-1; sgd: 1e-3,10)",
+    )
     parser.add_argument("--warmup-steps", type=count, help="part of --steps (5%% of it)")
     backends = ("cuda", "triton", "cpu", "reference")
     parser.add_argument("--backend", choices=backends, help="optimizer backend (by device)")
@@ -163,11 +193,14 @@ def new_config(given: dict[str, Any]) -> Config:
         "schedules": ("rex",),
         "optimizer": optimizer,
         "lr": DEFAULT_LR[kind][optimizer],
+        "lr_bounds": AUTO_BOUNDS[optimizer],
         "backend": None,
         "device": device,
         "seed": 0,
     }
     values = defaults | given
+    if "lr_bounds" in given and values["lr"] is not None:
+        raise JobError("--lr-bounds is for --lr auto: add that, or leave out --lr-bounds")
     values.setdefault("warmup_steps", int(WARMUP_FRACTION * values["steps"]))
     if values["warmup_steps"] >= values["steps"]:
         raise JobError(
@@ -186,6 +219,8 @@ def resumed_config(given: dict[str, Any], saved: Config, checkpoint: Path) -> Co
             if name == "schedules":
                 option = "schedule" if len(value) == 1 else "compare"
                 value, before = ",".join(value), ",".join(before)
+            if name == "lr":
+                value, before = ("auto" if rate is None else rate for rate in (value, before))
             before = "the default" if before is None else before
             raise JobError(
                 f"--{option} {value} conflicts with {checkpoint}, which was started with {before}:"

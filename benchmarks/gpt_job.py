@@ -15,6 +15,8 @@ from gpt_data import Corpus, load_corpus
 from gpt_report import draw, table, write_csv
 from gpt_training import History, Interrupted, Run, StopRequest, train
 
+from lrs_ext import AutoLRS
+
 
 def run_name(config: Config) -> str:
     schedules = "-".join(config.schedules)
@@ -83,7 +85,19 @@ class Job:
             print(f"\nstopped at step {run.step} of {config.steps} ({schedule}) and saved")
             print(f"resume with:\n  {self.resume_command()}")
             raise
+        if run.auto is not None:
+            self.report_search(run.auto, schedule)
         return run.history
+
+    def report_search(self, auto: AutoLRS, schedule: str) -> None:
+        """Print what AutoLRS has found and draw how."""
+        share = len(auto.history.losses) - auto.to_schedule().total_steps
+        ending = "-search.png" if len(self.config.schedules) == 1 else f"-{schedule}-search.png"
+        auto.plot().savefig(self.path(ending), dpi=150)
+        print(
+            f"AutoLRS found the peak learning rate {auto.to_schedule().lr:.3g} for {schedule}"
+            f" in {share} of {auto.total_steps} updates: {self.path(ending)}"
+        )
 
     def run(self) -> None:
         """Train what is left to train, then report."""
@@ -113,7 +127,8 @@ class Job:
         else:
             print(table(self.finished))
         picture = self.path(".png")
-        title = f"{config.optimizer}, peak learning rate {config.lr:g}, {config.steps:,} steps"
+        peak = "found by AutoLRS" if config.lr is None else f"{config.lr:g}"
+        title = f"{config.optimizer}, peak learning rate {peak}, {config.steps:,} steps"
         draw(picture, self.finished, title)
         print(f"picture: {picture}")
         for schedule, history in self.finished.items():

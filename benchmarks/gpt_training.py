@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -84,9 +84,12 @@ class History:
 
 def build_optimizer(model: GPT, schedule: str, config: Config) -> torch.optim.Optimizer:
     """The optimizer with its schedule inside; weight decay on matrices only."""
-    rate = getattr(lrs_ext, schedule)(
-        config.lr, total_steps=config.steps, warmup_steps=config.warmup_steps
-    )
+    if config.lr is None:
+        rate = math.sqrt(math.prod(config.lr_bounds))  # AutoLRS replaces it
+    else:
+        rate = getattr(lrs_ext, schedule)(
+            config.lr, total_steps=config.steps, warmup_steps=config.warmup_steps
+        )
     parameters = list(model.parameters())
     decay = WEIGHT_DECAY[config.optimizer]
     groups = [
@@ -97,6 +100,22 @@ def build_optimizer(model: GPT, schedule: str, config: Config) -> torch.optim.Op
         return lrs_ext.SGD(groups, lr=rate, momentum=0.9, backend=config.backend)
     make = {"adamw": lrs_ext.AdamW, "adam": lrs_ext.Adam}[config.optimizer]
     return make(groups, lr=rate, betas=(0.9, 0.99), backend=config.backend)
+
+
+def build_auto(
+    model: GPT, optimizer: torch.optim.Optimizer, schedule: str, config: Config
+) -> lrs_ext.AutoLRS | None:
+    """The search for the peak of the schedule, if the job is to find it."""
+    if config.lr is not None:
+        return None
+    return lrs_ext.AutoLRS(
+        optimizer,
+        model,
+        config.lr_bounds,
+        config.steps,
+        schedule=schedule,
+        warmup_steps=config.warmup_steps,
+    )
 
 
 class Run:
@@ -111,10 +130,18 @@ class Run:
             size = {"layers": config.layers, "width": config.width, "context": config.context}
             self.model = GPT(**size).to(config.device)
             self.optimizer = build_optimizer(self.model, schedule, config)
+            self.auto = build_auto(self.model, self.optimizer, schedule, config)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise JobError(str(error)) from error
         self.history = History.empty(config.steps, config.device)
         self.step = 0
+        self.batch_numbers = self.number_batches()
+
+    def number_batches(self) -> Iterator[int]:
+        """The numbers of the batches to come: AutoLRS repeats those of a trial."""
+        if self.auto is None:
+            return iter(range(self.step, self.config.steps))
+        return self.auto.batches(range(self.config.steps))
 
     def state_dict(self) -> dict[str, Any]:
         rng = {"cpu": torch.get_rng_state()}
@@ -125,6 +152,7 @@ class Run:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "auto": None if self.auto is None else self.auto.state_dict(),
             "history": self.history.to_dict(),
             "rng": rng,
         }
@@ -133,6 +161,9 @@ class Run:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.auto is not None:
+            self.auto.load_state_dict(state["auto"])
+        self.batch_numbers = self.number_batches()
         self.history = History.from_dict(state["history"], self.config.device)
         torch.set_rng_state(state["rng"]["cpu"])
         if self.train_text.is_cuda:
@@ -149,7 +180,7 @@ class Run:
         inputs, targets = sample_batch(
             self.train_text,
             seed=config.seed,
-            step=self.step,
+            step=next(self.batch_numbers),
             batch_size=config.batch_size,
             context=config.context,
         )
@@ -160,13 +191,16 @@ class Run:
         self.history.learning_rates[self.step] = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.auto is not None:
+            self.auto.step(loss.detach())
         self.step += 1
 
     def read_losses(self, first: int) -> list[float]:
         """The losses from update ``first`` on: the only place that waits for the device."""
         losses = self.history.losses[first : self.step].tolist()
-        for step, loss in enumerate(losses, first):
-            self.check_finite("loss", loss, step)
+        if self.auto is None:  # which copes with rates that are too high
+            for step, loss in enumerate(losses, first):
+                self.check_finite("loss", loss, step)
         return losses
 
     def evaluate(self) -> float:
@@ -182,13 +216,17 @@ class Run:
             ):
                 total += self.loss(inputs, targets)
         loss = total.item() / VALIDATION_BATCHES
-        self.check_finite("validation loss", loss, self.step - 1)
+        if self.auto is not None:
+            track = torch.from_numpy(self.auto.history.learning_rates)
+            self.history.learning_rates[: self.step] = track
+        if self.auto is None or self.auto.done:
+            self.check_finite("validation loss", loss, self.step - 1)
         self.history.validation.append((self.step, loss))
         return loss
 
     def check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            lr = self.config.lr
+            lr = self.history.learning_rates.nan_to_num(0.0).max().item()
             raise JobError(
                 f"the {what} is {value} at step {step} ({self.schedule}, learning rate"
                 f" {self.history.learning_rates[step].item():.3g}): training stopped."
@@ -217,6 +255,8 @@ def train(run: Run, stop: StopRequest, save: Callable[[], None]) -> None:
                 continue
             losses = run.read_losses(shown)
             seconds = time.perf_counter() - began
+            if run.auto is not None:
+                bar.set_description(f"{run.schedule}, {run.auto.progress}")
             bar.set_postfix(
                 {
                     "loss": f"{sum(losses) / len(losses):.3f}",

@@ -1,5 +1,6 @@
 """Fused optimizer steps for PyTorch that read the learning rate from a schedule on the device."""
 
+from lrs_ext.autolrs.controller import AutoLRS
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.optimizers import SGD, Adam, AdamW
 from lrs_ext.schedules import Schedule, constant, cosine, linear, rex
@@ -10,6 +11,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "AutoLRS",
     "Schedule",
     "ScheduleBuffer",
     "constant",

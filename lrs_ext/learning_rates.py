@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from lrs_ext.buffer import ScheduleBuffer, capacity_for
 from lrs_ext.schedules import Schedule, checked_learning_rate
 
 Group = dict[str, Any]
+Value = Callable[[int, int], float]  # from group and step to learning rate
 
 
 @dataclass
@@ -25,6 +27,7 @@ class _Source:
     schedule: Schedule | None = None
     value: Callable[[int], float] | None = None  # the schedule, from step to learning rate
     scheduled: float | None = None  # the very float that the schedule last put into group["lr"]
+    refill: Callable[[], None] | None = None  # writes the row, if somebody else drives it
     seen: float | Tensor | None = None  # what group["lr"] held when its row was last written
 
 
@@ -42,11 +45,14 @@ class LearningRates:
             value at `step`.
         device: where the parameters are.
         step: committed updates so far.
+        capacity: the least length of a row.
     """
 
-    def __init__(self, groups: list[Group], device: torch.device, step: int = 0) -> None:
+    def __init__(
+        self, groups: list[Group], device: torch.device, step: int = 0, capacity: int = 1
+    ) -> None:
         self.step = step
-        self.buffer = ScheduleBuffer(len(groups), _capacity(groups), device)
+        self.buffer = ScheduleBuffer(len(groups), max(_capacity(groups), capacity), device)
         self.buffer.step.fill_(step)
         self._sources = [_Source(row) for row in self.buffer.rows]
         for index, group in enumerate(groups):
@@ -87,6 +93,10 @@ class LearningRates:
     def _take(self, source: _Source, index: int, group: Group) -> None:
         lr = group["lr"]
         row = self.buffer.rows[index]
+        if lr is source.scheduled and source.refill is not None:
+            source.refill()
+            source.seen = lr
+            return
         if lr is source.scheduled and source.schedule is not None:
             self.buffer.fill_(index, source.schedule)
             self._follow_schedule(index, group)
@@ -181,12 +191,39 @@ class LearningRates:
             self.sync(index, group)
         return self
 
-    def rebuilt(self, groups: list[Group], device: torch.device) -> LearningRates:
-        """Returns the same learning rates in a new buffer, for more groups or another device."""
+    def drive(
+        self, groups: list[Group], refill: Callable[[], None], value: Value | None = None
+    ) -> None:
+        """Lets somebody else write the rows.
+
+        A float that the host puts into a ``group["lr"]`` takes over as ever; the one that is there
+        now hands back.
+
+        Args:
+            refill: writes the rows.
+            value: from group and step to what is in the rows, if that is known on the host: shown
+                from now on.
+        """
+        for index, group in enumerate(groups):
+            source = _Source(self.buffer.rows[index], refill=refill)
+            if value is not None:
+                source.value = functools.partial(value, index)
+                group["lr"] = source.value(self.step)
+            source.scheduled = source.seen = group["lr"]
+            self._sources[index] = source
+
+    def rebuilt(
+        self, groups: list[Group], device: torch.device, capacity: int = 1
+    ) -> LearningRates:
+        """Returns the same learning rates in a new buffer: more groups, longer rows, a new device.
+
+        Args:
+            capacity: the least length of a row.
+        """
         kept = [i for i, s in enumerate(self._sources) if groups[i]["lr"] is s.seen]
         for index in kept:
             groups[index]["lr"] = self.schedule(index) or groups[index]["lr"]
-        rates = LearningRates(groups, device, int(self.buffer.step))
+        rates = LearningRates(groups, device, int(self.buffer.step), capacity)
         for index in kept:  # somebody may have written to the row, whose last value holds
             row, old = rates.buffer.rows[index], self.buffer.rows[index]
             row[: len(old)].copy_(old)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -101,6 +103,18 @@ class SGD(ScheduledOptimizer):
             count = 0.0 if is_new else 1.0
             self._counters[param] = torch.full((), count, dtype=torch.float32, device=param.device)
         return self._counters[param]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, where there is no momentum buffer before its first gradient."""
+        state_dict = super().state_dict()
+        counts = torch.stack(list(self._counters.values())).tolist() if self._counters else []
+        fresh = {param for param, n in zip(self._counters, counts, strict=True) if n == 0.0}
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in enumerate(params):
+            if param in fresh and index in state_dict["state"]:
+                saved = state_dict["state"][index]
+                state_dict["state"][index] = {**saved, "momentum_buffer": None}
+        return state_dict
 
 
 class Adam(ScheduledOptimizer):

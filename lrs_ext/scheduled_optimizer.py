@@ -17,6 +17,7 @@ from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tens
 from lrs_ext.learning_rates import (
     Group,
     LearningRates,
+    Value,
     check_learning_rate,
     saved_position,
 )
@@ -190,6 +191,46 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+
+    # What AutoLRS needs
+
+    @property
+    def host_step(self) -> int:
+        """Committed updates as far as the host knows: not those of a replayed CUDA graph."""
+        return self._learning_rates.step
+
+    @property
+    def step_counters(self) -> dict[Tensor, Tensor]:
+        """Step counters, float32, 0-d, for which the state of `torch.optim` has no place."""
+        return self._counters
+
+    def state_to_come(self) -> list[tuple[Tensor, list[str]]]:
+        """Returns each parameter with the names of the float32 arrays that are kept for it."""
+        return [
+            (param, self._state_names(group))
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+
+    def reserve_(self, capacity: int) -> None:
+        """Makes the rows of the schedule buffer at least `capacity` values long.
+
+        Raises:
+            ValueError: a schedule or a tensor is in charge of a group.
+        """
+        rates = self._learning_rates
+        for index, group in enumerate(self.param_groups):
+            if rates.schedule(index) is not None or isinstance(group["lr"], Tensor):
+                raise ValueError(
+                    f"the learning rate of group {index} is a schedule or a tensor, which AutoLRS "
+                    "would overwrite: give the optimizer a float"
+                )
+        self._rates = rates.rebuilt(self.param_groups, self._device, capacity)
+        self._forget_tables()
+
+    def drive_(self, refill: Callable[[], None], value: Value | None = None) -> None:
+        """Lets somebody else write the schedule buffer; see `LearningRates.drive`."""
+        self._learning_rates.drive(self.param_groups, refill, value)
 
     # The parts of a step
 

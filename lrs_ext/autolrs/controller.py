@@ -1,0 +1,452 @@
+"""AutoLRS: finds the learning rate while the model trains, without waiting for the device."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lrs_ext.autolrs.batches import Tape
+from lrs_ext.autolrs.guard import has_diverged
+from lrs_ext.autolrs.history import History, read_history
+from lrs_ext.autolrs.host_copy import HostCopy
+from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
+from lrs_ext.autolrs.random_state import random_state, set_random_state
+from lrs_ext.autolrs.rates import group_ratios, rates_of
+from lrs_ext.autolrs.shapes import Shapes
+from lrs_ext.autolrs.snapshot import Snapshot
+from lrs_ext.autolrs.timetable import PEAK_LOOKS, Segment, timetable_of
+from lrs_ext.schedules import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VALIDATIONS = 16  # in a trial of the preset "paper", as in the reference code
+
+_controllers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[AutoLRS]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class AutoLRS:
+    """Finds the learning rate of `optimizer` on the fly, trials counted in the budget.
+
+    Make it when model, optimizer and whatever a checkpoint brings are in place. Trials start from
+    the same state, on the same batches if they come from `batches`; what they have done to the
+    state is undone, in place. The host only counts updates.
+
+    Args:
+        optimizer: of `lrs_ext`, or of torch with support for a tensor learning rate. Its learning
+            rates must be positive: their ratios between groups are kept.
+        model: the module that is trained.
+        lr_bounds: (low, high), the learning rates of the first group to search between.
+        total_steps: optimizer updates in all, trials included.
+        preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
+        schedule: the shape to train with: a name ("rex", "linear", "cosine", "constant") or a
+            `Schedule`, whose height and length do not matter. "paper" ends with it.
+        search_fraction: share of the budget that the trials of "peak" may take.
+        num_trials: in a stage; None is 8 for "peak" and 10 for "paper".
+        stage_steps, trial_steps: see `timetable.paper_stages`; "peak" takes its trial length from
+            `search_fraction` unless `trial_steps` is given.
+        warmup_steps: of linear warm-up: in "peak" after the search (a trial warms up for up to a
+            quarter of its length), in "paper" before it, up to the optimizer's own learning rate.
+        val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
+        extra_state: what else to roll back: scaler, EMA, loader, ...
+        snapshot: where the copy of the state is: "device" or "pinned" host memory.
+        seed: of the random first trials of "paper".
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or the trials do not fit the budget.
+        RuntimeError: the optimizer has a controller already, or the snapshot does not fit.
+
+    Source: Jin et al., AutoLRS: Automatic Learning-Rate Schedule by Bayesian Optimization on the
+    Fly, ICLR 2021, arXiv 2105.10762.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        lr_bounds: tuple[float, float],
+        total_steps: int,
+        *,
+        preset: Literal["peak", "paper"] = "peak",
+        schedule: str | Schedule = "rex",
+        search_fraction: float = 0.1,
+        num_trials: int | None = None,
+        stage_steps: int | Sequence[int] | None = None,
+        trial_steps: int | None = None,
+        warmup_steps: int = 0,
+        val_loss: Callable[[], Tensor] | None = None,
+        extra_state: Sequence[Any] = (),
+        snapshot: Literal["device", "pinned"] = "device",
+        seed: int = 0,
+    ) -> None:
+        bounds = _checked_bounds(lr_bounds)
+        self._timetable = timetable_of(
+            preset,
+            total_steps=total_steps,
+            search_fraction=search_fraction,
+            num_trials=num_trials,
+            stage_steps=stage_steps,
+            trial_steps=trial_steps,
+            warmup_steps=warmup_steps,
+        )
+        present = _controllers.get(optimizer)
+        if present is not None and present() is not None:
+            raise RuntimeError(
+                "the optimizer has an AutoLRS already: use that one, or delete it first"
+            )
+        self.preset, self.optimizer = preset, optimizer
+        self._val_loss = val_loss
+        self._extra_state = tuple(extra_state)
+        device = optimizer.param_groups[0]["params"][0].device
+        self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
+        ratios = group_ratios(optimizer.param_groups)
+        self._base_lr = float(optimizer.param_groups[0]["lr"])
+        self._snapshot = Snapshot(model, optimizer, self._extra_state, placement=snapshot)
+        self._rates = rates_of(optimizer, ratios, self.total_steps + 1)
+        kind = PeakSearch if preset == "peak" else PaperSearch
+        self._search: Search = kind(self._timetable, bounds, device, seed)
+        self._losses = torch.full((total_steps,), math.nan, device=device)
+        self._scales = torch.ones(
+            len(self._timetable.segments), PEAK_LOOKS, dtype=torch.float64, device=device
+        )
+        shape = (self._timetable.num_stages, self._timetable.num_trials, VALIDATIONS + 1)
+        self._values = torch.full(shape, math.nan, device=device)  # what val_loss has returned
+        self._tape = Tape()
+        self._updates = 0
+        self._index = 0  # of the segment
+        self._steps_seen = self._steps_followed = 0  # of the optimizer
+        self._is_replayed = False  # in a CUDA graph, where its steps cannot be seen
+        self._known: HostCopy | None = None
+        self._plan = {
+            "preset": preset,
+            "lr_bounds": list(bounds),
+            "total_steps": total_steps,
+            "num_trials": self._timetable.num_trials,
+            "search_steps": self._timetable.search_steps,
+            "stages": self._timetable.num_stages,
+            "warmup_steps": warmup_steps,
+            "schedule": self._shapes.schedule.to_dict(),
+            "ratios": ratios,
+            "seed": seed,
+        }
+        self._watch(weakref.ref(self))
+        self._begin()
+
+    # What users see
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer updates in all, trials included."""
+        return self._timetable.total_steps
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is used up."""
+        return self._updates == self.total_steps
+
+    @property
+    def phase(self) -> Literal["search", "train"]:
+        """Whether the next update belongs to a trial."""
+        return "search" if self._segment.kind == "trial" else "train"
+
+    @property
+    def progress(self) -> str:
+        """Where the run is, in words for a progress bar."""
+        segment = self._segment
+        stage = f"stage {segment.stage + 1}, " if self._timetable.num_stages > 1 else ""
+        if segment.kind == "trial":
+            return f"{stage}trial {segment.trial + 1} of {self._timetable.num_trials}"
+        return f"{stage}{segment.kind}"
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory that the copy of the training state takes."""
+        return self._snapshot.nbytes
+
+    @property
+    def history(self) -> History:
+        """What has been tried, forecast and chosen so far; waits for the device."""
+        return read_history(
+            self._search, self._shapes, self._losses, self._scales, self._updates, self._base_lr
+        )
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yields the loader's batches until the budget is used up, and a trial's for every trial.
+
+        The batches of a trial are kept, and training begins with them. A loader at its end is
+        iterated again; the sampler's ``set_epoch`` is called if it has one.
+
+        Raises:
+            RuntimeError: the loader has run dry and cannot be iterated again.
+        """
+        restores_itself = any(loader is extra for extra in self._extra_state)
+        if restores_itself:
+            self._snapshot.leave(loader)  # the batches of a trial come again from here
+        if self._updates == 0:
+            self._snapshot.capture()  # the state may have changed since the controller was made
+        self._tape.resume(loader, restores_itself)
+        while not self.done:
+            yield self._tape.next_batch(loader)
+
+    def step(self, loss: Tensor) -> None:
+        """Follows one update of the optimizer; never waits for the device.
+
+        Args:
+            loss: what the update was made from: floating, 0-d.
+
+        Raises:
+            TypeError, ValueError: it is no such tensor.
+            RuntimeError: the optimizer has not stepped since the last call, or the budget is used
+                up.
+        """
+        self._check_step(loss)
+        segment = self._segment
+        self._losses[self._updates].copy_(loss.detach(), non_blocking=True)
+        self._updates += 1
+        self._rates.advance()
+        if segment.kind == "trial":
+            self._validate(segment)
+        elif segment.kind == "train":
+            self._guard(segment)
+        if self._updates == segment.end:
+            self._end(segment)
+        if self._known is not None and self._known.is_here:
+            self._show(self._known.read())
+
+    def metrics(self) -> dict[str, float]:
+        """Returns plain numbers for a logger; waits for the device."""
+        segment = self._segment
+        shape = self._shapes.at(segment, min(self._updates, segment.end - 1) - segment.start)
+        return {
+            "autolrs/updates": float(self._updates),
+            "autolrs/stage": float(segment.stage),
+            "autolrs/trial": float(segment.trial),
+            "autolrs/searching": float(self.phase == "search"),
+            "autolrs/lr": self._rates.rate.item() * shape,
+            "autolrs/best_lr": 10.0 ** self._search.best[segment.stage].item(),
+        }
+
+    def to_schedule(self) -> Schedule:
+        """Returns the schedule that was found, to train with it without a search.
+
+        It is that of the first group, from the first update of the training; waits for the device.
+
+        Raises:
+            RuntimeError: the search has not ended.
+        """
+        if self._segment.kind != "train" or self._timetable.num_stages > 1:
+            raise RuntimeError("the search has not ended: call it when auto.phase is 'train'")
+        return self._shapes.schedule.scaled(10.0 ** self._search.best[0].item())
+
+    def plot(self) -> Figure:
+        """Returns a matplotlib Figure: learning rates, posteriors, forecasts and what came."""
+        from lrs_ext.plots import plot_history
+
+        return plot_history(self.history)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all it takes to go on from here, in mid-trial too.
+
+        Save it together with the states of model, optimizer and `extra_state`. It holds the copy of
+        the training state and the batches of the present trials.
+        """
+        return {
+            "plan": self._plan,
+            "updates": self._updates,
+            "base_lr": self._base_lr,
+            "losses": self._losses.clone(),
+            "values": self._values.clone(),
+            "scales": self._scales.clone(),
+            "search": self._search.state_dict(),
+            "rates": self._rates.state_dict(),
+            "snapshot": self._snapshot.state_dict(),
+            "tape": self._tape.state_dict(),
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was called; model, optimizer and `extra_state` load their own.
+
+        Raises:
+            ValueError: the state belongs to another plan: other bounds, budget, trials, ...
+        """
+        saved = state["plan"]
+        for name, value in self._plan.items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"the checkpoint was saved with {name}={saved.get(name)}, this AutoLRS has "
+                    f"{value}: make it with the arguments of the run that is continued"
+                )
+        self._updates = state["updates"]
+        self._base_lr = state["base_lr"]
+        self._index = self._timetable.index_at(self._updates)
+        for name in ("losses", "values", "scales"):
+            getattr(self, f"_{name}").copy_(state[name])
+        self._search.load_state_dict(state["search"])
+        self._snapshot.load_state_dict(state["snapshot"])
+        self._tape.load_state_dict(state["tape"])
+        self._rates.load_state_dict(state["rates"], self._shapes.of(self._segment))
+        self._steps_followed = self._steps_seen
+        self._known = HostCopy(self._rates.rate)
+        set_random_state(state["random"])
+
+    # What happens between updates
+
+    @property
+    def _segment(self) -> Segment:
+        return self._timetable.segments[self._index]
+
+    def _begin(self) -> None:
+        """Sets the learning rate of the segment that begins."""
+        segment = self._segment
+        if segment.kind == "warmup":
+            rate = self._search.grid.new_full((), self._base_lr)
+        elif segment.kind == "trial":
+            if segment.trial == 0:
+                self._snapshot.capture()
+                self._tape.record()
+                self._measure(segment, 0)
+            else:  # it starts from the same state
+                self._values[segment.stage, segment.trial, 0].copy_(
+                    self._values[segment.stage, 0, 0]
+                )
+            rate = self._search.propose(segment.stage, segment.trial)
+        else:
+            rate = self._search.choose(segment.stage)
+        self._rates.write(rate, self._shapes.of(segment))
+        self._known = HostCopy(self._rates.rate)
+
+    def _end(self, segment: Segment) -> None:
+        if segment.kind == "trial":
+            losses, horizon = self._measured(segment)
+            self._search.record(segment.stage, segment.trial, losses, horizon)
+            self._snapshot.restore()
+            is_last = segment.trial == self._timetable.num_trials - 1
+            self._tape.release() if is_last else self._tape.rewind()
+        if segment is not self._timetable.segments[-1]:
+            self._index += 1
+            self._begin()
+
+    def _show(self, rate: float) -> None:
+        """Shows the learning rate in ``group["lr"]``, now that it is known on the host."""
+        segment, self._known = self._segment, None
+        self._rates.show(lambda updates: rate * self._shapes.at(segment, updates))
+
+    def _validate(self, segment: Segment) -> None:
+        done = self._updates - segment.start
+        interval = self._validation_interval(segment)
+        if done % interval == 0:
+            self._measure(segment, done // interval)
+
+    def _measure(self, segment: Segment, point: int) -> None:
+        if self._val_loss is not None:
+            with torch.no_grad():
+                loss = self._val_loss()
+            _check_loss(loss, "what val_loss returns")
+            self._values[segment.stage, segment.trial, point].copy_(loss, non_blocking=True)
+
+    def _measured(self, segment: Segment) -> tuple[Tensor, float]:
+        """Returns what a trial is judged by, (n,), and where in it the stage would end."""
+        _, train = self._timetable.stage(segment.stage)
+        if self._val_loss is None:
+            return self._losses[segment.start : segment.end], train.steps - 1
+        interval = self._validation_interval(segment)
+        points = segment.steps // interval
+        return self._values[segment.stage, segment.trial, : points + 1], train.steps / interval
+
+    def _validation_interval(self, segment: Segment) -> int:
+        if self.preset == "peak":
+            return segment.steps
+        return -(-segment.steps // VALIDATIONS)
+
+    def _guard(self, segment: Segment) -> None:
+        """Rolls training back to the last good state, at half the rate, where it has diverged.
+
+        The schedule goes on: the run ends where it was to end, annealed.
+        """
+        done = self._updates - segment.start
+        if done % segment.look_steps != 0 and self._updates != segment.end:
+            return
+        look = (done - 1) // segment.look_steps
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        losses = self._losses[segment.start + look * segment.look_steps : self._updates]
+        bad = has_diverged(losses, self._search.start[segment.stage], params)
+        self._snapshot.restore_where(bad)
+        self._snapshot.capture()
+        scale = torch.where(bad, 0.5, 1.0)
+        self._scales[self._index, look].copy_(scale)
+        self._rates.scale_(scale)
+        self._known = HostCopy(self._rates.rate)
+
+    # Who calls when
+
+    def _watch(self, controller: weakref.ref[AutoLRS]) -> None:
+        def count(*_: Any) -> None:
+            self = controller()
+            if self is not None:
+                self._steps_seen += 1
+                self._is_replayed |= _is_capturing(self.optimizer)
+
+        def put(*_: Any) -> None:
+            self = controller()
+            if self is not None:
+                self._rates.attach()
+
+        handles = (
+            self.optimizer.register_step_post_hook(count),
+            self.optimizer.register_load_state_dict_post_hook(put),
+        )
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+        _controllers[self.optimizer] = controller
+
+    def _check_step(self, loss: Tensor) -> None:
+        if self.done:
+            raise RuntimeError(
+                f"the budget of {self.total_steps} updates is used up: stop when auto.done is true"
+            )
+        _check_loss(loss, "the loss")
+        may_skip = self._is_replayed or any(
+            isinstance(state, torch.amp.GradScaler) for state in self._extra_state
+        )
+        if self._steps_seen == self._steps_followed and not may_skip:
+            raise RuntimeError(
+                "auto.step() follows one optimizer.step(), and there was none since the last call; "
+                "if a GradScaler skipped it, pass the scaler in extra_state"
+            )
+        self._steps_followed = self._steps_seen
+
+
+def _check_loss(loss: Tensor, what: str) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{what} must be a tensor, which nobody waits for, got {type(loss).__name__}: "
+            "leave out .item()"
+        )
+    if loss.dim() != 0 or not loss.is_floating_point():
+        raise ValueError(
+            f"{what} must be a 0-d floating tensor, got {loss.dtype} of shape "
+            f"{tuple(loss.shape)}: take its mean"
+        )
+
+
+def _is_capturing(optimizer: torch.optim.Optimizer) -> bool:
+    is_on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
+    return is_on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def _checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        raise TypeError(f"lr_bounds must be two numbers (low, high), got {bounds!r}") from None
+    if not 0.0 < low < high < math.inf:
+        raise ValueError(f"lr_bounds must be 0 < low < high < inf, got {(low, high)}")
+    return low, high

@@ -1,0 +1,145 @@
+"""What AutoLRS has tried, forecast and chosen, as numbers on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrs_ext.autolrs.presets import Search
+from lrs_ext.autolrs.shapes import Shapes
+from lrs_ext.autolrs.surrogate import gp_posterior
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate.
+
+    Attributes:
+        lr: the learning rate of the first group.
+        start: updates before it, in the whole run.
+        losses: (updates,), those that have run so far.
+        objective: what it was judged by, inf if it diverged, NaN if it has not ended.
+        deviation: standard deviation of the objective; 0 where it is not estimated.
+    """
+
+    lr: float
+    start: int
+    losses: Array
+    objective: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A search and the training that followed.
+
+    Attributes:
+        trials: those that have begun.
+        best_lr: what was chosen, NaN if the search has not ended.
+        candidates: (m,), learning rates at which the posterior is given.
+        posterior_mean, posterior_std: (m,), of the objective; empty before the search has ended.
+        start, steps: the training: updates before it, and in it.
+        losses: (updates,), those of the training so far.
+        horizon: updates after which the objective is meant to be reached, from a trial's start;
+            0 if it is no forecast.
+    """
+
+    trials: tuple[Trial, ...]
+    best_lr: float
+    candidates: Array
+    posterior_mean: Array
+    posterior_std: Array
+    start: int
+    steps: int
+    losses: Array
+    horizon: int
+
+
+@dataclass(frozen=True)
+class History:
+    """A run so far.
+
+    Attributes:
+        stages: those that have begun.
+        learning_rates: (updates,), of the first group, trials included.
+        losses: (updates,), as handed to `AutoLRS.step`.
+        total_steps: the budget in updates.
+    """
+
+    stages: tuple[Stage, ...]
+    learning_rates: Array
+    losses: Array
+    total_steps: int
+
+
+def read_history(
+    search: Search, shapes: Shapes, losses: Tensor, scales: Tensor, updates: int, base_lr: float
+) -> History:
+    """Reads everything from the device.
+
+    Args:
+        losses: (total_steps,).
+        scales: (segments, looks): what a look for divergence multiplied the rate with.
+        updates: done so far.
+        base_lr: the peak of a warm-up before the first search.
+    """
+    timetable = search.timetable
+    host_losses = losses[:updates].double().cpu().numpy()
+    host_scales = scales.cpu().numpy()
+    tried = torch.pow(10.0, search.positions).cpu().numpy()
+    best = torch.pow(10.0, search.best).cpu().numpy()
+    track = np.full(updates, np.nan)
+    for index, segment in enumerate(timetable.segments):
+        done = np.arange(max(min(segment.end, updates) - segment.start, 0))
+        rate = {
+            "warmup": base_lr,
+            "trial": tried[segment.stage, segment.trial],
+            "train": best[segment.stage],
+        }[segment.kind]
+        shape = np.array([shapes.at(segment, int(update)) for update in done])
+        if segment.kind == "train":
+            looks = done // segment.look_steps
+            shape = shape * np.concatenate(([1.0], np.cumprod(host_scales[index])))[looks]
+        track[segment.start : segment.start + len(done)] = rate * shape
+    begun = timetable.segments[timetable.index_at(updates)].stage + 1
+    stages = tuple(
+        _read_stage(search, stage, host_losses, tried[stage], float(best[stage]))
+        for stage in range(begun)
+    )
+    return History(stages, track, host_losses, timetable.total_steps)
+
+
+def _read_stage(search: Search, stage: int, losses: Array, tried: Array, best: float) -> Stage:
+    trials, train = search.timetable.stage(stage)
+    objectives = search.objectives[stage].cpu().numpy()
+    deviations = search.deviations[stage].cpu().numpy()
+    mean = std = np.empty(0)
+    if not np.isnan(best):
+        mean, std = (t.cpu().numpy() for t in gp_posterior(*search.seen(stage), search.grid))
+    return Stage(
+        trials=tuple(
+            Trial(
+                lr=float(tried[segment.trial]),
+                start=segment.start,
+                losses=losses[segment.start : segment.end],
+                objective=float(objectives[segment.trial]),
+                deviation=float(deviations[segment.trial]),
+            )
+            for segment in trials
+            if segment.start < len(losses)
+        ),
+        best_lr=best,
+        candidates=torch.pow(10.0, search.grid).cpu().numpy(),
+        posterior_mean=mean,
+        posterior_std=std,
+        start=train.start,
+        steps=train.steps,
+        losses=losses[train.start : train.end],
+        horizon=train.steps if search.forecasts else 0,
+    )

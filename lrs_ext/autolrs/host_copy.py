@@ -1,0 +1,33 @@
+"""A number on its way from the device, for which nobody waits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrs_ext import ops
+
+
+class HostCopy:
+    """Copies a 0-d float64 tensor to the host."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._event: torch.Event | None = None
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.Event(value.device)
+            self._event.record()
+        else:
+            self._value = value.clone()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the number has arrived."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> float:
+        """Returns the number, once it is here."""
+        value = ops.host_value(self._value)
+        assert value is not None
+        return value

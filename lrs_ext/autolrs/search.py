@@ -1,0 +1,108 @@
+"""What a search measures, where it looks next and what it chooses: tensor functions, no sync.
+
+Learning rates are positions on a line here: log10 of the rate, in decades.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lrs_ext.autolrs.acquisition import expected_improvement, lower_confidence_bound
+from lrs_ext.autolrs.surrogate import gp_posterior
+
+Bounds = tuple[float, float]
+
+GRID_POINTS = 512  # candidates between the bounds
+TAIL = 4  # the objective of a trial is the mean of the last 1/TAIL of its losses
+BAD_MARGIN = 0.1  # a bad trial counts as this share of the best progress above no progress at all
+# The best rate falls as the horizon grows: decades a doubling. Measured, see benchmarks/results.
+HORIZON_DECADES = 0.04
+PAPER_KAPPA = 1.96  # the reference code's 1e6 would ignore the posterior mean
+
+
+def candidates(bounds: Bounds, device: torch.device) -> Tensor:
+    """Returns the positions that are considered, float64, (GRID_POINTS,)."""
+    low, high = map(math.log10, bounds)
+    return torch.linspace(low, high, GRID_POINTS, dtype=torch.float64, device=device)
+
+
+def spread(bounds: Bounds, count: int) -> list[float]:
+    """Returns `count` positions evenly spread over the bounds, the ends included."""
+    low, high = map(math.log10, bounds)
+    if count == 1:
+        return [(low + high) / 2]
+    return [low + (high - low) * index / (count - 1) for index in range(count)]
+
+
+def tail_mean(losses: Tensor) -> Tensor:
+    """Returns the mean of the last quarter of `losses` (..., n), inf if any of them is not finite.
+
+    One loss that is not finite, wherever it is, means that the trial has diverged.
+    """
+    tail = losses[..., -max(losses.shape[-1] // TAIL, 1) :].mean(-1)
+    return torch.where(losses.isfinite().all(-1), tail, torch.inf)
+
+
+def capped(objectives: Tensor, start: Tensor) -> Tensor:
+    """Returns `objectives` (k,) with all that is worse than no progress made equally bad.
+
+    A diverged trial says where not to go; how far it has gone off says nothing.
+
+    Args:
+        start: the loss before any trial, 0-d.
+    """
+    best = objectives.amin().clamp(max=start)
+    # Finite even if nothing is: then all are equally bad.
+    start = torch.where(start.isfinite(), start, 1.0)
+    best = torch.where(best.isfinite(), best, start)
+    worst = start + BAD_MARGIN * (start - best).clamp(min=1e-6)
+    return torch.minimum(objectives.nan_to_num(nan=torch.inf, posinf=torch.inf), worst)
+
+
+def next_by_improvement(positions: Tensor, objectives: Tensor, grid: Tensor) -> Tensor:
+    """Returns the position with the largest expected improvement over the best posterior mean.
+
+    Args:
+        positions, objectives: the trials so far, float64, (n,).
+        grid: float64, (m,).
+    """
+    query = torch.cat((positions, grid))
+    mean, std = gp_posterior(positions, objectives, 0.0, query)
+    best = mean[: len(positions)].amin()
+    gain = expected_improvement(mean[len(positions) :], std[len(positions) :], best)
+    return _at(grid, gain.argmax())
+
+
+def next_by_bound(positions: Tensor, objectives: Tensor, noise: Tensor, grid: Tensor) -> Tensor:
+    """Returns the position with the smallest lower confidence bound."""
+    mean, std = gp_posterior(positions, objectives, noise, grid)
+    return _at(grid, lower_confidence_bound(mean, std, PAPER_KAPPA).argmin())
+
+
+def best_tried(positions: Tensor, objectives: Tensor, noise: Tensor) -> Tensor:
+    """Returns the tried position with the smallest posterior mean: not the luckiest one."""
+    mean, _ = gp_posterior(positions, objectives, noise, positions)
+    return _at(positions, mean.argmin())
+
+
+def best_peak(
+    positions: Tensor, objectives: Tensor, grid: Tensor, trial_steps: int, train_steps: int
+) -> Tensor:
+    """Returns the peak for `train_steps` updates, from trials of `trial_steps` updates each."""
+    mean, _ = gp_posterior(positions, objectives, 0.0, grid)
+    was_tried = (grid >= positions.amin()) & (grid <= positions.amax())
+    best = _at(grid, torch.where(was_tried, mean, torch.inf).argmin())
+    shift = HORIZON_DECADES * math.log2(train_steps / trial_steps)
+    return torch.maximum(best - shift, grid[0])
+
+
+def rate_at(position: Tensor) -> Tensor:
+    """Returns the learning rate at a position."""
+    return torch.pow(10.0, position)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    return values.index_select(0, index.reshape(1)).reshape(())

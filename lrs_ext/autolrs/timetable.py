@@ -1,0 +1,209 @@
+"""When trials and stages begin and end: known from step counts alone, before training starts."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Literal
+
+Kind = Literal["warmup", "trial", "train"]
+
+PEAK_TRIALS = 8
+PEAK_TRIAL_STEPS = (10, 150)  # a trial is no shorter and no longer
+PEAK_LOOKS = 10  # for divergence, in training
+PAPER_TRIALS = 10
+# tau of the reference code (YuchenJin/autolrs): it grows and then stays.
+PAPER_STAGE_STEPS = (1000, 2000, 4000, 8000)
+MIN_FORECAST_STEPS = 4  # points that a forecast needs
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Updates in a row at one purpose.
+
+    Attributes:
+        kind: "warmup", "trial" or "train".
+        stage: which stage it belongs to, from 0.
+        trial: which trial of the stage it is, from 0; 0 also where it is none.
+        start: updates before it, in the whole run.
+        steps: updates in it.
+        look_steps: a training segment is checked for divergence after every so many updates, and at
+            its end.
+    """
+
+    kind: Kind
+    stage: int
+    trial: int
+    start: int
+    steps: int
+    look_steps: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.steps
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """All segments of a run.
+
+    Attributes:
+        segments: in order, without gaps; the last one is of kind "train".
+        num_trials: trials in each stage.
+    """
+
+    segments: tuple[Segment, ...]
+    num_trials: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.segments[-1].end
+
+    @property
+    def num_stages(self) -> int:
+        return self.segments[-1].stage + 1
+
+    @property
+    def search_steps(self) -> int:
+        return sum(segment.steps for segment in self.segments if segment.kind == "trial")
+
+    def index_at(self, updates: int) -> int:
+        """Returns which segment the next update belongs to; at the end, the last one."""
+        ends = [segment.end for segment in self.segments]
+        return min(bisect.bisect_right(ends, updates), len(ends) - 1)
+
+    def stage(self, index: int) -> tuple[list[Segment], Segment]:
+        """Returns the trials of a stage and the training that follows them."""
+        own = [segment for segment in self.segments if segment.stage == index]
+        trials = [segment for segment in own if segment.kind == "trial"]
+        return trials, next(segment for segment in own if segment.kind == "train")
+
+
+def timetable_of(
+    preset: str,
+    *,
+    total_steps: int,
+    search_fraction: float,
+    num_trials: int | None,
+    stage_steps: int | Sequence[int] | None,
+    trial_steps: int | None,
+    warmup_steps: int,
+) -> Timetable:
+    """Returns the timetable of a preset; see `AutoLRS` for the arguments.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or the trials do not fit the budget.
+    """
+    _check_count("total_steps", total_steps)
+    _check_count("warmup_steps", warmup_steps, least=0)
+    for name, value in (("num_trials", num_trials), ("trial_steps", trial_steps)):
+        if value is not None:
+            _check_count(name, value)
+    if preset == "paper":
+        return paper_stages(
+            total_steps, num_trials or PAPER_TRIALS, stage_steps, trial_steps, warmup_steps
+        )
+    if preset != "peak":
+        raise ValueError(f'preset must be "peak" or "paper", got {preset!r}')
+    if stage_steps is not None:
+        raise ValueError('stage_steps is for preset="paper": "peak" has one stage')
+    if not 0.0 < search_fraction < 0.5:
+        raise ValueError(f"search_fraction must be in (0, 0.5), got {search_fraction}")
+    trials = num_trials or PEAK_TRIALS
+    if trial_steps is None:
+        shortest, longest = PEAK_TRIAL_STEPS
+        trial_steps = min(max(int(search_fraction * total_steps / trials), shortest), longest)
+    return search_then_train(total_steps, trials, trial_steps)
+
+
+def search_then_train(total_steps: int, num_trials: int, trial_steps: int) -> Timetable:
+    """Returns one stage: its trials, then all that remains of the budget.
+
+    Raises:
+        ValueError: the trials take half of the budget or more.
+    """
+    search = num_trials * trial_steps
+    if 2 * search >= total_steps:
+        raise ValueError(
+            f"{num_trials} trials of {trial_steps} updates need total_steps > {2 * search}, got "
+            f"{total_steps}: lower num_trials or trial_steps"
+        )
+    train = total_steps - search
+    parts = _stages([(trial_steps, train)], num_trials, looks=PEAK_LOOKS)
+    return Timetable(_in_order(parts), num_trials)
+
+
+def paper_stages(
+    total_steps: int,
+    num_trials: int,
+    stage_steps: int | Sequence[int] | None,
+    trial_steps: int | None,
+    warmup_steps: int,
+) -> Timetable:
+    """Returns a warm-up and stages of `num_trials` trials and `stage_steps` of training each.
+
+    What is left behind the last whole stage is trained as part of it.
+
+    Args:
+        stage_steps: tau, an int or a sequence whose last entry goes on; None is 1,000, 2,000,
+            4,000, 8,000, 8,000, ...
+        trial_steps: tau'; None is a tenth of the stage's tau, and no less than a forecast needs.
+
+    Raises:
+        ValueError: the first stage does not fit into the budget, or a trial is too short to
+            forecast from.
+    """
+    if stage_steps is None:
+        stage_steps = PAPER_STAGE_STEPS
+    sizes = (stage_steps,) if isinstance(stage_steps, int) else tuple(stage_steps)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"stage_steps must be positive, got {stage_steps}")
+    remaining = total_steps - warmup_steps
+    stages: list[tuple[int, int]] = []
+    for tau in chain(sizes, repeat(sizes[-1])):
+        trial = max(tau // 10, MIN_FORECAST_STEPS) if trial_steps is None else trial_steps
+        if trial < MIN_FORECAST_STEPS:
+            raise ValueError(
+                f"a trial must have at least {MIN_FORECAST_STEPS} updates to forecast from, got "
+                f"{trial}: raise stage_steps or trial_steps"
+            )
+        cost = num_trials * trial + tau
+        if cost > remaining:
+            if not stages:
+                raise ValueError(
+                    f"the first stage needs {cost} updates ({num_trials} trials of {trial}, then "
+                    f"{tau}), {remaining} are there: raise total_steps, or give smaller "
+                    "stage_steps, trial_steps or num_trials"
+                )
+            break
+        stages.append((trial, tau))
+        remaining -= cost
+    trial, tau = stages[-1]
+    stages[-1] = (trial, tau + remaining)
+    warmup = [Segment("warmup", 0, 0, 0, warmup_steps, warmup_steps)] if warmup_steps else []
+    return Timetable(_in_order(chain(warmup, _stages(stages, num_trials, looks=1))), num_trials)
+
+
+def _stages(sizes: list[tuple[int, int]], num_trials: int, looks: int) -> Iterator[Segment]:
+    for stage, (trial_steps, train_steps) in enumerate(sizes):
+        for trial in range(num_trials):
+            yield Segment("trial", stage, trial, 0, trial_steps, trial_steps)
+        yield Segment("train", stage, 0, 0, train_steps, -(-train_steps // looks))
+
+
+def _in_order(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    ordered: list[Segment] = []
+    for segment in segments:
+        start = ordered[-1].end if ordered else 0
+        ordered.append(dataclasses.replace(segment, start=start))
+    return tuple(ordered)
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
