@@ -13,6 +13,8 @@ void update_elements(const Update& update, const TensorEntry& entry, const void*
   float* __restrict__ state0 = entry.states[0];
   float* __restrict__ state1 = entry.states[1];
   float* __restrict__ state2 = entry.states[2];
+  // GCC forgets __restrict__ when it inlines, and would compare addresses before each loop.
+#pragma GCC ivdep
   for (int64_t i = range.begin; i < range.end; ++i) {
     float value = load(param[i]);
     float state[kMaxStates];

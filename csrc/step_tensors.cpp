@@ -9,6 +9,10 @@ namespace {
 // Stands for the address of an empty gradient: null means that there is none.
 const void* const kEmptyGradient = reinterpret_cast<const void*>(16);
 
+// Between two steps everything has left the cache, and the checks are mostly waiting for memory:
+// it is asked for what they will need that many parameters later.
+constexpr size_t kAhead = 4;
+
 dlpack::Tensor read(const TensorAccess& access, const py::handle& object) {
   dlpack::Tensor tensor;
   if (access.exchange->tensor_from_py_object(object.ptr(), &tensor) != 0) {
@@ -24,17 +28,6 @@ bool same(const dlpack::DataType& a, const dlpack::DataType& b) {
 
 bool same(const dlpack::Device& a, const dlpack::Device& b) {
   return a.type == b.type && a.index == b.index;
-}
-
-// Whether `tensor` visits memory in the same order. The stride of a dimension of size 1 is free.
-bool same_layout(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                 const dlpack::Tensor& tensor) {
-  if (static_cast<size_t>(tensor.ndim) != shape.size()) return false;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    if (tensor.shape[i] != shape[i]) return false;
-    if (shape[i] != 1 && tensor.strides[i] != strides[i]) return false;
-  }
-  return true;
 }
 
 int64_t numel(const dlpack::Tensor& tensor) {
@@ -88,12 +81,13 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
     for (const py::handle& param : py::reinterpret_borrow<py::list>(param_lists[group])) {
       const py::object step = steps[position++];
       const bool takes_part = !step.is_none();
+      const size_t addresses_begin = held_addresses.size();
       const dlpack::Tensor tensor = takes_part ? hold(param) : read(access_, param);
-      params_.push_back({py::reinterpret_borrow<py::object>(param), tensor.dtype,
-                         std::vector<int64_t>(tensor.shape, tensor.shape + tensor.ndim),
-                         std::vector<int64_t>(tensor.strides, tensor.strides + tensor.ndim),
-                         takes_part ? static_cast<int64_t>(entries_.size()) : -1,
-                         plain_getter(param)});
+      params_.push_back({py::reinterpret_borrow<py::object>(param), plain_getter(param),
+                         tensor.dtype, tensor.ndim, layouts_.size(), addresses_begin,
+                         addresses_begin, -1});
+      layouts_.insert(layouts_.end(), tensor.shape, tensor.shape + tensor.ndim);
+      layouts_.insert(layouts_.end(), tensor.strides, tensor.strides + tensor.ndim);
       device_ = tensor.device;
       if (!takes_part) continue;
       TensorEntry entry{};
@@ -109,17 +103,20 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
         }
       }
       entry.step = floats(hold(step), tensor.device, 1);
+      params_.back().addresses_end = held_addresses.size();
+      params_.back().entry = static_cast<int64_t>(entries_.size());
       entries_.push_back(entry);
     }
   }
   for (const auto& item : state) {
-    std::vector<py::object> values;
+    const size_t first = state_values_.size();
     if (PyDict_Check(item.second.ptr())) {
       for (const auto& array : py::reinterpret_borrow<py::dict>(item.second)) {
-        values.push_back(py::reinterpret_borrow<py::object>(array.second));
+        state_values_.push_back(py::reinterpret_borrow<py::object>(array.second));
       }
     }
-    param_states_.push_back({py::reinterpret_borrow<py::object>(item.second), std::move(values)});
+    param_states_.push_back({py::reinterpret_borrow<py::object>(item.second),
+                             static_cast<Py_ssize_t>(state_values_.size() - first)});
   }
   size_t index = 0;
   for (const py::handle& capsule : py::list(access_.make_handles(held))) {
@@ -144,17 +141,35 @@ bool StepTensors::same_states(const py::dict& state) const {
   if (!state.is(state_) || state.size() != param_states_.size()) return false;
   PyObject *key, *value;
   Py_ssize_t position = 0;
-  for (const ParamState& held : param_states_) {
+  auto array = state_values_.begin();
+  for (size_t i = 0; i < param_states_.size(); ++i) {
+    const ParamState& held = param_states_[i];
+    if (i + kAhead < param_states_.size()) {
+      __builtin_prefetch(param_states_[i + kAhead].entry.ptr());
+    }
     if (!PyDict_Next(state.ptr(), &position, &key, &value) || value != held.entry.ptr()) {
       return false;
     }
     if (!PyDict_Check(value)) continue;
-    if (static_cast<size_t>(PyDict_GET_SIZE(value)) != held.values.size()) return false;
+    if (PyDict_GET_SIZE(value) != held.num_values) return false;
     Py_ssize_t array_position = 0;
-    for (const py::object& array : held.values) {
+    for (const auto end = array + held.num_values; array != end; ++array) {
       PyDict_Next(held.entry.ptr(), &array_position, &key, &value);
-      if (value != array.ptr()) return false;
+      if (value != array->ptr()) return false;
     }
+  }
+  return true;
+}
+
+// Whether `tensor` visits memory as the parameter does. The stride of a dimension of size 1 is
+// free.
+bool StepTensors::same_layout(const Param& param, const dlpack::Tensor& tensor) const {
+  if (tensor.ndim != param.ndim) return false;
+  const int64_t* shape = layouts_.data() + param.layout;
+  const int64_t* strides = shape + param.ndim;
+  for (int32_t i = 0; i < param.ndim; ++i) {
+    if (tensor.shape[i] != shape[i]) return false;
+    if (shape[i] != 1 && tensor.strides[i] != strides[i]) return false;
   }
   return true;
 }
@@ -165,6 +180,23 @@ py::object StepTensors::gradient_of(const Param& param) {
                                                : PyObject_GetAttrString(tensor, "grad");
   if (gradient == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(gradient);
+}
+
+bool StepTensors::same_addresses(size_t position) const {
+  if (position + kAhead < params_.size()) {
+    const Param& later = params_[position + kAhead];
+    __builtin_prefetch(later.tensor.ptr());
+    for (size_t i = later.addresses_begin; i < later.addresses_end; ++i) {
+      const char* description = addresses_[i].handle.description();
+      for (int line = 0; line < 3; ++line) __builtin_prefetch(description + 64 * line);
+      __builtin_prefetch(addresses_[i].address, 1);  // for the kernel
+    }
+  }
+  const Param& param = params_[position];
+  for (size_t i = param.addresses_begin; i < param.addresses_end; ++i) {
+    if (!addresses_[i].handle.is_at(addresses_[i].address)) return false;
+  }
+  return true;
 }
 
 bool StepTensors::collect(const Param& param, py::object gradient) {
@@ -178,12 +210,12 @@ bool StepTensors::collect(const Param& param, py::object gradient) {
       return false;
     }
     if (!same(grad.dtype, param.dtype) || !same(grad.device, device_) ||
-        !same_layout(param.shape, param.strides, grad)) {
+        !same_layout(param, grad)) {
       return false;
     }
-    const bool is_empty = entries_[static_cast<size_t>(param.entry)].numel == 0;
-    if (grad.data == nullptr && !is_empty) return false;
-    address = is_empty ? kEmptyGradient : static_cast<char*>(grad.data) + grad.byte_offset;
+    if (grad.data == nullptr && numel(grad) > 0) return false;
+    address =
+        grad.data == nullptr ? kEmptyGradient : static_cast<char*>(grad.data) + grad.byte_offset;
     has_gradients_ = true;
     held_gradients_.push_back(std::move(gradient));
   }
@@ -195,15 +227,14 @@ bool StepTensors::collect(const Param& param, py::object gradient) {
 bool StepTensors::refresh(const py::list& param_lists, const py::dict& state,
                           const py::object& gradients) {
   if (!same_params(param_lists) || !same_states(state)) return false;
-  for (const Address& address : addresses_) {
-    if (!address.handle.is_at(address.address)) return false;
-  }
   has_gradients_ = false;
   held_gradients_.clear();
   for (size_t i = 0; i < params_.size(); ++i) {
+    const Param& param = params_[i];
+    if (!same_addresses(i)) return false;
     if (gradients.is_none()) {
-      if (!collect(params_[i], gradient_of(params_[i]))) return false;
-    } else if (!collect(params_[i], py::reinterpret_borrow<py::list>(gradients)[i])) {
+      if (!collect(param, gradient_of(param))) return false;
+    } else if (!collect(param, py::reinterpret_borrow<py::list>(gradients)[i])) {
       return false;
     }
   }

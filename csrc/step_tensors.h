@@ -47,15 +47,17 @@ class StepTensors {
   // A parameter, as it was when the table was built.
   struct Param {
     py::object tensor;
-    dlpack::DataType dtype;
-    std::vector<int64_t> shape, strides;
-    int64_t entry;        // row of the table, or -1
     PyGetSetDef* getter;  // of `grad`, or null if it is no plain attribute
+    dlpack::DataType dtype;
+    int32_t ndim;
+    size_t layout;  // where its shape, followed by its strides, begins in `layouts_`
+    size_t addresses_begin, addresses_end;  // in `addresses_`
+    int64_t entry;                          // row of the table, or -1
   };
-  // One entry of the optimizer's state: if it is a dictionary, also its values in order.
+  // One entry of the optimizer's state: if it is a dictionary, with values in `state_values_`.
   struct ParamState {
     py::object entry;
-    std::vector<py::object> values;
+    Py_ssize_t num_values;
   };
   // An address that the table holds.
   struct Address {
@@ -65,14 +67,18 @@ class StepTensors {
 
   bool same_params(const py::list& param_lists) const;
   bool same_states(const py::dict& state) const;
+  bool same_layout(const Param& param, const dlpack::Tensor& tensor) const;
+  bool same_addresses(size_t position) const;
   bool collect(const Param& param, py::object gradient);
   static py::object gradient_of(const Param& param);
 
   const TensorAccess& access_;
   dlpack::Device device_{};
   std::vector<Param> params_;
+  std::vector<int64_t> layouts_;
   py::dict state_;
   std::vector<ParamState> param_states_;
+  std::vector<py::object> state_values_;
   std::vector<Address> addresses_;
   std::vector<TensorEntry> entries_;
   std::vector<const void*> gradients_;
