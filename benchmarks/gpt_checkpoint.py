@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from gpt_config import JobError
 
-FORMAT = "lrs_ext train_gpt 1"
+FORMAT = "lrs_ext train_gpt 2"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

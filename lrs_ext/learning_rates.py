@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from lrs_ext.buffer import ScheduleBuffer, capacity_for
 from lrs_ext.schedules import Schedule, checked_learning_rate
 
 Group = dict[str, Any]
-Value = Callable[[int, int], float]  # from group and step to learning rate
 
 
 @dataclass
@@ -26,7 +24,7 @@ class _Source:
     row: Tensor  # what the kernels read: one float32 a step, of which the last one holds
     schedule: Schedule | None = None
     value: Callable[[int], float] | None = None  # the schedule, from step to learning rate
-    scheduled: float | None = None  # the very float that the schedule last put into group["lr"]
+    scheduled: float | None = None  # the very float last put into group["lr"] from here
     refill: Callable[[], None] | None = None  # writes the row, if somebody else drives it
     seen: float | Tensor | None = None  # what group["lr"] held when its row was last written
 
@@ -94,8 +92,9 @@ class LearningRates:
         lr = group["lr"]
         row = self.buffer.rows[index]
         if lr is source.scheduled and source.refill is not None:
+            source.row = row
             source.refill()
-            source.seen = lr
+            source.seen = group["lr"]
             return
         if lr is source.scheduled and source.schedule is not None:
             self.buffer.fill_(index, source.schedule)
@@ -191,26 +190,40 @@ class LearningRates:
             self.sync(index, group)
         return self
 
-    def drive(
-        self, groups: list[Group], refill: Callable[[], None], value: Value | None = None
-    ) -> None:
-        """Lets somebody else write the rows.
+    def drive(self, groups: list[Group], refill: Callable[[], None]) -> None:
+        """Lets somebody else write the rows of all groups; waits for a tensor in charge of one.
 
-        A float that the host puts into a ``group["lr"]`` takes over as ever; the one that is there
-        now hands back.
+        Whoever it is writes the rows of `driven`: something that the host puts into a
+        ``group["lr"]`` takes over as ever, and the very float found there hands back.
 
         Args:
-            refill: writes the rows.
-            value: from group and step to what is in the rows, if that is known on the host: shown
-                from now on.
+            refill: writes those rows, and shows what is in them if the host knows.
         """
         for index, group in enumerate(groups):
-            source = _Source(self.buffer.rows[index], refill=refill)
-            if value is not None:
-                source.value = functools.partial(value, index)
-                group["lr"] = source.value(self.step)
-            source.scheduled = source.seen = group["lr"]
-            self._sources[index] = source
+            self.buffer.schedules[index] = None
+            lr = group["lr"] = float(group["lr"])
+            row = self.buffer.rows[index]
+            self._sources[index] = _Source(row, scheduled=lr, refill=refill, seen=lr)
+
+    def driven(self, groups: list[Group]) -> list[int]:
+        """Returns the groups of which the driver is in charge, not the host."""
+        driven = []
+        for index, (source, group) in enumerate(zip(self._sources, groups, strict=True)):
+            if source.refill is None:
+                continue
+            if group["lr"] is source.scheduled:
+                driven.append(index)
+            elif source.seen is source.scheduled:
+                source.seen = None  # the host may hand back before a step has seen it take over
+        return driven
+
+    def show(self, groups: list[Group], lrs: Sequence[float]) -> None:
+        """Shows on the host what its driver has put into each row for the next update."""
+        for source, group, lr in zip(self._sources, groups, lrs, strict=True):
+            if source.refill is not None and group["lr"] is source.scheduled:
+                if source.seen is source.scheduled:
+                    source.seen = lr
+                group["lr"] = source.scheduled = lr
 
     def rebuilt(
         self, groups: list[Group], device: torch.device, capacity: int = 1
@@ -218,16 +231,22 @@ class LearningRates:
         """Returns the same learning rates in a new buffer: more groups, longer rows, a new device.
 
         Args:
-            capacity: the least length of a row.
+            capacity: the least length of a row; none gets shorter.
         """
         kept = [i for i, s in enumerate(self._sources) if groups[i]["lr"] is s.seen]
         for index in kept:
             groups[index]["lr"] = self.schedule(index) or groups[index]["lr"]
+        capacity = max(capacity, self.buffer.capacity)
         rates = LearningRates(groups, device, int(self.buffer.step), capacity)
         for index in kept:  # somebody may have written to the row, whose last value holds
             row, old = rates.buffer.rows[index], self.buffer.rows[index]
             row[: len(old)].copy_(old)
             row[len(old) :].copy_(old[-1])
+        for index, old_source in enumerate(self._sources):
+            if old_source.refill is not None:
+                source = rates._sources[index]
+                source.refill, source.scheduled = old_source.refill, old_source.scheduled
+                source.seen = groups[index]["lr"] if index in kept else None
         return rates
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tens
 from lrs_ext.learning_rates import (
     Group,
     LearningRates,
-    Value,
     check_learning_rate,
     saved_position,
 )
@@ -39,6 +38,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     """
 
     algorithm: ClassVar[str]
+    committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
+    was_captured: bool  # whether a step has been captured into a CUDA graph
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         if defaults["differentiable"]:
@@ -143,6 +144,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             # gradients and a zero learning rate. It must not count as an update.
             return loss
         table.run()
+        self.committed_steps += 1
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.was_captured = True
         self._learning_rates.advance(self.param_groups)
         return loss
 
@@ -195,11 +199,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     # What AutoLRS needs
 
     @property
-    def host_step(self) -> int:
-        """Committed updates as far as the host knows: not those of a replayed CUDA graph."""
-        return self._learning_rates.step
-
-    @property
     def step_counters(self) -> dict[Tensor, Tensor]:
         """Step counters, float32, 0-d, for which the state of `torch.optim` has no place."""
         return self._counters
@@ -225,12 +224,21 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                     f"the learning rate of group {index} is a schedule or a tensor, which AutoLRS "
                     "would overwrite: give the optimizer a float"
                 )
-        self._rates = rates.rebuilt(self.param_groups, self._device, capacity)
-        self._forget_tables()
+        if rates.buffer.capacity < capacity:
+            self._rates = rates.rebuilt(self.param_groups, self._device, capacity)
+            self._forget_tables()
 
-    def drive_(self, refill: Callable[[], None], value: Value | None = None) -> None:
+    def drive_(self, refill: Callable[[], None]) -> None:
         """Lets somebody else write the schedule buffer; see `LearningRates.drive`."""
-        self._learning_rates.drive(self.param_groups, refill, value)
+        self._learning_rates.drive(self.param_groups, refill)
+
+    def driven_groups(self) -> list[int]:
+        """Returns the groups whose rows the driver may write; see `LearningRates.driven`."""
+        return self._learning_rates.driven(self.param_groups)
+
+    def show_(self, lrs: Sequence[float]) -> None:
+        """Shows each driven group's learning rate; see `LearningRates.show`."""
+        self._learning_rates.show(self.param_groups, lrs)
 
     # The parts of a step
 
@@ -243,6 +251,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = LearningRates(self.param_groups, self._device, step)
+        self.committed_steps, self.was_captured = 0, False
         self._forget_tables()
 
     def _forget_tables(self) -> None:

@@ -10,11 +10,12 @@ from torch import nn
 import lrs_ext
 
 BOUNDS = (1e-4, 1e1)
-PEAK = {"total_steps": 150, "num_trials": 4, "trial_steps": 10}
+# 5 coarse trials of 4 updates, 3 fine ones of 8, 106 of training.
+PEAK = {"total_steps": 150, "num_trials": 8, "trial_steps": 8}
 PAPER = {
     "preset": "paper",
     "total_steps": 170,
-    "num_trials": 3,
+    "num_trials": 5,
     "stage_steps": (20, 40),
     "trial_steps": 10,
 }

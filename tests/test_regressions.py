@@ -55,21 +55,28 @@ def test_a_refused_schedule_in_a_checkpoint_changes_nothing():
     assert opt.schedule_buffer.step.item() == 4
 
 
-# One thread drops the gradient, once per step, while the other one's kernel reads it. Two threads
-# that write `grad` at the same time crash in torch itself.
+# One thread drops the gradient once the other one's kernel has begun to write. Two threads that
+# reach for `grad` at the same time crash in torch itself.
 DROP_DURING_STEP = """
-import threading, time, torch, lrs_ext
+import threading, torch, lrs_ext
 param = torch.nn.Parameter(torch.ones(1 << 24))
 opt = lrs_ext.SGD([param], lr=0.125)
+written = param.detach().numpy()
 def drop():
-    time.sleep(0.0015)
+    before = written[0]
+    started.set()
+    while written[0] == before:
+        pass
     param.grad = None
 for _ in range(10):
     param.grad = torch.ones_like(param)
+    started = threading.Event()
     thread = threading.Thread(target=drop)
     thread.start()
+    started.wait()
     opt.step()
     thread.join()
+    assert param.grad is None
 assert param.eq(-0.25).all()
 """
 

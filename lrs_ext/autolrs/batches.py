@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lrs_ext.autolrs.random_state import random_state, set_random_state
+
+_GENERATORS = (  # of a loader, where torch has them
+    "generator",
+    "sampler.generator",
+    "batch_sampler.generator",
+    "batch_sampler.sampler.generator",
+)
 
 
 class Tape:
     """Hands out a loader's batches; between `record` and `release` it keeps them.
 
-    While it keeps them, the loader draws its random numbers from a stream of its own: training then
-    draws the same ones whether a batch is new or comes again.
+    It keeps as many as one trial draws, trial_steps times the batches of an update, where they
+    are: on the device if the loader puts them there. A checkpoint holds them. Who draws them may
+    change them in place: each time another copy comes (`cloned`), until after the last trial, when
+    training gets those that are kept, without a copy, and the memory goes free with them.
+
+    `rewind` takes effect at the next draw. A prefetcher around the tape, which draws ahead of the
+    updates, shifts the batches of the trials against each other: put it around the loader.
+
+    While batches are kept, the loader draws its random numbers from a stream of its own: training
+    then draws the same ones whether a batch is new or comes again. Generators that a loader or its
+    sampler brings are its own anyway; they resume with their states at the start of the epoch.
     """
 
     def __init__(self) -> None:
@@ -27,7 +46,8 @@ class Tape:
         self._epoch = -1
         self._drawn = 0  # batches of this epoch
         self._stream: dict[str, Any] | None = None  # the loader's random state while recording
-        self._epoch_start: dict[str, Any] | None = None  # the random state when its epoch began
+        self._epoch_start: dict[str, Any] | None = None  # random states when its epoch began
+        self._loader: Iterable[Any] | None = None
         self._iterator: Iterator[Any] | None = None
 
     def record(self) -> None:
@@ -48,22 +68,32 @@ class Tape:
         """Returns the next batch; a loader at its end starts its next epoch.
 
         Raises:
-            RuntimeError: the loader has no batch, or is an iterator that has run dry.
+            RuntimeError: the loader has no batch, or is an iterator that has run dry; or it is not
+                the one of the last `resume`.
         """
-        if self._position == len(self._kept):
-            batch = self._draw(loader)
-            if not self._is_recording:
-                return batch
-            self._kept.append(batch)
-        batch = self._kept[self._position]
-        self._position += 1
-        if not self._is_recording:
+        if self._loader is None:
+            self._loader = loader
+        elif self._loader is not loader:
+            raise RuntimeError(
+                "batches() has been called with another loader since, which has taken over: draw "
+                "from one at a time, and join loaders that are needed together into one iterable"
+            )
+        if self._position < len(self._kept):
+            batch = self._kept[self._position]
+            self._position += 1
+            if self._is_recording:
+                return cloned(batch)
             self._forget_past()
+            return batch
+        batch = self._draw(loader)
+        if self._is_recording:
+            self._kept.append(cloned(batch))  # some loaders write every batch into the same memory
+            self._position += 1
         return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "kept": list(self._kept),
+            "kept": [cloned(batch) for batch in self._kept],
             "position": self._position,
             "is_recording": self._is_recording,
             "epoch": self._epoch,
@@ -73,34 +103,56 @@ class Tape:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._kept = deque(state["kept"])
+        self._kept = deque(cloned(batch) for batch in state["kept"])
         self._position = state["position"]
         self._is_recording = state["is_recording"]
         self._epoch, self._drawn = state["epoch"], state["drawn"]
         self._stream, self._epoch_start = state["stream"], state["epoch_start"]
-        self._iterator = None
+        self._loader = self._iterator = None
 
     def resume(self, loader: Iterable[Any], restores_itself: bool) -> None:
         """Brings a fresh loader to where the saved one was.
 
+        A loader other than the one in use takes over at the next batch that is not kept, with an
+        epoch of its own.
+
         Args:
             restores_itself: the loader's own state has been loaded: nothing is to be skipped.
+
+        Raises:
+            RuntimeError: the loader has fewer batches than the saved one had given.
         """
-        if self._iterator is not None or self._epoch < 0:
+        if self._loader is not None and self._loader is not loader:
+            self._iterator = self._epoch_start = None
+        self._loader = loader
+        if self._iterator is not None or self._epoch_start is None:
             return
         training = random_state()
-        assert self._epoch_start is not None
         try:
             if restores_itself:
                 self._iterator = iter(loader)
             else:
-                set_random_state(self._epoch_start)
-                _set_epoch(loader, self._epoch)
-                self._iterator = iter(loader)
-                for _ in range(self._drawn):
-                    next(self._iterator)
+                self._iterator = self._skipped(loader, self._epoch_start)
         finally:
             set_random_state(training)
+
+    def _skipped(self, loader: Iterable[Any], start: dict[str, Any]) -> Iterator[Any]:
+        """Returns an iterator behind the batches that were drawn in the saved epoch."""
+        set_random_state(start["random"])
+        for place, generator in _generators(loader).items():
+            if place in start["generators"]:
+                generator.set_state(start["generators"][place].cpu())
+        _set_epoch(loader, self._epoch)
+        iterator = iter(loader)
+        for found in range(self._drawn):
+            try:
+                next(iterator)
+            except StopIteration:
+                raise RuntimeError(
+                    f"the loader gives {found} batches, fewer than the {self._drawn} that had been "
+                    "drawn when the run was saved: resume with the same data and batch size"
+                ) from None
+        return iterator
 
     def _forget_past(self) -> None:
         while self._position:
@@ -125,7 +177,11 @@ class Tape:
                 self._drawn += 1
                 return batch
         self._epoch += 1
-        self._epoch_start = random_state()
+        generators = _generators(loader).items()
+        self._epoch_start = {
+            "random": random_state(),
+            "generators": {place: generator.get_state() for place, generator in generators},
+        }
         _set_epoch(loader, self._epoch)
         self._iterator = iter(loader)
         for batch in self._iterator:
@@ -137,6 +193,53 @@ class Tape:
             + ": pass something that can be iterated again, such as a DataLoader or a list, "
             "not an iterator or a generator"
         )
+
+
+def cloned(batch: Any) -> Any:
+    """Returns a copy of a batch that shares no memory with it.
+
+    Mappings, lists and tuples of any kind are rebuilt, tensors stay on their device and in
+    page-locked memory; whatever else there is, NumPy's arrays too, is copied by `copy.deepcopy`.
+
+    >>> batch = {"x": torch.zeros(2), "names": ["a", "b"]}
+    >>> copied = cloned(batch)
+    >>> _ = copied.pop("names"), copied["x"].add_(1.0)
+    >>> batch
+    {'x': tensor([0., 0.]), 'names': ['a', 'b']}
+    """
+    if isinstance(batch, Tensor):
+        tensor = batch.detach()
+        if tensor.layout == torch.strided and tensor.is_pinned():
+            tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+        else:
+            tensor = tensor.clone()
+        return tensor.requires_grad_(batch.requires_grad)
+    if isinstance(batch, MutableMapping):
+        mapping = copy.copy(batch)
+        for key, value in batch.items():
+            mapping[key] = cloned(value)
+        return mapping
+    if isinstance(batch, list):
+        items = copy.copy(batch)
+        items[:] = map(cloned, batch)
+        return items
+    if isinstance(batch, tuple):
+        parts = [cloned(item) for item in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return copy.deepcopy(batch)
+
+
+def _generators(loader: Iterable[Any]) -> dict[str, torch.Generator]:
+    """Returns the generators that a loader and its samplers bring, by where they are."""
+    found = {}
+    for place in _GENERATORS:
+        try:
+            generator = operator.attrgetter(place)(loader)
+        except AttributeError:
+            continue
+        if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
+            found[place] = generator
+    return found
 
 
 def _set_epoch(loader: Iterable[Any], epoch: int) -> None:

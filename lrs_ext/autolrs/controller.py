@@ -19,13 +19,14 @@ from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.rates import group_ratios, rates_of
 from lrs_ext.autolrs.shapes import Shapes
 from lrs_ext.autolrs.snapshot import Snapshot
-from lrs_ext.autolrs.timetable import PEAK_LOOKS, Segment, timetable_of
+from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
 from lrs_ext.schedules import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VALIDATIONS = 16  # in a trial of the preset "paper", as in the reference code
+WARMUP_SHARE = 0.1  # of the training of "peak": the choice of the peak then matters less
 
 _controllers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[AutoLRS]] = (
     weakref.WeakKeyDictionary()
@@ -48,12 +49,13 @@ class AutoLRS:
         preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
         schedule: the shape to train with: a name ("rex", "linear", "cosine", "constant") or a
             `Schedule`, whose height and length do not matter. "paper" ends with it.
-        search_fraction: share of the budget that the trials of "peak" may take.
+        search_fraction: share of the budget that the trials of "peak" take, more in very short
+            runs, less in very long ones: a trial has 4 to 150 updates.
         num_trials: in a stage; None is 8 for "peak" and 10 for "paper".
         stage_steps, trial_steps: see `timetable.paper_stages`; "peak" takes its trial length from
             `search_fraction` unless `trial_steps` is given.
-        warmup_steps: of linear warm-up: in "peak" after the search (a trial warms up for up to a
-            quarter of its length), in "paper" before it, up to the optimizer's own learning rate.
+        warmup_steps: of linear warm-up: in "peak" after the search, None is a tenth of what remains
+            then; in "paper" before it, up to the optimizer's own learning rate, None is 0.
         val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
         extra_state: what else to roll back: scaler, EMA, loader, ...
         snapshot: where the copy of the state is: "device" or "pinned" host memory.
@@ -80,7 +82,7 @@ class AutoLRS:
         num_trials: int | None = None,
         stage_steps: int | Sequence[int] | None = None,
         trial_steps: int | None = None,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
         val_loss: Callable[[], Tensor] | None = None,
         extra_state: Sequence[Any] = (),
         snapshot: Literal["device", "pinned"] = "device",
@@ -94,8 +96,15 @@ class AutoLRS:
             num_trials=num_trials,
             stage_steps=stage_steps,
             trial_steps=trial_steps,
-            warmup_steps=warmup_steps,
+            warmup_steps=warmup_steps or 0,
         )
+        if warmup_steps is None:
+            train = self._timetable.segments[-1].steps
+            warmup_steps = int(WARMUP_SHARE * train) if preset == "peak" else 0
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "AutoLRS serves one process so far: with several, each would decide for itself"
+            )
         present = _controllers.get(optimizer)
         if present is not None and present() is not None:
             raise RuntimeError(
@@ -114,7 +123,7 @@ class AutoLRS:
         self._search: Search = kind(self._timetable, bounds, device, seed)
         self._losses = torch.full((total_steps,), math.nan, device=device)
         self._scales = torch.ones(
-            len(self._timetable.segments), PEAK_LOOKS, dtype=torch.float64, device=device
+            len(self._timetable.segments), LOOKS, dtype=torch.float64, device=device
         )
         shape = (self._timetable.num_stages, self._timetable.num_trials, VALIDATIONS + 1)
         self._values = torch.full(shape, math.nan, device=device)  # what val_loss has returned
@@ -136,8 +145,8 @@ class AutoLRS:
             "ratios": ratios,
             "seed": seed,
         }
-        self._watch(weakref.ref(self))
         self._begin()
+        self._watch(weakref.ref(self))
 
     # What users see
 
@@ -180,8 +189,9 @@ class AutoLRS:
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yields the loader's batches until the budget is used up, and a trial's for every trial.
 
-        The batches of a trial are kept, and training begins with them. A loader at its end is
-        iterated again; the sampler's ``set_epoch`` is called if it has one.
+        The batches of a trial are kept, also in checkpoints, and training begins with them. A
+        loader at its end is iterated again; the sampler's ``set_epoch`` is called if it has one.
+        What prefetches belongs around the loader, not around this: it would draw ahead of a trial.
 
         Raises:
             RuntimeError: the loader has run dry and cannot be iterated again.
@@ -237,11 +247,17 @@ class AutoLRS:
         """Returns the schedule that was found, to train with it without a search.
 
         It is that of the first group, from the first update of the training; waits for the device.
+        Where the training had to be rolled back, it begins with the peak that was too high.
 
         Raises:
-            RuntimeError: the search has not ended.
+            RuntimeError: the search has not ended, or there is more than one.
         """
-        if self._segment.kind != "train" or self._timetable.num_stages > 1:
+        if self._timetable.num_stages > 1:
+            raise RuntimeError(
+                "every stage has a learning rate of its own, which is no single schedule: take "
+                "auto.history.learning_rates"
+            )
+        if self._segment.kind != "train":
             raise RuntimeError("the search has not ended: call it when auto.phase is 'train'")
         return self._shapes.schedule.scaled(10.0 ** self._search.best[0].item())
 
@@ -275,7 +291,8 @@ class AutoLRS:
         """Goes on where `state_dict` was called; model, optimizer and `extra_state` load their own.
 
         Raises:
-            ValueError: the state belongs to another plan: other bounds, budget, trials, ...
+            ValueError: the state belongs to another plan (other bounds, budget, trials, ...) or to
+                another model.
         """
         saved = state["plan"]
         for name, value in self._plan.items():
@@ -284,13 +301,13 @@ class AutoLRS:
                     f"the checkpoint was saved with {name}={saved.get(name)}, this AutoLRS has "
                     f"{value}: make it with the arguments of the run that is continued"
                 )
+        self._snapshot.load_state_dict(state["snapshot"])
         self._updates = state["updates"]
         self._base_lr = state["base_lr"]
         self._index = self._timetable.index_at(self._updates)
         for name in ("losses", "values", "scales"):
             getattr(self, f"_{name}").copy_(state[name])
         self._search.load_state_dict(state["search"])
-        self._snapshot.load_state_dict(state["snapshot"])
         self._tape.load_state_dict(state["tape"])
         self._rates.load_state_dict(state["rates"], self._shapes.of(self._segment))
         self._steps_followed = self._steps_seen
@@ -336,8 +353,8 @@ class AutoLRS:
 
     def _show(self, rate: float) -> None:
         """Shows the learning rate in ``group["lr"]``, now that it is known on the host."""
-        segment, self._known = self._segment, None
-        self._rates.show(lambda updates: rate * self._shapes.at(segment, updates))
+        segment, shapes, self._known = self._segment, self._shapes, None
+        self._rates.show(lambda updates: rate * shapes.at(segment, updates))
 
     def _validate(self, segment: Segment) -> None:
         done = self._updates - segment.start
@@ -347,8 +364,12 @@ class AutoLRS:
 
     def _measure(self, segment: Segment, point: int) -> None:
         if self._val_loss is not None:
-            with torch.no_grad():
-                loss = self._val_loss()
+            training = random_state()  # it may draw random numbers, which would unpair the trials
+            try:
+                with torch.no_grad():
+                    loss = self._val_loss()
+            finally:
+                set_random_state(training)
             _check_loss(loss, "what val_loss returns")
             self._values[segment.stage, segment.trial, point].copy_(loss, non_blocking=True)
 
@@ -377,7 +398,9 @@ class AutoLRS:
         look = (done - 1) // segment.look_steps
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         losses = self._losses[segment.start + look * segment.look_steps : self._updates]
-        bad = has_diverged(losses, self._search.start[segment.stage], params)
+        search = self._search
+        start, std = search.start[segment.stage], search.start_std[segment.stage]
+        bad = has_diverged(losses, start, std, params)
         self._snapshot.restore_where(bad)
         self._snapshot.capture()
         scale = torch.where(bad, 0.5, 1.0)

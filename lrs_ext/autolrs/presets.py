@@ -13,7 +13,7 @@ from lrs_ext.autolrs import search
 from lrs_ext.autolrs.forecast import forecast
 from lrs_ext.autolrs.timetable import Timetable
 
-_TENSORS = ("positions", "objectives", "deviations", "start", "best")
+_TENSORS = ("positions", "objectives", "deviations", "start", "start_std", "best")
 
 
 class Search:
@@ -23,7 +23,8 @@ class Search:
         positions: float64, (stages, trials): log10 of the tried learning rates.
         objectives: float64, (stages, trials): what a trial is judged by, inf if it diverged.
         deviations: float64, (stages, trials): standard deviations of the objectives, 0 if unknown.
-        start: float64, (stages,): the loss before a stage's first update.
+        start: float64, (stages,): the loss before a stage's first update, about.
+        start_std: float64, (stages,): how much losses differ from batch to batch at the start.
         best: float64, (stages,): log10 of the chosen learning rate.
         grid: float64, (candidates,): log10 of the learning rates that are considered.
     """
@@ -40,17 +41,14 @@ class Search:
         self.objectives = torch.full_like(self.positions, math.nan)
         self.deviations = torch.zeros_like(self.positions)
         self.start = torch.full_like(self.positions[:, 0], math.nan)
+        self.start_std = torch.zeros_like(self.start)
         self.best = torch.full_like(self.start, math.nan)
 
     def propose(self, stage: int, trial: int) -> Tensor:
         """Returns the learning rate of a trial, float64, 0-d, from those before it."""
-        position = self.positions[stage, trial]
-        fixed = self._fixed_position(stage, trial)
-        if fixed is not None:
-            position.fill_(fixed)
-        else:
-            position.copy_(self._next(stage, *self._trials(stage, trial)))
-        return search.rate_at(position)
+        position = self._position(stage, trial)
+        self.positions[stage, trial].fill_(position)
+        return search.rate_at(self.positions[stage, trial])
 
     def record(self, stage: int, trial: int, losses: Tensor, horizon: float) -> None:
         """Judges a trial.
@@ -60,21 +58,24 @@ class Search:
             horizon: the stage's end in the unit of `losses`, counted from its first entry.
         """
         losses = losses.to(torch.float64)
-        if trial == 0:
-            self.start[stage].copy_(losses[0])
         objective, deviation = self._judge(losses, horizon)
+        if trial == 0:
+            self.start[stage].copy_(self._starting_loss(losses))
+            std = losses.std(correction=0)
+            self.start_std[stage].copy_(torch.where(std.isfinite(), std, 0.0))
         self.objectives[stage, trial].copy_(objective)
         self.deviations[stage, trial].copy_(deviation)
 
     def choose(self, stage: int) -> Tensor:
         """Returns the learning rate to train with, float64, 0-d."""
-        position = self._choice(stage, *self._trials(stage, self.timetable.num_trials))
-        self.best[stage].copy_(position)
+        self.best[stage].copy_(self._choice(stage))
         return search.rate_at(self.best[stage])
 
     def seen(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns positions, objectives and deviations of a whole stage, as the GP sees them."""
-        return self._trials(stage, self.timetable.num_trials)
+        """Returns positions, objectives and deviations that the choice is made from."""
+        timetable = self.timetable
+        first = timetable.num_trials - timetable.num_fine if timetable.num_fine else 0
+        return self._trials(stage, slice(first, None))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).clone() for name in _TENSORS}
@@ -83,50 +84,64 @@ class Search:
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
 
-    def _trials(self, stage: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        objectives = self.objectives[stage, :count]
+    def _trials(self, stage: int, which: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns positions, objectives and deviations as the GP sees them."""
+        objectives = self.objectives[stage, which]
         values = search.capped(objectives, self.start[stage])
         # A forecast gone astray is just as unsure of itself, but that the trial is bad is certain.
-        deviations = torch.where(values < objectives, 0.0, self.deviations[stage, :count])
-        return self.positions[stage, :count], values, deviations
+        deviations = torch.where(values < objectives, 0.0, self.deviations[stage, which])
+        return self.positions[stage, which], values, deviations
 
-    def _fixed_position(self, stage: int, trial: int) -> float | None:
-        """Returns a position that does not depend on the losses, or None if it does."""
+    def _position(self, stage: int, trial: int) -> float | Tensor:
         raise NotImplementedError
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def _next(self, stage: int, positions: Tensor, values: Tensor, noise: Tensor) -> Tensor:
+    def _starting_loss(self, losses: Tensor) -> Tensor:
+        """Returns the loss of a stage without any progress, from its first trial.
+
+        The first loss alone is that of a single batch, which may be an easy one.
+        """
         raise NotImplementedError
 
-    def _choice(self, stage: int, positions: Tensor, values: Tensor, noise: Tensor) -> Tensor:
+    def _choice(self, stage: int) -> Tensor:
         raise NotImplementedError
 
 
 class PeakSearch(Search):
-    """One search for the peak of a decay to zero.
+    """One search for the peak of a decay to zero, coarse then fine.
 
-    The first 5 of 8 trials (in this proportion) are spread evenly over the bounds, the rest go
-    where improvement is expected. A trial is judged by the mean of the last quarter of its losses.
+    Coarse trials are spread evenly over the bounds; longer, fine ones go around the smallest
+    posterior mean. A trial decays to zero, as the training will, and is judged by the mean of the
+    last half of its losses. The fine ones decide.
     """
 
     forecasts = False
 
-    def _fixed_position(self, stage: int, trial: int) -> float | None:
-        num_trials = self.timetable.num_trials
-        spread = search.spread(self.bounds, min(num_trials, max(2, round(num_trials * 5 / 8))))
-        return spread[trial] if trial < len(spread) else None
+    def _position(self, stage: int, trial: int) -> float | Tensor:
+        num_fine = self.timetable.num_fine
+        num_coarse = self.timetable.num_trials - num_fine
+        if trial < num_coarse:
+            return search.spread(self.bounds, num_coarse)[trial]
+        positions, values, _ = self._trials(stage, slice(num_coarse))
+        centre = search.best_between(positions, values, self.grid)
+        return search.around(centre, num_fine, self.grid)[trial - num_coarse]
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         return search.tail_mean(losses), losses.new_zeros(())
 
-    def _next(self, stage: int, positions: Tensor, values: Tensor, noise: Tensor) -> Tensor:
-        return search.next_by_improvement(positions, values, self.grid)
+    def _starting_loss(self, losses: Tensor) -> Tensor:
+        # The first trial has the lowest rate there is, with which next to nothing happens.
+        idle = losses.mean()
+        return torch.where(idle.isfinite(), idle, losses[0]).maximum(losses[0])
 
-    def _choice(self, stage: int, positions: Tensor, values: Tensor, noise: Tensor) -> Tensor:
+    def _choice(self, stage: int) -> Tensor:
+        positions, values, _ = self.seen(stage)
+        best = search.best_between(positions, values, self.grid)
         trials, train = self.timetable.stage(stage)
-        return search.best_peak(positions, values, self.grid, trials[0].steps, train.steps)
+        peak = search.for_horizon(best, trials[-1].steps, train.steps)
+        return torch.maximum(peak, self.grid[0])
 
 
 class PaperSearch(Search):
@@ -142,11 +157,11 @@ class PaperSearch(Search):
 
     forecasts = True
 
-    def _fixed_position(self, stage: int, trial: int) -> float | None:
-        if trial > 0:
-            return None
-        low, high = map(math.log10, self.bounds)
-        return random.Random(f"{self.seed} {stage}").uniform(low, high)
+    def _position(self, stage: int, trial: int) -> float | Tensor:
+        if trial == 0:
+            low, high = map(math.log10, self.bounds)
+            return random.Random(f"{self.seed} {stage}").uniform(low, high)
+        return search.next_by_bound(*self._trials(stage, slice(trial)), self.grid)
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         mean, deviation = forecast(losses, horizon)
@@ -156,10 +171,12 @@ class PaperSearch(Search):
             torch.where(has_diverged, 0.0, deviation),
         )
 
-    def _next(self, stage: int, positions: Tensor, values: Tensor, noise: Tensor) -> Tensor:
-        return search.next_by_bound(positions, values, noise, self.grid)
+    def _starting_loss(self, losses: Tensor) -> Tensor:
+        opening = losses[: max(len(losses) // 4, 1)].median()
+        # It may have diverged at once.
+        return torch.where(opening < search.FAR * losses[0], opening, losses[0]).maximum(losses[0])
 
-    def _choice(self, stage: int, positions: Tensor, values: Tensor, noise: Tensor) -> Tensor:
+    def _choice(self, stage: int) -> Tensor:
         any_finite = self.objectives[stage].isfinite().any()
         # Where nothing went well, the least rate there is.
-        return torch.where(any_finite, search.best_tried(positions, values, noise), self.grid[0])
+        return torch.where(any_finite, search.best_tried(*self.seen(stage)), self.grid[0])

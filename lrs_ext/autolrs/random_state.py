@@ -26,11 +26,22 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Sets all global generators to what `random_state` has returned."""
+    """Sets all global generators to what `random_state` has returned.
+
+    The state may have been saved where there were more devices: theirs are left out.
+    """
+    state = on_host(state)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        for index, device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(device, index)
+
+
+def on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a random state in CPU tensors, wherever ``torch.load`` has mapped it to."""
+    cuda = [device.cpu() for device in state["cuda"]]
+    return {**state, "torch": state["torch"].cpu(), "cuda": cuda}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +22,7 @@ def group_ratios(groups: Sequence[Group]) -> list[float]:
     Raises:
         ValueError: a learning rate is no positive number.
     """
-    rates = [group["lr"] for group in groups]
+    rates: list[Any] = [group.get("lr") for group in groups]
     for index, rate in enumerate(rates):
         is_number = isinstance(rate, (float, int)) or (
             isinstance(rate, Tensor) and rate.numel() == 1
@@ -32,28 +35,64 @@ def group_ratios(groups: Sequence[Group]) -> list[float]:
     return [float(rate) / float(rates[0]) for rate in rates]
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Checks that `optimizer` can follow a learning rate that only the device knows.
+
+    Raises:
+        TypeError: its `step` needs a closure: it is many evaluations, not one update.
+        ValueError: ``foreach=True``, which torch serves with a number from the host only.
+    """
+    if isinstance(optimizer, ScheduledOptimizer):
+        return
+    name = type(optimizer).__name__
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"the step of {name} needs a closure, which it evaluates as often as it likes; AutoLRS "
+            "follows optimizers whose step is one update, such as torch.optim.AdamW"
+        )
+    for group in optimizer.param_groups:
+        if group.get("foreach") and not group.get("capturable"):
+            raise ValueError(
+                "lr as a Tensor, which AutoLRS writes, is not supported for capturable=False and "
+                f"foreach=True: make {name} without foreach=True"
+            )
+
+
 def rates_of(optimizer: torch.optim.Optimizer, ratios: Sequence[float], capacity: int) -> Rates:
-    """Returns what writes the learning rates of `optimizer` for up to `capacity` updates."""
+    """Returns what writes the learning rates of `optimizer` for up to `capacity` updates.
+
+    Raises:
+        TypeError, ValueError: see `check_optimizer` and `ScheduledOptimizer.reserve_`.
+    """
+    check_optimizer(optimizer)
     if isinstance(optimizer, ScheduledOptimizer):
         return BufferRates(optimizer, ratios, capacity)
     return TensorRates(optimizer, ratios)
 
 
 class Rates:
-    """The learning rates of an optimizer: ``rate * ratio[group] * shape[updates since start]``.
+    """The learning rates of an optimizer: ``rate * ratio[group] * shape[updates]``.
+
+    Something else that the host puts into a ``group["lr"]`` takes over from the next update, for as
+    long as it is there, in a resumed run too. Putting back what was found there hands back.
 
     Attributes:
         rate: float64, 0-d, on the parameters' device: that of the first group.
-        start: int64, 0-d, on the same device: the optimizer's step at the last `write`.
+        updates: followed by `advance` since the last `write`, whatever has been rolled back.
+
+    Raises:
+        RuntimeError: from all methods that write, before they do: there are more groups now.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, ratios: Sequence[float]) -> None:
-        self._optimizer = optimizer
-        device = optimizer.param_groups[0]["params"][0].device
-        self._ratios = torch.tensor(ratios, dtype=torch.float64).to(device)
-        self._shape = torch.ones(1, dtype=torch.float64, device=device)
-        self.rate = torch.ones((), dtype=torch.float64, device=device)
-        self.start = torch.zeros((), dtype=torch.int64, device=device)
+        self._weak_optimizer = weakref.ref(optimizer)  # which holds what it calls back
+        self._device = optimizer.param_groups[0]["params"][0].device
+        self._ratios = list(ratios)
+        self._shape = torch.ones(1, dtype=torch.float64, device=self._device)
+        self._taken_over: dict[int, Any] = {}  # in a loaded state, until the next update
+        self.rate = torch.ones((), dtype=torch.float64, device=self._device)
+        self.updates = 0
 
     def write(self, rate: Tensor, shape: Tensor) -> None:
         """Makes the next updates follow ``rate * shape``; the last entry of `shape` holds.
@@ -61,116 +100,262 @@ class Rates:
         Args:
             shape: float64, (updates,), on the parameters' device.
         """
+        self._check_groups()
         self.rate.copy_(rate)
         self._shape = shape
+        self.updates = 0
         self._begin()
-        self.put()
+        self._put()
 
     def scale_(self, factor: Tensor) -> None:
         """Multiplies the rates of the last `write` by `factor`, 0-d."""
+        self._check_groups()
         self.rate.mul_(factor)
-        self.put()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rate": self.rate.clone(), "start": self.start.clone()}
-
-    def load_state_dict(self, state: dict[str, Any], shape: Tensor) -> None:
-        self.rate.copy_(state["rate"])
-        self.start.copy_(state["start"])
-        self._shape = shape
-        self.attach()
+        self._put()
 
     def advance(self) -> None:
-        """Follows an update."""
+        """Follows an update, also one that was skipped or replayed in a CUDA graph."""
+        self._check_groups()
+        self._taken_over.clear()
+        self.updates += 1
+        self._follow()
 
     def show(self, value: Callable[[int], float]) -> None:
-        """Shows the rates on the host, now that they are known there.
+        """Shows the rates on the host from now to the next `write`: they are known there.
 
         Args:
-            value: from updates since the last `write` to the learning rate of the first group.
+            value: from updates since the last `write` to the learning rate of the first group;
+                called once an update. Nobody keeps it longer than to the next `write`.
         """
 
     def attach(self) -> None:
-        """Writes the rates again, after somebody else has: a loaded checkpoint, say."""
-        self.put()
+        """Takes the learning rates over after a checkpoint was loaded, which has put others there.
 
-    def put(self) -> None:
-        """Writes the rates to where the optimizer reads them."""
+        May wait for the device.
+        """
+        self._check_groups()
+        self._claim()
+        self._put()
+        for index, lr in self._taken_over.items():
+            self._groups[index]["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rate": self.rate.clone(),
+            "updates": self.updates,
+            "taken_over": {
+                index: lr.detach().clone() if isinstance(lr, Tensor) else float(lr)
+                for index, lr in self._others().items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any], shape: Tensor) -> None:
+        self.rate.copy_(state["rate"])
+        self.updates = state["updates"]
+        self._taken_over = dict(state["taken_over"])
+        self._shape = shape
+        self.attach()
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._weak_optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    @property
+    def _groups(self) -> list[Group]:
+        return self._optimizer.param_groups
+
+    def _check_groups(self) -> None:
+        if len(self._groups) != len(self._ratios):
+            raise RuntimeError(
+                f"the optimizer has {len(self._groups)} parameter groups, it had "
+                f"{len(self._ratios)} when AutoLRS was made: make AutoLRS after add_param_group"
+            )
+
+    def _others(self) -> dict[int, Any]:
+        """Returns what the host has put into the groups that it has taken over."""
+        raise NotImplementedError
+
+    def _claim(self) -> None:
+        """Makes the optimizer read what is written here, in every group."""
         raise NotImplementedError
 
     def _begin(self) -> None:
+        """Follows the start of a `write`."""
+
+    def _follow(self) -> None:
+        """Follows an update."""
+        raise NotImplementedError
+
+    def _put(self) -> None:
+        """Writes the rates to where the optimizer reads them."""
         raise NotImplementedError
 
 
 class BufferRates(Rates):
-    """Writes the rows of an `lrs_ext` optimizer's schedule buffer: once for all updates to come."""
+    """Writes the rows of an `lrs_ext` optimizer's schedule buffer: once for all updates to come.
 
-    _optimizer: ScheduledOptimizer
+    Raises:
+        ValueError: a schedule or a tensor is in charge of a group.
+    """
 
     def __init__(
         self, optimizer: ScheduledOptimizer, ratios: Sequence[float], capacity: int
     ) -> None:
         super().__init__(optimizer, ratios)
-        optimizer.reserve_(capacity)
-        buffer = optimizer.schedule_buffer
-        self._host_ratios = list(ratios)
-        self._steps = torch.arange(buffer.capacity, device=buffer.values.device)
-        self._host_start = 0
-
-    def _begin(self) -> None:
-        self.start.copy_(self._optimizer.schedule_buffer.step)
-        self._host_start = self._optimizer.host_step
-        self._optimizer.drive_(self.put)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "host_start": self._host_start}
-
-    def load_state_dict(self, state: dict[str, Any], shape: Tensor) -> None:
-        self._host_start = state["host_start"]
-        super().load_state_dict(state, shape)
-
-    def attach(self) -> None:
-        self._optimizer.drive_(self.put)
-        self.put()
-
-    def put(self) -> None:
-        since = (self._steps - self.start).clamp_(0, len(self._shape) - 1)
-        heights = (self.rate * self._ratios).unsqueeze(1)
-        self._optimizer.schedule_buffer.values.copy_(heights * self._shape.index_select(0, since))
+        step = optimizer.schedule_buffer.step
+        self._capacity = int(step) + capacity
+        self._start = step.to(self._device, copy=True)  # the optimizer's step at the last `write`
+        self._ratio_tensor = torch.tensor(ratios, dtype=torch.float64).to(self._device)
+        self._value: Callable[[int], float] | None = None
+        self._shown: float | None = None  # by the first group; None while the device alone knows
+        self._steps_seen = optimizer.committed_steps
+        optimizer.reserve_(self._capacity)
+        optimizer.drive_(self._refill)
+        self._positions = self._all_positions()
 
     def show(self, value: Callable[[int], float]) -> None:
-        start, ratios = self._host_start, self._host_ratios
-        self._optimizer.drive_(
-            self.put, lambda group, step: value(max(step - start, 0)) * ratios[group]
-        )
+        self._value = value
+        self._show_now()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "start": self._start.clone(),
+            "capacity": self._capacity,
+            "shown": self._shown,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], shape: Tensor) -> None:
+        self._start.copy_(state["start"])
+        self._capacity = state["capacity"]
+        self._value, self._shown = None, state["shown"]
+        super().load_state_dict(state, shape)
+
+    @property
+    def _buffered(self) -> ScheduledOptimizer:
+        optimizer = self._optimizer
+        assert isinstance(optimizer, ScheduledOptimizer)
+        return optimizer
+
+    def _others(self) -> dict[int, Any]:
+        driven = self._buffered.driven_groups()
+        return {i: g["lr"] for i, g in enumerate(self._groups) if i not in driven}
+
+    def _claim(self) -> None:
+        optimizer = self._buffered
+        optimizer.drive_(self._refill)
+        optimizer.reserve_(self._capacity)
+        self._steps_seen = optimizer.committed_steps
+        if self._shown is not None:
+            self._show_lrs(self._shown)
+
+    def _begin(self) -> None:
+        self._start.copy_(self._buffered.schedule_buffer.step, non_blocking=True)
+        self._value = self._shown = None
+
+    def _follow(self) -> None:
+        optimizer = self._buffered
+        steps, self._steps_seen = self._steps_seen, optimizer.committed_steps
+        missed = self._steps_seen - steps - 1
+        if missed and not optimizer.was_captured:
+            # A skipped update counts, as it does in the rest of the run, but not on the device.
+            self._start.add_(missed)
+            self._put()
+        self._show_now()
+
+    def _show_now(self) -> None:
+        self._shown = None if self._value is None else self._value(self.updates)
+        if self._shown is not None:
+            self._show_lrs(self._shown)
+
+    def _show_lrs(self, rate: float) -> None:
+        self._buffered.show_([rate * ratio for ratio in self._ratios])
+
+    def _refill(self) -> None:
+        self._check_groups()
+        self._put()
+        if self._shown is not None:
+            self._show_lrs(self._shown)
+
+    def _put(self) -> None:
+        optimizer = self._buffered
+        rows = optimizer.schedule_buffer.rows
+        if len(self._positions) != optimizer.schedule_buffer.capacity:
+            self._positions = self._all_positions()
+        since = (self._positions - self._start).clamp_(0, len(self._shape) - 1)
+        heights = (self.rate * self._ratio_tensor).unsqueeze(1)
+        values = heights * self._shape.index_select(0, since)
+        for index in optimizer.driven_groups():
+            rows[index].copy_(values[index])
+
+    def _all_positions(self) -> Tensor:
+        return torch.arange(self._buffered.schedule_buffer.capacity, device=self._device)
 
 
 class TensorRates(Rates):
-    """Writes the tensors in ``group["lr"]`` of a `torch.optim` optimizer, before every update."""
+    """Writes tensors that a `torch.optim` optimizer has in ``group["lr"]``, before every update.
+
+    Warns:
+        UserWarning: the optimizer waits for the device at every step to read them.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, ratios: Sequence[float]) -> None:
         super().__init__(optimizer, ratios)
-        self._updates = 0
+        _warn_of_waiting(optimizer)
+        self._lrs: list[Tensor] = []
         for group in optimizer.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                lr = torch.tensor(float(group["lr"]), dtype=torch.float32)
-                group["lr"] = lr.to(self.rate.device)
+            self._lrs.append(_usable_lr(group, self._device, self._lrs))
+        self._claim()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "updates": self._updates}
+    def _others(self) -> dict[int, Any]:
+        pairs = enumerate(zip(self._groups, self._lrs, strict=True))
+        return {index: group["lr"] for index, (group, lr) in pairs if group["lr"] is not lr}
 
-    def load_state_dict(self, state: dict[str, Any], shape: Tensor) -> None:
-        self._updates = state["updates"]
-        super().load_state_dict(state, shape)
+    def _claim(self) -> None:
+        for group, lr in zip(self._groups, self._lrs, strict=True):
+            group["lr"] = lr
 
-    def advance(self) -> None:
-        self._updates += 1
-        self.put()
+    def _follow(self) -> None:
+        self._put()
 
-    def _begin(self) -> None:
-        self._updates = 0
+    def _put(self) -> None:
+        now = self.rate * self._shape[min(self.updates, len(self._shape) - 1)]
+        for group, lr, ratio in zip(self._groups, self._lrs, self._ratios, strict=True):
+            if group["lr"] is lr:
+                lr.copy_(now * ratio, non_blocking=True)
 
-    def put(self) -> None:
-        now = self.rate * self._shape[min(self._updates, len(self._shape) - 1)]
-        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
-            group["lr"].copy_(now * ratio)
+
+def _usable_lr(group: Group, device: torch.device, used: list[Tensor]) -> Tensor:
+    """Returns the group's own learning rate if it can be written to, else a tensor in its place."""
+    lr = group["lr"]
+    if group["params"]:
+        device = group["params"][0].device
+    if (
+        isinstance(lr, Tensor)
+        and lr.is_floating_point()
+        and lr.device == device
+        and not lr.requires_grad
+        and not any(lr is other for other in used)
+    ):
+        return lr
+    return torch.full((), float(lr), dtype=torch.float32, device=device)
+
+
+def _warn_of_waiting(optimizer: torch.optim.Optimizer) -> None:
+    for index, group in enumerate(optimizer.param_groups):
+        if not _is_on_gpu(group) or group.get("fused") or group.get("capturable"):
+            continue
+        options = [f"{name}=True" for name in ("fused", "capturable") if name in group]
+        warnings.warn(
+            f"{type(optimizer).__name__} will wait for the GPU at every step, to read the learning "
+            f"rate of group {index}, which AutoLRS keeps there: "
+            f"{'give it ' + ' or '.join(options) if options else 'take an optimizer of lrs_ext'}",
+            stacklevel=5,
+        )
+        return
+
+
+def _is_on_gpu(group: Group) -> bool:
+    return any(param.is_cuda for param in group["params"])

@@ -10,16 +10,18 @@ import math
 import torch
 from torch import Tensor
 
-from lrs_ext.autolrs.acquisition import expected_improvement, lower_confidence_bound
+from lrs_ext.autolrs.acquisition import lower_confidence_bound
 from lrs_ext.autolrs.surrogate import gp_posterior
 
 Bounds = tuple[float, float]
 
 GRID_POINTS = 512  # candidates between the bounds
-TAIL = 4  # the objective of a trial is the mean of the last 1/TAIL of its losses
+TAIL = 2  # the objective of a trial is the mean of the last 1/TAIL of its losses
 BAD_MARGIN = 0.1  # a bad trial counts as this share of the best progress above no progress at all
+FINE_DECADES = 0.4  # between fine trials, around the best of the coarse ones
 # The best rate falls as the horizon grows: decades a doubling. Measured, see benchmarks/results.
 HORIZON_DECADES = 0.04
+FAR = 2.0  # times a positive loss: no noise, but a divergence
 PAPER_KAPPA = 1.96  # the reference code's 1e6 would ignore the posterior mean
 
 
@@ -37,8 +39,14 @@ def spread(bounds: Bounds, count: int) -> list[float]:
     return [low + (high - low) * index / (count - 1) for index in range(count)]
 
 
+def around(centre: Tensor, count: int, grid: Tensor) -> Tensor:
+    """Returns `count` positions around `centre`, FINE_DECADES apart, none beyond the grid."""
+    steps = torch.arange(count, dtype=grid.dtype, device=grid.device) - (count - 1) / 2
+    return (centre + FINE_DECADES * steps).clamp(grid[0], grid[-1])
+
+
 def tail_mean(losses: Tensor) -> Tensor:
-    """Returns the mean of the last quarter of `losses` (..., n), inf if any of them is not finite.
+    """Returns the mean of the last half of `losses` (..., n), inf if any of them is not finite.
 
     One loss that is not finite, wherever it is, means that the trial has diverged.
     """
@@ -62,20 +70,6 @@ def capped(objectives: Tensor, start: Tensor) -> Tensor:
     return torch.minimum(objectives.nan_to_num(nan=torch.inf, posinf=torch.inf), worst)
 
 
-def next_by_improvement(positions: Tensor, objectives: Tensor, grid: Tensor) -> Tensor:
-    """Returns the position with the largest expected improvement over the best posterior mean.
-
-    Args:
-        positions, objectives: the trials so far, float64, (n,).
-        grid: float64, (m,).
-    """
-    query = torch.cat((positions, grid))
-    mean, std = gp_posterior(positions, objectives, 0.0, query)
-    best = mean[: len(positions)].amin()
-    gain = expected_improvement(mean[len(positions) :], std[len(positions) :], best)
-    return _at(grid, gain.argmax())
-
-
 def next_by_bound(positions: Tensor, objectives: Tensor, noise: Tensor, grid: Tensor) -> Tensor:
     """Returns the position with the smallest lower confidence bound."""
     mean, std = gp_posterior(positions, objectives, noise, grid)
@@ -88,15 +82,16 @@ def best_tried(positions: Tensor, objectives: Tensor, noise: Tensor) -> Tensor:
     return _at(positions, mean.argmin())
 
 
-def best_peak(
-    positions: Tensor, objectives: Tensor, grid: Tensor, trial_steps: int, train_steps: int
-) -> Tensor:
-    """Returns the peak for `train_steps` updates, from trials of `trial_steps` updates each."""
+def best_between(positions: Tensor, objectives: Tensor, grid: Tensor) -> Tensor:
+    """Returns where on the grid, within what was tried, the posterior mean is smallest."""
     mean, _ = gp_posterior(positions, objectives, 0.0, grid)
     was_tried = (grid >= positions.amin()) & (grid <= positions.amax())
-    best = _at(grid, torch.where(was_tried, mean, torch.inf).argmin())
-    shift = HORIZON_DECADES * math.log2(train_steps / trial_steps)
-    return torch.maximum(best - shift, grid[0])
+    return _at(grid, torch.where(was_tried, mean, torch.inf).argmin())
+
+
+def for_horizon(position: Tensor, trial_steps: int, train_steps: int) -> Tensor:
+    """Returns the peak for `train_steps` updates, given the best one for `trial_steps`."""
+    return position - HORIZON_DECADES * math.log2(train_steps / trial_steps)
 
 
 def rate_at(position: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ _BY_NAME = {
     "cosine": schedules.cosine,
     "constant": schedules.constant,
 }
-TRIAL_WARMUP = 4  # a trial warms up for at most 1/TRIAL_WARMUP of its updates
 
 
 def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int) -> Schedule:
@@ -49,8 +48,11 @@ def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int)
 class Shapes:
     """The shapes of all segments, on the device from the start.
 
+    A trial of "peak" decays linearly to zero, unless the schedule keeps to more than half of its
+    height; one of "paper" keeps its rate, as its stage does.
+
     Args:
-        warmup_steps: in the last training segment, and for as long as it lasts in every trial.
+        warmup_steps: of the last training segment, unless the run begins with a warm-up of its own.
     """
 
     def __init__(
@@ -60,36 +62,35 @@ class Shapes:
         warmup_steps: int,
         device: torch.device,
     ) -> None:
-        first, last = timetable.segments[0], timetable.segments[-1]
-        has_own_warmup = first.kind == "warmup"
+        last = timetable.segments[-1]
+        has_own_warmup = timetable.segments[0].kind == "warmup"
         self.schedule = unit_schedule(schedule, last.steps, 0 if has_own_warmup else warmup_steps)
-        trial = next(s for s in timetable.segments if s.kind == "trial")
-        ramp = 0 if has_own_warmup else min(warmup_steps, trial.steps // TRIAL_WARMUP)
-        by_kind = {
-            "trial": schedules.constant(1.0, warmup_steps=ramp),
-            "train": schedules.constant(1.0),
-            "last": self.schedule,
-        }
-        if has_own_warmup:
-            by_kind["warmup"] = schedules.constant(1.0, warmup_steps=first.steps)
+        decays = self.schedule(last.steps) <= 0.5
         self._last = last
-        self._schedules = by_kind
+        self._schedules: dict[tuple[str, int], Schedule] = {}
+        for segment in timetable.segments:
+            if segment is last:
+                shape = self.schedule
+            elif segment.kind == "warmup":
+                shape = schedules.constant(1.0, warmup_steps=segment.steps)
+            elif segment.kind == "trial" and timetable.num_fine and decays:
+                shape = schedules.linear(1.0, segment.steps)
+            else:
+                shape = schedules.constant(1.0)
+            self._schedules[self._key(segment)] = shape
         self._tensors = {
-            kind: _tensor(shape, last.steps if kind == "last" else shape.warmup_steps, device)
-            for kind, shape in by_kind.items()
+            key: torch.from_numpy(shape.values(0, (shape.total_steps or shape.warmup_steps) + 1))
+            for key, shape in self._schedules.items()
         }
+        self._tensors = {key: tensor.to(device) for key, tensor in self._tensors.items()}
 
     def of(self, segment: Segment) -> Tensor:
         """Returns the shape of a segment, float64, (updates,); its last entry holds."""
-        return self._tensors[self._kind(segment)]
+        return self._tensors[self._key(segment)]
 
     def at(self, segment: Segment, updates: int) -> float:
         """Returns the shape at an update, counted from the segment's start."""
-        return self._schedules[self._kind(segment)](updates)
+        return self._schedules[self._key(segment)](updates)
 
-    def _kind(self, segment: Segment) -> str:
-        return "last" if segment == self._last else segment.kind
-
-
-def _tensor(shape: Schedule, end: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(shape.values(0, end + 1)).to(device)
+    def _key(self, segment: Segment) -> tuple[str, int]:
+        return "last" if segment == self._last else segment.kind, segment.steps

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrs_ext.autolrs.random_state import random_state, set_random_state
+from lrs_ext.autolrs.live_state import (
+    Access,
+    access,
+    copied,
+    is_like,
+    is_plain_module,
+    module_tensors,
+    params_of,
+    restore_tensors_where,
+    state_entries,
+    state_to_come,
+    tensors_in,
+)
+from lrs_ext.autolrs.random_state import on_host, random_state, set_random_state
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 PLACEMENTS = ("device", "pinned")
@@ -23,17 +35,22 @@ class Snapshot:
     """Parameters, buffers, optimizer and extra state, and all random generators.
 
     All memory is taken at the start. Tensors are restored into the storage that they have, so that
-    captured graphs stay valid. Reading a GradScaler or a module in `extra_state` never waits; other
-    objects are asked for their ``state_dict``.
+    captured graphs stay valid. Only where a buffer or a state has changed its shape or dtype or is
+    gone, it is put back as a new tensor. A buffer that was not there when the state was copied is
+    taken for a cache, which follows from the rest, and stays.
+
+    Reading a GradScaler or a module in `extra_state` never waits; other objects, and modules with
+    ``get_extra_state``, are asked for their state.
 
     Args:
-        model: parameters and buffers.
+        model: parameters, buffers, and what its ``get_extra_state`` returns.
         optimizer: its state, and parameters that the model does not have.
         extra_state: objects with ``state_dict`` and ``load_state_dict``.
-        placement: "device", beside each tensor, or "pinned", in page-locked host memory.
+        placement: "device", beside each tensor, or "pinned", in page-locked host memory, where
+            only the states of extra objects that are no modules stay beside them.
 
     Raises:
-        ValueError: there is no such placement.
+        ValueError: there is no such placement, or several elements of a tensor share memory.
         TypeError: an extra object has no ``state_dict`` or ``load_state_dict``.
         RuntimeError: the copy does not fit into memory; the message says how many bytes it takes.
     """
@@ -56,16 +73,20 @@ class Snapshot:
         self._model, self._optimizer, self._placement = model, optimizer, placement
         self._extra_state = dict(enumerate(extra_state))
         self._memory: dict[str, Tensor] = {}
+        self._homes: dict[str, torch.device] = {}  # where training has what a copy is of
         self._captured: set[str] = set()
         self._numbers: dict[str, Any] = {}  # entries of the optimizer's state that are no tensors
-        self._extra: dict[int, dict[str, Any]] = {}
+        self._extra: dict[int | str, Any] = {}
         self._random: dict[str, Any] = {}
-        self._reserve(self._live_tensors() | _state_to_come(optimizer))
+        live, to_come = self._live_tensors(), state_to_come(optimizer)
+        homes = self._homes_by_param(to_come)
+        homes |= _devices({name: t for name, t in to_come.items() if not t.is_meta} | live)
+        self._reserve(to_come | live, homes, self._states())
 
     @property
     def nbytes(self) -> int:
-        """Memory that the copies of parameters, buffers and optimizer state take."""
-        return _bytes(self._memory)
+        """Memory that the copies take: of parameters, buffers, optimizer and extra state."""
+        return _bytes([*self._memory.values(), *tensors_in(self._extra)])
 
     def leave(self, extra: Any) -> None:
         """Keeps an object of `extra_state` out of roll-backs: somebody else looks after it."""
@@ -75,45 +96,62 @@ class Snapshot:
     def capture(self) -> None:
         """Copies the present state."""
         live = self._live_tensors()
-        self._reserve(live)
-        _copy_all([self._memory[name] for name in live], list(live.values()))
+        self._extra.clear()
+        self._reserve(live, _devices(live), self._states())
+        _copy_all((self._memory[name], tensor) for name, tensor in live.items())
         self._captured = set(live)
         self._numbers = {
-            name: copy.deepcopy(value) for name, value in _state_entries(self._optimizer, False)
+            name: copy.deepcopy(value) for name, value in state_entries(self._optimizer, False)
         }
-        self._extra = {i: _copied(_state_of(extra)) for i, extra in self._extra_state.items()}
         self._random = random_state()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts back the state of the last `capture`; state that is younger goes back to its start.
+        """Puts back the state of the last `capture`; optimizer state that is younger starts again.
 
-        That is zero in an optimizer of `lrs_ext`, whose captured graphs keep its addresses, and
-        nothing at all in one of torch.
+        It is then zero in an optimizer of `lrs_ext`, whose captured graphs keep its addresses, and
+        not there at all in one of torch.
+
+        Raises:
+            ValueError: a parameter is new, gone or of another shape; nothing has been changed.
         """
         live = self._live_tensors()
-        known = [name for name in live if name in self._captured]
-        _copy_all([live[name] for name in known], [self._memory[name] for name in known])
-        for name in live.keys() - self._captured:
-            if isinstance(self._optimizer, ScheduledOptimizer):
-                live[name].zero_()
-        if not isinstance(self._optimizer, ScheduledOptimizer):
-            self._restore_torch_state(live)
-        for index, extra in self._extra_state.items():
-            _set_state(extra, _copied(self._extra[index]))
+        _check_fit({name: self._memory[name] for name in self._captured}, live, ("parameter",))
+        changed = {
+            name
+            for name in self._captured
+            if _kind(name) != "parameter"
+            and not (name in live and is_like(live[name], self._memory[name]))
+        }
+        self._rebind(sorted(changed))  # the buffers, for which it may fail, before the states
+        known = self._captured - changed
+        _copy_all((tensor, self._memory[name]) for name, tensor in live.items() if name in known)
+        if isinstance(self._optimizer, ScheduledOptimizer):
+            for name in live.keys() - self._captured:
+                if _kind(name) in ("state", "counter"):
+                    live[name].zero_()
+        else:
+            self._restore_torch_state()
+        for key, (_, set_state) in self._extras().items():
+            if key in self._extra:
+                set_state(copied(self._extra[key]))
         set_random_state(self._random)
 
     @torch.no_grad()
     def restore_where(self, bad: Tensor) -> None:
-        """Puts back tensors where `bad`, bool, 0-d, is true; schedules and random numbers go on."""
+        """Puts back tensors where `bad`, bool, 0-d, is true; schedules and random numbers go on.
+
+        Optimizer state that is younger than the copy becomes zero, where it starts in torch too;
+        only numbers other than the step, such as NAdam's product of momenta, which starts at one,
+        stay. A buffer that is younger or has changed its shape stays.
+        """
         for name, tensor in self._live_tensors().items():
-            if name == _SCHEDULE_STEP:
-                continue
-            before = self._memory[name] if name in self._captured else torch.zeros_like(tensor)
-            before = before.to(tensor.device, non_blocking=True)
-            tensor.copy_(torch.where(bad.to(tensor.device), before, tensor))
-        for index, extra in self._extra_state.items():
-            _restore_tensors_where(bad, _state_of(extra), self._extra[index])
+            before = self._before(name, tensor)
+            if before is not None:
+                before = before.to(tensor.device, non_blocking=True)
+                tensor.copy_(torch.where(bad.to(tensor.device), before, tensor))
+        for key, (get_state, _) in self._extras().items():
+            restore_tensors_where(bad, get_state(), self._extra.get(key))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the copies; waits for the device if they are in host memory."""
@@ -122,38 +160,117 @@ class Snapshot:
         return {
             "tensors": {name: self._memory[name].clone() for name in sorted(self._captured)},
             "numbers": copy.deepcopy(self._numbers),
-            "extra": _copied(self._extra),
+            "extra": copied(self._extra),
             "random": self._random,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._reserve(state["tensors"])
-        for name, tensor in state["tensors"].items():
+        """Takes over the copies; each goes to where training has what it is a copy of.
+
+        Raises:
+            ValueError: the parameters or persistent buffers are not those of the model; nothing has
+                been changed.
+        """
+        saved, live = state["tensors"], self._live_tensors()
+        _check_fit(saved, live, ("parameter", "buffer"))
+        self._reserve(saved, self._homes_by_param(saved) | self._homes | _devices(live), {})
+        for name, tensor in saved.items():
             self._memory[name].copy_(tensor)
-        self._captured = set(state["tensors"])
+        self._captured = set(saved)
         self._numbers = copy.deepcopy(state["numbers"])
-        self._extra = _copied(state["extra"])
-        self._random = state["random"]
+        present = self._states()
+        self._extra = {
+            key: copied(value, present.get(key)) for key, value in state["extra"].items()
+        }
+        self._random = on_host(state["random"])
 
     def _live_tensors(self) -> dict[str, Tensor]:
-        """Returns everything that is copied, by a name that is the same in every process."""
+        """Returns everything that is copied in place, by a name that every process gives it.
+
+        Its first word says what it is: a parameter, a buffer, a cache (a buffer that is in no
+        checkpoint), a state or counter of the optimizer, or the schedule.
+        """
         tensors: dict[str, Tensor] = {}
-        tensors.update((f"parameter {name}", p) for name, p in self._model.named_parameters())
-        tensors.update((f"buffer {name}", b) for name, b in self._model.named_buffers())
-        own = set(tensors.values())
-        for index, param in enumerate(_params(self._optimizer)):
+        own: set[Tensor] = set()
+        for owner, module in self._modules().items():
+            for name, tensor in module_tensors(module, owner):
+                if tensor not in own:
+                    own.add(tensor)
+                    tensors[name] = tensor
+        for index, param in enumerate(params_of(self._optimizer)):
             if param not in own:
-                tensors[f"optimizer parameter {index}"] = param
-        tensors.update(_state_entries(self._optimizer, True))
+                tensors[f"parameter optimizer[{index}]"] = param
+        tensors.update(state_entries(self._optimizer, True))
         if isinstance(self._optimizer, ScheduledOptimizer):
             tensors[_SCHEDULE_STEP] = self._optimizer.schedule_buffer.step
-            for index, param in enumerate(_params(self._optimizer)):
+            for index, param in enumerate(params_of(self._optimizer)):
                 if param in self._optimizer.step_counters:
                     tensors[f"counter {index}"] = self._optimizer.step_counters[param]
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
-    def _restore_torch_state(self, live: dict[str, Tensor]) -> None:
-        for index, param in enumerate(_params(self._optimizer)):
+    def _modules(self) -> dict[str, nn.Module]:
+        """Returns the modules that are copied in place, by what comes before their names."""
+        modules = {"": self._model}
+        for index, extra in self._extra_state.items():
+            if is_plain_module(extra):
+                modules[f"extra_state[{index}]."] = extra
+        return modules
+
+    def _extras(self) -> dict[int | str, Access]:
+        """Returns access to all states that are not copied in place."""
+        extras: dict[int | str, Access] = {
+            index: access(extra)
+            for index, extra in self._extra_state.items()
+            if not is_plain_module(extra)
+        }
+        for owner, module in self._modules().items():
+            for path, part in module.named_modules():
+                if type(part).get_extra_state is not nn.Module.get_extra_state:
+                    extras[f"{owner}{path}"] = (part.get_extra_state, part.set_extra_state)
+        return extras
+
+    def _states(self) -> dict[int | str, Any]:
+        return {key: get_state() for key, (get_state, _) in self._extras().items()}
+
+    def _homes_by_param(self, names: Iterable[str]) -> dict[str, torch.device]:
+        """Returns the device of the parameter that each name belongs to, else of the first one."""
+        devices = [param.device for param in params_of(self._optimizer)]
+        of_param = ("state", "counter")
+        return {
+            name: devices[int(name.split(" ")[1]) if _kind(name) in of_param else 0]
+            for name in names
+        }
+
+    def _rebind(self, names: Sequence[str]) -> None:
+        """Puts buffers and states back as new tensors."""
+        modules, params = self._modules(), params_of(self._optimizer)
+        places: list[tuple[dict[str, Any], str, str]] = []
+        for name in names:
+            kind, _, path = name.partition(" ")
+            if kind == "state":
+                index, _, key = path.partition(" ")
+                places.append((self._optimizer.state[params[int(index)]], key, name))
+            elif kind in ("buffer", "cache"):
+                owner = max((o for o in modules if path.startswith(o)), key=len)
+                module, _, key = path.removeprefix(owner).rpartition(".")
+                places.append((modules[owner].get_submodule(module)._buffers, key, name))
+        for place, key, name in places:
+            empty = torch.empty_like(self._memory[name], device=self._homes[name])
+            place[key] = empty.copy_(self._memory[name], non_blocking=True)
+
+    def _before(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Returns what a tensor goes back to; None if it stays."""
+        if name == _SCHEDULE_STEP:
+            return None
+        if name in self._captured:
+            copied = self._memory[name]
+            return copied if copied.shape == tensor.shape else None
+        is_zero = tensor.dim() > 0 or name.endswith(" step")
+        is_young_state = _kind(name) == "counter" or (_kind(name) == "state" and is_zero)
+        return torch.zeros_like(tensor) if is_young_state else None
+
+    def _restore_torch_state(self) -> None:
+        for index, param in enumerate(params_of(self._optimizer)):
             state = self._optimizer.state.get(param, {})
             for key in list(state):
                 name = f"state {index} {key}"
@@ -164,28 +281,44 @@ class Snapshot:
             if not state:
                 self._optimizer.state.pop(param, None)
 
-    def _reserve(self, tensors: dict[str, Tensor]) -> None:
-        """Takes the memory for copies that do not have any yet."""
+    def _reserve(
+        self,
+        tensors: dict[str, Tensor],
+        homes: dict[str, torch.device],
+        states: dict[int | str, Any],
+    ) -> None:
+        """Takes the memory for copies of tensors that do not have any yet, and copies `states`.
+
+        Args:
+            homes: where training has, or will have, each tensor.
+        """
         missing = {
             name: tensor
             for name, tensor in tensors.items()
-            if name not in self._memory or not _is_like(self._memory[name], tensor)
+            if name not in self._memory
+            or not is_like(self._memory[name], tensor)
+            or self._homes[name] != homes[name]
         }
-        if not missing:
-            return
-        needed = _bytes(missing)
+        _check_overlaps(missing)
+        extra = list(tensors_in(states))
+        needed = _bytes([*missing.values(), *extra])
         try:
-            on_host = {
-                name: tensor
-                for name, tensor in missing.items()
-                if self._placement == "pinned" or tensor.device.type in ("cpu", "meta")
-            }
-            if _bytes(on_host) > (available := available_host_memory()):
+            host = [t for n, t in missing.items() if self._device(homes[n]).type == "cpu"]
+            host += [tensor for tensor in extra if tensor.device.type == "cpu"]
+            if host and _bytes(host) > (available := available_host_memory()):
                 raise MemoryError(f"{available:,} bytes of host memory are available")
             for name, tensor in missing.items():
-                self._memory[name] = self._empty_like(tensor)
+                self._memory.pop(name, None)
+                home, device = homes[name], self._device(homes[name])
+                self._homes[name] = home
+                self._memory[name] = torch.empty_like(
+                    tensor, device=device, pin_memory=device != home
+                )
+            if states:
+                self._extra = {key: copied(state) for key, state in states.items()}
         except _MEMORY_ERRORS as error:
             self._memory.clear()
+            self._extra.clear()
             way_out = (
                 'snapshot="pinned" keeps it in host memory, or take a smaller model'
                 if self._placement == "device"
@@ -196,11 +329,10 @@ class Snapshot:
                 f" AutoLRS rolls back to it after every trial; {way_out}"
             ) from error
 
-    def _empty_like(self, tensor: Tensor) -> Tensor:
-        device = _params(self._optimizer)[0].device if tensor.is_meta else tensor.device
-        if self._placement == "pinned" and device.type == "cuda":
-            return torch.empty_like(tensor, device="cpu", pin_memory=True)
-        return torch.empty_like(tensor, device=device)
+    def _device(self, home: torch.device) -> torch.device:
+        """Returns where the copy is of a tensor that training has on `home`."""
+        is_moved = self._placement == "pinned" and home.type == "cuda"
+        return torch.device("cpu") if is_moved else home
 
 
 def available_host_memory() -> int:
@@ -213,105 +345,62 @@ def available_host_memory() -> int:
     return 2**63 - 1
 
 
-def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+def _kind(name: str) -> str:
+    return name.partition(" ")[0]
 
 
-def _state_entries(
-    optimizer: torch.optim.Optimizer, are_tensors: bool
-) -> Iterator[tuple[str, Any]]:
-    """Yields the entries of the optimizer's state: its tensors, or all that is none."""
-    for index, param in enumerate(_params(optimizer)):
-        for key, value in optimizer.state.get(param, {}).items():
-            if isinstance(value, Tensor) == are_tensors:
-                yield f"state {index} {key}", value
+def _devices(tensors: dict[str, Tensor]) -> dict[str, torch.device]:
+    return {name: tensor.device for name, tensor in tensors.items()}
 
 
-def _state_to_come(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns, on the meta device, the state that the optimizer will have after its first update.
+def _check_overlaps(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if any(
+            n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, is expanded: "
+                "its elements share memory and cannot be rolled back; make it with .clone() or "
+                ".contiguous()"
+            )
 
-    A twin of it makes a step with parameters of the same shapes that have no memory. Where that
-    does not work, nothing is returned, with a warning.
+
+def _check_fit(saved: dict[str, Tensor], live: dict[str, Tensor], kinds: Sequence[str]) -> None:
+    """Raises ValueError if saved tensors of these kinds are not those of the model.
+
+    The model may have made buffers since that were not there when the saved state was copied.
     """
-    if isinstance(optimizer, ScheduledOptimizer):
-        return {
-            f"state {index} {name}": torch.empty_like(param, dtype=torch.float32, device="meta")
-            for index, (param, names) in enumerate(optimizer.state_to_come())
-            for name in names
-        }
-    twin = copy.copy(optimizer)
-    twin.state = type(optimizer.state)(dict)
-    twin.param_groups = []
-    plain = {"lr": 0.0, "foreach": False, "fused": False, "capturable": False}
-    for group in optimizer.param_groups:
-        params = [torch.empty_like(param, device="meta") for param in group["params"]]
-        for param in params:
-            param.grad = torch.empty_like(param)
-        overrides = {name: value for name, value in plain.items() if name in group}
-        twin.param_groups.append({**group, **overrides, "params": params})
-    try:
-        with torch.no_grad():
-            type(optimizer).step.__wrapped__(twin)  # type: ignore[attr-defined]  # without hooks
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        warnings.warn(
-            f"what {type(optimizer).__name__} will keep for each parameter cannot be foretold "
-            f"({error}): the copy of it takes memory only when it is there",
-            stacklevel=4,
+    both = sorted(name for name in saved.keys() & live.keys() if _kind(name) in kinds)
+    differences = {
+        "only in the copy": sorted(n for n in saved.keys() - live.keys() if _kind(n) in kinds),
+        "only here": sorted(n for n in live.keys() - saved.keys() if _kind(n) == "parameter"),
+        "of another shape": [name for name in both if saved[name].shape != live[name].shape],
+    }
+    found = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in differences.items()
+        if names
+    ]
+    if found:
+        raise ValueError(
+            f"the copy of the training state belongs to another model: {', '.join(found)}. Give "
+            "AutoLRS the model and the extra_state that the copy was made of, in the same wrappers "
+            "(DistributedDataParallel puts 'module.' before the names, torch.compile '_orig_mod.'),"
+            " and add no parameters in the middle of a trial"
         )
-    return dict(_state_entries(twin, True))
 
 
-def _is_like(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and first.dtype == second.dtype
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
+def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies into the first of each pair from the second; torch is fast for tensors of one kind."""
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        kind = (target.dtype, source.dtype, target.device, source.device)
+        targets, sources = groups.setdefault(kind, ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in groups.values():
         torch._foreach_copy_(targets, sources, non_blocking=True)
-
-
-def _state_of(extra: Any) -> dict[str, Any]:
-    """Returns the state of an object without waiting: a GradScaler's own reads its scale."""
-    if isinstance(extra, torch.amp.GradScaler):
-        return {"scale": extra._scale, "growth_tracker": extra._growth_tracker}
-    state: dict[str, Any] = extra.state_dict()
-    return state
-
-
-def _set_state(extra: Any, state: dict[str, Any]) -> None:
-    if isinstance(extra, torch.amp.GradScaler):
-        for name, saved in state.items():
-            live = getattr(extra, f"_{name}")
-            if isinstance(live, Tensor) and isinstance(saved, Tensor):
-                live.copy_(saved)
-            else:
-                setattr(extra, f"_{name}", saved)
-        return
-    extra.load_state_dict(state)
-
-
-def _restore_tensors_where(bad: Tensor, live: Any, saved: Any) -> None:
-    """Restores, in place, the tensors that two states have at the same place."""
-    if isinstance(live, Tensor) and isinstance(saved, Tensor) and _is_like(live, saved):
-        live.copy_(torch.where(bad.to(live.device), saved.to(live.device), live))
-    elif isinstance(live, dict) and isinstance(saved, dict):
-        for name in live.keys() & saved.keys():
-            _restore_tensors_where(bad, live[name], saved[name])
-    elif isinstance(live, (list, tuple)) and isinstance(saved, (list, tuple)):
-        for first, second in zip(live, saved, strict=False):
-            _restore_tensors_where(bad, first, second)
-
-
-def _copied(state: Any) -> Any:
-    """Returns a copy of a nested state; tensors are cloned where they are."""
-    if isinstance(state, Tensor):
-        return state.detach().clone()
-    if isinstance(state, dict):
-        return {name: _copied(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [_copied(value) for value in state]
-    return copy.deepcopy(state)

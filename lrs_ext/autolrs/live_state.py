@@ -1,0 +1,142 @@
+"""What makes up the training state, and how it is read and written where it lives."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+
+Access = tuple[Callable[[], Any], Callable[[Any], object]]  # to a state: how it is got and set
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def state_entries(optimizer: torch.optim.Optimizer, are_tensors: bool) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of the optimizer's state: its tensors, or all that is none."""
+    for index, param in enumerate(params_of(optimizer)):
+        for key, value in optimizer.state.get(param, {}).items():
+            if isinstance(value, Tensor) == are_tensors:
+                yield f"state {index} {key}", value
+
+
+def state_to_come(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns, on the meta device, the state that the optimizer will have after its first update.
+
+    A twin of it makes a step with parameters of the same shapes that have no memory. Where that
+    does not work, nothing is returned, with a warning.
+    """
+    if isinstance(optimizer, ScheduledOptimizer):
+        return {
+            f"state {index} {name}": torch.empty_like(param, dtype=torch.float32, device="meta")
+            for index, (param, names) in enumerate(optimizer.state_to_come())
+            for name in names
+        }
+    twin = copy.copy(optimizer)
+    twin.state = type(optimizer.state)(dict)
+    twin.param_groups = []
+    plain = {"lr": 0.0, "foreach": False, "fused": False, "capturable": False}
+    for group in optimizer.param_groups:
+        params = [torch.empty_like(param, device="meta") for param in group["params"]]
+        for param in params:
+            param.grad = torch.empty_like(param)
+        overrides = {name: value for name, value in plain.items() if name in group}
+        twin.param_groups.append({**group, **overrides, "params": params})
+    try:
+        with torch.no_grad():
+            type(optimizer).step.__wrapped__(twin)  # type: ignore[attr-defined]  # without hooks
+    except Exception as error:  # whatever an optimizer may do with tensors without memory
+        warnings.warn(
+            f"what {type(optimizer).__name__} will keep for each parameter cannot be foretold "
+            f"({error}): the copy of it takes memory only when it is there",
+            stacklevel=4,
+        )
+    return dict(state_entries(twin, True))
+
+
+def module_tensors(module: nn.Module, owner: str) -> Iterator[tuple[str, Tensor]]:
+    for name, param in module.named_parameters():
+        yield f"parameter {owner}{name}", param
+    for path, part in module.named_modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None:
+                kind = "cache" if key in part._non_persistent_buffers_set else "buffer"
+                yield f"{kind} {owner}{path}{'.' if path else ''}{key}", buffer
+
+
+def is_plain_module(extra: Any) -> bool:
+    """Returns whether an object is a module whose state is in its parameters and buffers."""
+    return (
+        isinstance(extra, nn.Module)
+        and type(extra).state_dict is nn.Module.state_dict
+        and type(extra).load_state_dict is nn.Module.load_state_dict
+    )
+
+
+def access(extra: Any) -> Access:
+    """Returns access to an object's state, without waiting: a GradScaler's own reads its scale."""
+    if not isinstance(extra, torch.amp.GradScaler):
+        return extra.state_dict, extra.load_state_dict
+
+    def get_state() -> dict[str, Any]:
+        return {"scale": extra._scale, "growth_tracker": extra._growth_tracker}
+
+    def set_state(state: dict[str, Any]) -> None:
+        for name, saved in state.items():
+            live = getattr(extra, f"_{name}")
+            if isinstance(live, Tensor) and isinstance(saved, Tensor):
+                live.copy_(saved, non_blocking=True)
+            else:
+                moved = saved.to(extra._device) if isinstance(saved, Tensor) else saved
+                setattr(extra, f"_{name}", moved)
+
+    return get_state, set_state
+
+
+def restore_tensors_where(bad: Tensor, live: Any, saved: Any) -> None:
+    """Restores, in place, the tensors that two states have at the same place."""
+    if isinstance(live, Tensor) and isinstance(saved, Tensor) and is_like(live, saved):
+        live.copy_(torch.where(bad.to(live.device), saved.to(live.device), live))
+    elif isinstance(live, dict) and isinstance(saved, dict):
+        for name in live.keys() & saved.keys():
+            restore_tensors_where(bad, live[name], saved[name])
+    elif isinstance(live, (list, tuple)) and isinstance(saved, (list, tuple)):
+        for first, second in zip(live, saved, strict=False):
+            restore_tensors_where(bad, first, second)
+
+
+def tensors_in(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors_in(value)
+
+
+def copied(state: Any, live: Any = None) -> Any:
+    """Returns a copy of a nested state; its tensors go to the device of their likes in `live`.
+
+    Those without one stay on their device.
+    """
+    if isinstance(state, Tensor):
+        device = live.device if isinstance(live, Tensor) else state.device
+        return state.detach().to(device, copy=True)
+    if isinstance(state, dict):
+        parts = live if isinstance(live, dict) else {}
+        return {name: copied(value, parts.get(name)) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        parts = dict(enumerate(live)) if isinstance(live, (list, tuple)) else {}
+        copies = [copied(value, parts.get(index)) for index, value in enumerate(state)]
+        return copies if isinstance(state, list) else tuple(copies)
+    return copy.deepcopy(state)
+
+
+def is_like(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype

@@ -1,0 +1,469 @@
+"""The learning rates of AutoLRS: what the device uses, what the host shows, who is in charge."""
+
+import copy
+import gc
+import io
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from test_no_sync import NoReadingMethods, NoReadingOps
+
+import lrs_ext
+from lrs_ext.autolrs import rates as rates_module
+from lrs_ext.autolrs.rates import check_optimizer, group_ratios, rates_of
+
+KINDS = {"lrs_ext": lrs_ext.SGD, "torch": torch.optim.SGD}
+SHAPE = [1.0, 0.75, 0.5, 0.25]
+BUDGET = 12
+
+
+def shape_at(updates):
+    return SHAPE[min(updates, len(SHAPE) - 1)]
+
+
+class Driven:
+    """Two 0-d parameters that are 0 with gradient -1 before an update, and then the rate used."""
+
+    def __init__(self, kind="lrs_ext", steps_before=0, device="cpu"):
+        self.params = [torch.zeros((), device=device, requires_grad=True) for _ in range(2)]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(self.params, (0.5, 1.0), strict=True)]
+        self.opt = KINDS[kind](groups)
+        for _ in range(steps_before):
+            self.used()
+        self.rates = rates_of(self.opt, group_ratios(self.groups), BUDGET + 1)
+
+    @property
+    def groups(self):
+        return self.opt.param_groups
+
+    @property
+    def shown(self):
+        return [float(group["lr"]) for group in self.groups]
+
+    def used(self):
+        """Steps once and returns the learning rate that each group's update used."""
+        for param in self.params:
+            param.data.zero_()
+            param.grad = torch.full_like(param, -1.0)
+        self.opt.step()
+        return [param.item() for param in self.params]
+
+    def update(self):
+        used = self.used()
+        self.rates.advance()
+        return used
+
+    def write(self, rate, is_known=True):
+        self.rates.write(torch.tensor(rate), torch.tensor(SHAPE, dtype=torch.float64))
+        if is_known:
+            self.rates.show(lambda updates: rate * shape_at(updates))
+
+    def state_dict(self):
+        file = io.BytesIO()
+        torch.save({"opt": self.opt.state_dict(), "rates": self.rates.state_dict()}, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    def load_state_dict(self, state, order=("opt", "rates")):
+        """Loads both; the controller's hook takes the learning rates over again."""
+        for name in order:
+            if name == "opt":
+                self.opt.load_state_dict(state["opt"])
+                self.rates.attach()
+            else:
+                shape = torch.tensor(SHAPE, dtype=torch.float64)
+                self.rates.load_state_dict(state["rates"], shape)
+        return self
+
+
+def expected(rate, updates):
+    return [float(np.float32(factor * rate * shape_at(updates))) for factor in (1.0, 2.0)]
+
+
+ORDERS = [("opt", "rates"), ("rates", "opt")]
+both_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+# What the device uses
+
+
+@both_kinds
+@pytest.mark.parametrize("steps_before", [0, 1, 30])
+def test_an_optimizer_that_has_stepped_follows_every_write(kind, steps_before):
+    d = Driven(kind, steps_before)
+    for rate in (0.5, 0.25):
+        d.write(rate)
+        assert [d.update() for _ in range(6)] == [expected(rate, k) for k in range(6)]
+
+
+@both_kinds
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("steps_before", [0, 30])
+@pytest.mark.parametrize("stop", range(4))
+def test_a_resumed_run_goes_on_where_it_was(kind, order, steps_before, stop):
+    d = Driven(kind, steps_before)
+    d.write(0.5)
+    for _ in range(stop):
+        d.update()
+    resumed = Driven(kind).load_state_dict(d.state_dict(), order)
+    assert resumed.shown == d.shown
+    assert resumed.update() == expected(0.5, stop)
+    resumed.rates.show(lambda updates: 0.5 * shape_at(updates))
+    assert resumed.shown == pytest.approx(expected(0.5, stop + 1))
+    resumed.write(0.25)
+    assert [resumed.update() for _ in range(5)] == [expected(0.25, k) for k in range(5)]
+
+
+def test_loading_in_the_same_process_keeps_the_addresses():
+    d = Driven(steps_before=3)
+    d.write(0.5)
+    address = d.opt.schedule_buffer.values.data_ptr()
+    for _ in range(3):
+        d.update()
+    d.load_state_dict(d.state_dict())
+    assert d.opt.schedule_buffer.values.data_ptr() == address
+
+
+def test_a_skipped_update_counts():
+    d = Driven()
+    d.write(0.5)
+    d.update()
+    d.rates.advance()  # a GradScaler has left out the step
+    assert d.shown == pytest.approx(expected(0.5, 2))
+    assert d.update() == expected(0.5, 2)
+
+
+@both_kinds
+def test_nothing_reads_from_the_device(kind):
+    d = Driven(kind)
+    rate, shape = torch.tensor(0.5, dtype=torch.float64), torch.tensor(SHAPE, dtype=torch.float64)
+    for param in d.params:
+        param.grad = torch.ones_like(param)
+    with NoReadingOps(), NoReadingMethods():
+        d.rates.write(rate, shape)
+        d.rates.advance()
+        d.rates.show(lambda updates: 0.5)
+        d.rates.scale_(rate)
+        found, d.groups[0]["lr"] = d.groups[0]["lr"], 0.0
+        d.rates.advance()
+        d.rates.write(rate, shape)
+        d.groups[0]["lr"] = found
+        d.rates.advance()
+
+
+# What the host shows
+
+
+def test_the_rate_shown_is_the_rate_used_and_follows_a_new_segment_at_once():
+    d = Driven()
+    for rate in (0.5, 0.25):
+        d.write(rate)
+        for _ in range(6):
+            shown = d.shown
+            assert all(isinstance(group["lr"], float) for group in d.groups)
+            assert d.update() == pytest.approx(shown)
+
+
+def test_a_rate_that_comes_later_is_shown_for_the_present_update():
+    d = Driven()
+    d.write(0.25)
+    d.write(0.5, is_known=False)
+    d.update()
+    d.update()
+    d.rates.show(lambda updates: 0.5 * shape_at(updates))
+    assert d.shown == pytest.approx(expected(0.5, 2))
+
+
+@pytest.mark.parametrize("stop", range(7))
+def test_a_checkpoint_leaves_what_is_shown(stop):
+    d = Driven()
+    start = d.opt.schedule_buffer.step.clone()
+    for update in range(7):
+        if update % 3 == 0:  # roll back, as after a trial
+            d.opt.schedule_buffer.step.copy_(start)
+            d.write(0.5)
+        if update == stop:
+            d.opt.state_dict()
+        assert d.shown == pytest.approx(expected(0.5, update % 3))
+        assert d.update() == expected(0.5, update % 3)
+        assert d.shown == pytest.approx(expected(0.5, update % 3 + 1))
+
+
+def test_updates_of_a_replayed_graph_are_shown():
+    d = Driven()
+    d.write(0.5)
+    d.opt.was_captured = True
+    for update in range(1, 4):
+        d.opt.schedule_buffer.step.add_(1)  # a replay, which the host does not see
+        d.rates.advance()
+        assert d.shown == pytest.approx(expected(0.5, update))
+        assert d.opt.current_lr() == expected(0.5, update)
+
+
+def test_committed_steps_only_grow():
+    d = Driven()
+    d.write(0.5)
+    seen = []
+    for _ in range(4):
+        d.update()
+        d.opt.schedule_buffer.step.zero_()
+        d.opt.state_dict()
+        seen.append(d.opt.committed_steps)
+    assert seen == [1, 2, 3, 4]
+    assert not d.opt.was_captured
+
+
+# Who is in charge
+
+
+@both_kinds
+def test_what_the_host_writes_stays_until_it_is_handed_back(kind):
+    d = Driven(kind)
+    d.write(0.5)
+    d.update()
+    found, d.groups[0]["lr"] = d.groups[0]["lr"], 0.125
+    assert d.update() == [0.125, expected(0.5, 1)[1]]
+    d.rates.scale_(torch.tensor(0.5))
+    d.rates.show(lambda updates: 0.25 * shape_at(updates))
+    assert d.shown == pytest.approx([0.125, expected(0.25, 2)[1]])
+    assert d.update() == [0.125, expected(0.25, 2)[1]]
+    d.write(1.0)
+    assert d.update() == [0.125, expected(1.0, 0)[1]]
+    d.groups[0]["lr"] = found
+    if kind == "torch":
+        d.rates.advance()  # where it is written, before the next update
+        assert d.update() == expected(1.0, 2)
+    else:
+        assert d.update() == expected(1.0, 1)
+        assert d.shown == pytest.approx(expected(1.0, 2))
+
+
+def test_handing_back_before_a_step_has_seen_it():
+    d = Driven()
+    d.write(0.5)
+    found, d.groups[0]["lr"] = d.groups[0]["lr"], 0.0
+    d.write(0.25)
+    d.groups[0]["lr"] = found
+    assert d.update() == expected(0.25, 0)
+
+
+def test_handing_back_after_a_tensor():
+    d = Driven()
+    d.write(0.5)
+    found, d.groups[0]["lr"] = d.groups[0]["lr"], torch.tensor(0.125)
+    assert d.update() == [0.125, expected(0.5, 0)[1]]
+    d.groups[0]["lr"] = found
+    assert d.opt.current_lr() == expected(0.5, 1)
+    assert d.shown == pytest.approx(expected(0.5, 1))
+
+
+@both_kinds
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_frozen_group_stays_frozen_in_a_resumed_run(kind, order):
+    d = Driven(kind)
+    d.write(0.5)
+    d.groups[0]["lr"] = 0.0
+    d.update()
+    resumed = Driven(kind).load_state_dict(d.state_dict(), order)
+    assert resumed.update() == [0.0, expected(0.5, 1)[1]]
+    resumed.write(0.25)
+    assert resumed.update() == [0.0, expected(0.25, 0)[1]]
+
+
+@pytest.mark.parametrize("total_steps", [5, 3 * BUDGET])
+def test_a_loaded_schedule_steps_down(total_steps):
+    scheduled = Driven()
+    other = lrs_ext.SGD(scheduled.params, lr=lrs_ext.linear(0.1, total_steps))
+    other.add_param_group({"params": [torch.zeros((), requires_grad=True)]})
+    d = Driven()
+    d.write(0.5)
+    d.opt.load_state_dict(
+        {
+            "state": {},
+            "param_groups": [
+                {**group, "params": [index]}
+                for index, group in enumerate(other.state_dict()["param_groups"])
+            ],
+        }
+    )
+    d.rates.attach()
+    assert d.shown == pytest.approx(expected(0.5, 0))
+    assert [d.update() for _ in range(5)] == [expected(0.5, k) for k in range(5)]
+    d.write(0.25)
+    assert [d.update() for _ in range(5)] == [expected(0.25, k) for k in range(5)]
+
+
+WRITES = {
+    "write": lambda d: d.write(0.25),
+    "scale_": lambda d: d.rates.scale_(torch.tensor(0.5)),
+    "advance": lambda d: d.rates.advance(),
+    "attach": lambda d: d.rates.attach(),
+}
+
+
+@both_kinds
+@pytest.mark.parametrize("name", WRITES)
+def test_a_new_group_is_refused_before_anything_is_written(kind, name):
+    d = Driven(kind)
+    d.write(0.5)
+    d.update()
+    d.params.append(torch.zeros((), requires_grad=True))
+    d.opt.add_param_group({"params": d.params[-1:], "lr": 0.125})
+    before = copy.deepcopy(d.shown), d.rates.rate.clone(), d.rates.updates
+    with pytest.raises(RuntimeError, match="make AutoLRS after add_param_group"):
+        WRITES[name](d)
+    assert (d.shown, d.rates.rate, d.rates.updates) == before
+    if kind == "lrs_ext":
+        assert d.used() == [*expected(0.5, 1), 0.125]
+        assert d.used() == [*expected(0.5, 2), 0.125]
+
+
+def test_a_float_after_a_long_schedule_survives_a_new_group():
+    params = [torch.zeros((), requires_grad=True) for _ in range(2)]
+    opt = lrs_ext.SGD(params[:1], lr=lrs_ext.linear(0.1, 20))
+    opt.param_groups[0]["lr"] = 0.5
+    assert opt.current_lr() == [0.5]
+    opt.add_param_group({"params": params[1:], "lr": 0.25})
+    assert opt.current_lr() == [0.5, 0.25]
+
+
+def test_a_new_driver_takes_what_the_host_has_written():
+    d = Driven()
+    d.write(0.5)
+    d.groups[0]["lr"], d.groups[1]["lr"] = 0.5, 1.0
+    d.rates = rates_of(d.opt, group_ratios(d.groups), BUDGET)
+    d.write(0.25)
+    assert d.update() == expected(0.25, 0)
+
+
+# Who keeps whom alive
+
+
+@both_kinds
+def test_nobody_is_kept_alive(kind):
+    class Controller:
+        def value(self, updates):
+            return 0.5
+
+    gc.disable()
+    try:
+        d, controller = Driven(kind), Controller()
+        d.write(0.5)
+        d.rates.show(controller.value)
+        d.write(0.25, is_known=False)
+        seen = [weakref.ref(controller), weakref.ref(d.opt)]
+        del controller, d
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+# Optimizers of torch
+
+
+def param():
+    return torch.zeros(3, requires_grad=True)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop])
+def test_foreach_is_refused(kind):
+    opt = kind([param()], lr=0.1, foreach=True)
+    with pytest.raises(ValueError, match="not supported for capturable=False and foreach=True"):
+        rates_of(opt, [1.0], BUDGET)
+    assert opt.param_groups[0]["lr"] == 0.1
+    check_optimizer(torch.optim.Adam([param()], lr=0.1, foreach=True, capturable=True))
+
+
+def test_a_step_that_needs_a_closure_is_refused():
+    with pytest.raises(TypeError, match="the step of LBFGS needs a closure"):
+        check_optimizer(torch.optim.LBFGS([param()], lr=0.1))
+
+
+@pytest.mark.parametrize("group", [{}, {"lr": None}, {"lr": torch.ones(2)}, {"lr": 0.0}])
+def test_a_group_without_a_learning_rate_has_no_ratio(group):
+    with pytest.raises(ValueError, match=r"group 1 has .*: give the optimizer lr=1e-3"):
+        group_ratios([{"lr": 0.1}, group])
+
+
+def test_groups_that_share_a_tensor_get_their_own():
+    shared = torch.tensor(0.5)
+    opt = torch.optim.SGD([{"params": [param()]}, {"params": [param()]}], lr=shared)
+    rates = rates_of(opt, [1.0, 2.0], BUDGET)
+    rates.write(torch.tensor(0.25), torch.ones(1, dtype=torch.float64))
+    assert [float(group["lr"]) for group in opt.param_groups] == [0.25, 0.5]
+    assert opt.param_groups[0]["lr"] is shared
+
+
+@pytest.mark.parametrize("loaded", [0.1, torch.tensor(0.1), torch.tensor(0.1).double()])
+def test_a_loaded_learning_rate_is_replaced_by_ours(loaded):
+    d = Driven("torch")
+    d.write(0.5)
+    tensors = [group["lr"] for group in d.groups]
+    for group in d.groups:
+        group["lr"] = loaded
+    d.rates.attach()
+    assert all(group["lr"] is lr for group, lr in zip(d.groups, tensors, strict=True))
+    assert d.update() == expected(0.5, 0)
+
+
+OPTIONS = [
+    (torch.optim.Adam, {}, "fused=True or capturable=True"),
+    (torch.optim.SGD, {}, "give it fused=True"),
+    (torch.optim.RMSprop, {}, "give it capturable=True"),
+    (torch.optim.SparseAdam, {}, "take an optimizer of lrs_ext"),
+    (torch.optim.Adam, {"fused": True}, None),
+    (torch.optim.Adam, {"capturable": True}, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "way_out"), OPTIONS)
+def test_an_optimizer_that_waits_for_the_gpu_warns(kind, options, way_out, monkeypatch, recwarn):
+    opt = kind([param()], lr=0.1, **options)
+    rates_of(opt, [1.0], BUDGET)
+    assert not recwarn
+    monkeypatch.setattr(rates_module, "_is_on_gpu", lambda group: True)
+    rates_of(opt, [1.0], BUDGET)
+    assert [str(w.message) for w in recwarn if way_out in str(w.message)] or way_out is None
+    assert len(recwarn) == (way_out is not None)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_a_learning_rate_on_the_host_moves_to_its_group():
+    params = [torch.zeros(3, requires_grad=True, device="cuda")]
+    opt = torch.optim.Adam(params, lr=torch.tensor(0.5), capturable=True)
+    rates_of(opt, [1.0], BUDGET)
+    assert opt.param_groups[0]["lr"].is_cuda
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_noticed_and_its_replays_are_shown():
+    d = Driven(device="cuda")
+    d.write(0.5)
+    d.update()
+    assert not d.opt.was_captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        d.opt.step()
+    assert d.opt.was_captured
+    for update in range(2, 4):
+        graph.replay()
+        d.rates.advance()
+        assert d.shown == pytest.approx(expected(0.5, update))
+        assert d.opt.current_lr() == expected(0.5, update)
+
+
+@pytest.mark.gpu
+def test_a_model_that_moves_takes_its_rates_along():
+    d = Driven()
+    d.write(0.5)
+    d.update()
+    for p in d.params:
+        p.data = p.data.cuda()
+    assert d.used() == expected(0.5, 1)
+    d.write(0.25)
+    assert d.used() == expected(0.25, 0)
