@@ -1,0 +1,156 @@
+"""AutoLRS where losses are noisy, training diverges, or something else is out of the ordinary."""
+
+import gc
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from autolrs_runs import PAPER, PEAK, PRESETS, Training, list_of_batches, make_model
+from torch import nn
+
+import lrs_ext
+from lrs_ext.autolrs.guard import has_diverged
+
+
+def train(model, optimizer, auto, batches):
+    for inputs, targets in auto.batches(batches):
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        auto.step(loss.detach())
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_is_not_taken_for_divergence(seed, batch_size):
+    """Fine-tuning from a good start, where one loss says little."""
+    torch.manual_seed(seed)
+    wanted, inputs = torch.randn(16, 1), torch.randn(1024, 16)
+    targets = inputs @ wanted + torch.randn(1024, 1)
+    model = nn.Linear(16, 1)
+    with torch.no_grad():
+        model.weight.copy_(wanted.T + 0.3 * torch.randn(1, 16))
+    before = model.weight.detach().clone()
+    data = torch.utils.data.TensorDataset(inputs, targets)
+    loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True)
+    optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-5, 1e-1), 500)
+    train(model, optimizer, auto, loader)
+    assert not torch.equal(model.weight, before)
+    rates = auto.history.learning_rates[auto.history.stages[0].start :]
+    best = auto.history.stages[0].best_lr
+    assert rates.max() == pytest.approx(best)
+    # Nothing was rolled back and halved: the track is the schedule's.
+    assert np.allclose(rates, auto.to_schedule().values(0, len(rates)), rtol=1e-6)
+
+
+def test_what_counts_as_a_divergence():
+    params = [torch.ones(2), torch.ones(0)]
+
+    def judged(losses, start=1.0, std=0.0, params=params):
+        return bool(
+            has_diverged(torch.tensor(losses), torch.tensor(start), torch.tensor(std), params)
+        )
+
+    assert not judged([1.0, 1.5, 1.9])
+    assert judged([1.0, 1.5, 4.0])
+    assert not judged([1.0, 1.5, 4.0], std=1.0)
+    assert judged([math.nan, 1.0, 1.0])
+    assert judged([1.0, math.inf, 1.0])
+    assert judged([1.0], params=[torch.tensor([1.0, math.nan])])
+    assert not judged([-3.0, -4.0], start=-1.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_divergence_costs_a_look_not_the_stage(preset):
+    run = Training("sgd", **PRESETS[preset])
+    last = run.auto._timetable.segments[-1]
+    run.run(last.start + 1)
+    with torch.no_grad():
+        run.model[0].weight.fill_(math.nan)
+    before = None
+    while not run.auto.done:
+        run.update()
+        if run.auto._updates == last.start + last.look_steps:
+            before = run.weights().clone()
+    assert before.isfinite().all()
+    assert not torch.equal(run.weights(), before)
+    assert run.weights().isfinite().all()
+    # From then on at half the rate, and annealed all the same.
+    rates = run.auto.history.learning_rates[last.start :]
+    whole = Training("sgd", **PRESETS[preset])
+    shapes = [whole.auto._shapes.at(last, k) for k in range(last.steps)]
+    assert rates[-1] == pytest.approx(0.5 * run.auto.history.stages[-1].best_lr * shapes[-1])
+
+
+def test_a_validation_loss_that_draws_random_numbers_leaves_trials_paired():
+    torch.manual_seed(0)
+    model = make_model()
+    optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3)
+    validation = torch.randn(8, 4)
+    auto = lrs_ext.AutoLRS(
+        optimizer,
+        model,
+        (1e-4, 1e-1),
+        val_loss=lambda: model(validation).square().mean(),  # with dropout
+        **PAPER,
+    )
+    train(model, optimizer, auto, list_of_batches())
+    for stage in auto.history.stages:
+        assert len({trial.losses[0] for trial in stage.trials}) == 1
+        assert stage.losses[0] == stage.trials[0].losses[0]
+
+
+def test_empty_parameters():
+    torch.manual_seed(0)
+    model = make_model()
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0)))
+    optimizer = lrs_ext.SGD(model.parameters(), lr=1e-3)
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
+    train(model, optimizer, auto, list_of_batches())
+    assert auto.done
+
+
+def test_a_controller_goes_when_nobody_holds_it():
+    run = Training().run(60)
+    model, optimizer, controller = run.model, run.optimizer, weakref.ref(run.auto)
+    del run
+    gc.collect()
+    assert controller() is None
+    lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
+
+
+def test_a_constructor_that_fails_leaves_the_optimizer_free():
+    model = make_model()
+    optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(TypeError, match="what val_loss returns must be a tensor") as held:
+        lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), val_loss=lambda: 1.0, **PEAK)
+    lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
+    assert held is not None
+
+
+def test_an_optimizer_that_has_stepped_gets_its_schedule():
+    model = make_model()
+    optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(60):
+        model(torch.ones(8, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
+    last = None
+    for inputs, targets in auto.batches(list_of_batches()):
+        last = optimizer.current_lr()[0]
+        nn.functional.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        auto.step(torch.ones(()))
+    assert last == pytest.approx(auto.history.learning_rates[-1], rel=1e-6)
+
+
+def test_several_searches_make_no_single_schedule():
+    run = Training(**PAPER).run()
+    with pytest.raises(RuntimeError, match="take auto.history.learning_rates"):
+        run.auto.to_schedule()
