@@ -203,10 +203,27 @@ def run_benchmark(limit: float, *, folder: Path) -> Outcome:
     return outcome
 
 
-def run_job(limit: float, *, folder: Path) -> Outcome:
+def run_suggestion(limit: float, *, folder: Path) -> Outcome:
+    """Runs bench_suggest.py: what AutoLRS computes between two trials."""
+    numbers = folder / "bench_suggest.json"
+    script = BENCHMARKS / "bench_suggest.py"
+    command = [sys.executable, script, "--device", "cuda", "--check", "--json", numbers]
+    code, output = run_command(command, limit)
+    outcome: Outcome = {"passed": code == 0, "detail": ending(code, output, limit)}
+    if numbers.exists():
+        outcome["suggestion"] = json.loads(numbers.read_text(encoding="utf-8"))
+        medians = {row["name"]: row["seconds"]["median"] for row in outcome["suggestion"]["rows"]}
+        outcome["detail"] = ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in medians.items())
+    if code != 0:
+        outcome["output"] = tail(output)
+    return outcome
+
+
+def run_job(limit: float, *, folder: Path, lr: str | None = None) -> Outcome:
     """Runs the main job briefly."""
     command = [sys.executable, BENCHMARKS / "train_gpt.py", "--device", "cuda"]
     command += ["--steps", str(JOB_STEPS), "--out", folder]
+    command += [] if lr is None else ["--lr", lr]
     code, output = run_command(command, limit)
     loss = re.search(r"validation loss: .*", output)
     outcome: Outcome = {"passed": code == 0 and loss is not None}
@@ -226,7 +243,9 @@ def stages(folder: Path) -> dict[str, tuple[Stage, float]]:
     }
     for tool in SANITIZERS:
         found[tool] = (functools.partial(run_sanitizer, tool=tool), 90)
+    found["AutoLRS suggestion"] = (functools.partial(run_suggestion, folder=folder), 60)
     found["main job"] = (functools.partial(run_job, folder=folder), 90)
+    found["main job with AutoLRS"] = (functools.partial(run_job, folder=folder, lr="auto"), 90)
     found["other tests"] = (functools.partial(run_tests, gpu=False, folder=folder), 300)
     return found
 

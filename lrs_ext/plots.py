@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -93,8 +93,18 @@ def _plot_posterior(axes: Axes, stage: Stage, name: str) -> None:
     margin = 0.05 * (high - low)
     objectives = np.array([trial.objective for trial in stage.trials])
     shown = np.clip(np.nan_to_num(objectives, nan=high, posinf=high), low, high)
-    tried = [trial.lr for trial in stage.trials]
-    axes.plot(tried, shown, "o", color=TRIAL, markersize=4, label="trials")
+    tried = np.array([trial.lr for trial in stage.trials])
+    lengths = np.array([len(trial.losses) for trial in stage.trials])
+    decided = lengths == lengths[-1]
+    axes.plot(tried[decided], shown[decided], "o", color=TRIAL, markersize=4, label="trials")
+    if not decided.all():
+        style: Any = {
+            "color": TRIAL,
+            "markersize": 4,
+            "fillstyle": "none",
+            "label": "coarse trials",
+        }
+        axes.plot(tried[~decided], shown[~decided], "o", **style)
     axes.axvline(stage.best_lr, color=CHOICE, linewidth=1, label=f"chosen: {stage.best_lr:.2e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="objective", title=name)
     axes.set_ylim(low - margin, high + margin)

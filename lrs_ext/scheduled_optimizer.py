@@ -145,7 +145,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             return loss
         table.run()
         self.committed_steps += 1
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
             self.was_captured = True
         self._learning_rates.advance(self.param_groups)
         return loss
@@ -255,6 +255,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._forget_tables()
 
     def _forget_tables(self) -> None:
+        self._is_on_gpu = self._device.type == "cuda"
         self._groups = ops.GroupTable(len(self.param_groups), self._device)
         self._written = _nothing_written(self.param_groups)
         self._table: Table | None = None

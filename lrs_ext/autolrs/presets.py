@@ -112,7 +112,7 @@ class Search:
 class PeakSearch(Search):
     """One search for the peak of a decay to zero, coarse then fine.
 
-    Coarse trials are spread evenly over the bounds; longer, fine ones go around the smallest
+    Coarse trials are spread evenly over the bounds; longer, fine ones go downhill from the smallest
     posterior mean. A trial decays to zero, as the training will, and is judged by the mean of the
     last half of its losses. The fine ones decide.
     """
@@ -124,9 +124,11 @@ class PeakSearch(Search):
         num_coarse = self.timetable.num_trials - num_fine
         if trial < num_coarse:
             return search.spread(self.bounds, num_coarse)[trial]
-        positions, values, _ = self._trials(stage, slice(num_coarse))
-        centre = search.best_between(positions, values, self.grid)
-        return search.around(centre, num_fine, self.grid)[trial - num_coarse]
+        if trial == num_coarse:
+            positions, values, _ = self._trials(stage, slice(num_coarse))
+            return search.best_between(positions, values, self.grid)
+        positions, values, _ = self._trials(stage, slice(num_coarse, trial))
+        return search.next_downhill(positions, values, self.grid)
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         return search.tail_mean(losses), losses.new_zeros(())

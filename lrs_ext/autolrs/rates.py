@@ -86,7 +86,8 @@ class Rates:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, ratios: Sequence[float]) -> None:
-        self._weak_optimizer = weakref.ref(optimizer)  # which holds what it calls back
+        # Weak: the optimizer holds what it calls back.
+        self._weak_optimizer: Callable[[], Any] = weakref.ref(optimizer)
         self._device = optimizer.param_groups[0]["params"][0].device
         self._ratios = list(ratios)
         self._shape = torch.ones(1, dtype=torch.float64, device=self._device)
@@ -100,7 +101,7 @@ class Rates:
         Args:
             shape: float64, (updates,), on the parameters' device.
         """
-        self._check_groups()
+        self.check_groups()
         self.rate.copy_(rate)
         self._shape = shape
         self.updates = 0
@@ -109,13 +110,13 @@ class Rates:
 
     def scale_(self, factor: Tensor) -> None:
         """Multiplies the rates of the last `write` by `factor`, 0-d."""
-        self._check_groups()
+        self.check_groups()
         self.rate.mul_(factor)
         self._put()
 
     def advance(self) -> None:
         """Follows an update, also one that was skipped or replayed in a CUDA graph."""
-        self._check_groups()
+        self.check_groups()
         self._taken_over.clear()
         self.updates += 1
         self._follow()
@@ -133,7 +134,7 @@ class Rates:
 
         May wait for the device.
         """
-        self._check_groups()
+        self.check_groups()
         self._claim()
         self._put()
         for index, lr in self._taken_over.items():
@@ -157,19 +158,16 @@ class Rates:
         self.attach()
 
     @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self._weak_optimizer()
-        assert optimizer is not None
-        return optimizer
-
-    @property
     def _groups(self) -> list[Group]:
-        return self._optimizer.param_groups
+        optimizer: torch.optim.Optimizer = self._weak_optimizer()
+        return optimizer.param_groups
 
-    def _check_groups(self) -> None:
-        if len(self._groups) != len(self._ratios):
+    def check_groups(self) -> None:
+        """Raises RuntimeError if the optimizer has other parameter groups than at the start."""
+        groups = self._groups
+        if len(groups) != len(self._ratios):
             raise RuntimeError(
-                f"the optimizer has {len(self._groups)} parameter groups, it had "
+                f"the optimizer has {len(groups)} parameter groups, it had "
                 f"{len(self._ratios)} when AutoLRS was made: make AutoLRS after add_param_group"
             )
 
@@ -235,8 +233,7 @@ class BufferRates(Rates):
 
     @property
     def _buffered(self) -> ScheduledOptimizer:
-        optimizer = self._optimizer
-        assert isinstance(optimizer, ScheduledOptimizer)
+        optimizer: ScheduledOptimizer = self._weak_optimizer()
         return optimizer
 
     def _others(self) -> dict[int, Any]:
@@ -274,7 +271,7 @@ class BufferRates(Rates):
         self._buffered.show_([rate * ratio for ratio in self._ratios])
 
     def _refill(self) -> None:
-        self._check_groups()
+        self.check_groups()
         self._put()
         if self._shown is not None:
             self._show_lrs(self._shown)

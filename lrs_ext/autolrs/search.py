@@ -18,7 +18,7 @@ Bounds = tuple[float, float]
 GRID_POINTS = 512  # candidates between the bounds
 TAIL = 2  # the objective of a trial is the mean of the last 1/TAIL of its losses
 BAD_MARGIN = 0.1  # a bad trial counts as this share of the best progress above no progress at all
-FINE_DECADES = 0.4  # between fine trials, around the best of the coarse ones
+FINE_DECADES = 0.5  # from one fine trial to the next, beginning with the best of the coarse ones
 # The best rate falls as the horizon grows: decades a doubling. Measured, see benchmarks/results.
 HORIZON_DECADES = 0.04
 FAR = 2.0  # times a positive loss: no noise, but a divergence
@@ -39,10 +39,29 @@ def spread(bounds: Bounds, count: int) -> list[float]:
     return [low + (high - low) * index / (count - 1) for index in range(count)]
 
 
-def around(centre: Tensor, count: int, grid: Tensor) -> Tensor:
-    """Returns `count` positions around `centre`, FINE_DECADES apart, none beyond the grid."""
-    steps = torch.arange(count, dtype=grid.dtype, device=grid.device) - (count - 1) / 2
-    return (centre + FINE_DECADES * steps).clamp(grid[0], grid[-1])
+def next_downhill(positions: Tensor, objectives: Tensor, grid: Tensor) -> Tensor:
+    """Returns where to look next: FINE_DECADES beyond the best position if that is an outer one.
+
+    Lower rates come first. Between two others, or at an end of the grid, it is halfway to the
+    better neighbour.
+
+    Args:
+        positions, objectives: the trials so far, float64, (n,), n >= 1.
+        grid: float64, (m,), increasing.
+    """
+    order = positions.argsort()
+    beyond, worst = positions.new_full((1,), FINE_DECADES), positions.new_full((1,), torch.inf)
+    tried = positions.index_select(0, order)
+    tried = torch.cat((tried[:1] - beyond, tried, tried[-1:] + beyond))
+    values = torch.cat((worst, objectives.index_select(0, order), worst))
+    best = values.argmin()
+    below, middle, above = (_at(tried, best + offset) for offset in (-1, 0, 1))
+    is_better_below = _at(values, best - 1) < _at(values, best + 1)
+    halfway = 0.5 * (middle + torch.where(is_better_below, below, above))
+    goes_up = (best == len(positions)) & (above <= grid[-1])
+    goes_down = (best == 1) & (below >= grid[0])
+    position = torch.where(goes_down, below, torch.where(goes_up, above, halfway))
+    return position.clamp(grid[0], grid[-1])
 
 
 def tail_mean(losses: Tensor) -> Tensor:
@@ -62,12 +81,13 @@ def capped(objectives: Tensor, start: Tensor) -> Tensor:
     Args:
         start: the loss before any trial, 0-d.
     """
-    best = objectives.amin().clamp(max=start)
+    objectives = objectives.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    best = objectives.amin().minimum(start)
     # Finite even if nothing is: then all are equally bad.
     start = torch.where(start.isfinite(), start, 1.0)
     best = torch.where(best.isfinite(), best, start)
     worst = start + BAD_MARGIN * (start - best).clamp(min=1e-6)
-    return torch.minimum(objectives.nan_to_num(nan=torch.inf, posinf=torch.inf), worst)
+    return objectives.minimum(worst)
 
 
 def next_by_bound(positions: Tensor, objectives: Tensor, noise: Tensor, grid: Tensor) -> Tensor:
