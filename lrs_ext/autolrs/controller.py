@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.batches import Tape
+from lrs_ext.autolrs.checks import check_loss, checked_bounds
 from lrs_ext.autolrs.guard import has_diverged
 from lrs_ext.autolrs.history import History, read_history
 from lrs_ext.autolrs.host_copy import HostCopy
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
-from lrs_ext.autolrs.rates import group_ratios, rates_of
+from lrs_ext.autolrs.rates import check_optimizer, group_ratios, rates_of
 from lrs_ext.autolrs.shapes import Shapes
 from lrs_ext.autolrs.snapshot import Snapshot
+from lrs_ext.autolrs.step_watch import StepWatch
 from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
 from lrs_ext.schedules import Schedule
 
@@ -88,7 +90,7 @@ class AutoLRS:
         snapshot: Literal["device", "pinned"] = "device",
         seed: int = 0,
     ) -> None:
-        bounds = _checked_bounds(lr_bounds)
+        bounds = checked_bounds(lr_bounds)
         self._timetable = timetable_of(
             preset,
             total_steps=total_steps,
@@ -117,6 +119,7 @@ class AutoLRS:
         self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
         ratios = group_ratios(optimizer.param_groups)
         self._base_lr = float(optimizer.param_groups[0]["lr"])
+        check_optimizer(optimizer)
         self._snapshot = Snapshot(model, optimizer, self._extra_state, placement=snapshot)
         self._rates = rates_of(optimizer, ratios, self.total_steps + 1)
         kind = PeakSearch if preset == "peak" else PaperSearch
@@ -130,8 +133,8 @@ class AutoLRS:
         self._tape = Tape()
         self._updates = 0
         self._index = 0  # of the segment
-        self._steps_seen = self._steps_followed = 0  # of the optimizer
-        self._is_replayed = False  # in a CUDA graph, where its steps cannot be seen
+        has_scaler = any(isinstance(state, torch.amp.GradScaler) for state in self._extra_state)
+        self._watch = StepWatch(optimizer, may_skip=has_scaler)
         self._known: HostCopy | None = None
         self._plan = {
             "preset": preset,
@@ -146,7 +149,7 @@ class AutoLRS:
             "seed": seed,
         }
         self._begin()
-        self._watch(weakref.ref(self))
+        self._register(weakref.ref(self))
 
     # What users see
 
@@ -216,7 +219,14 @@ class AutoLRS:
             RuntimeError: the optimizer has not stepped since the last call, or the budget is used
                 up.
         """
-        self._check_step(loss)
+        if self.done:
+            raise RuntimeError(
+                f"the budget of {self.total_steps} updates is used up: stop when auto.done is true"
+            )
+        check_loss(loss, "the loss")
+        self._watch.check()
+        self._rates.check_groups()
+        self._watch.follow()
         segment = self._segment
         self._losses[self._updates].copy_(loss.detach(), non_blocking=True)
         self._updates += 1
@@ -310,7 +320,7 @@ class AutoLRS:
         self._search.load_state_dict(state["search"])
         self._tape.load_state_dict(state["tape"])
         self._rates.load_state_dict(state["rates"], self._shapes.of(self._segment))
-        self._steps_followed = self._steps_seen
+        self._watch.follow()
         self._known = HostCopy(self._rates.rate)
         set_random_state(state["random"])
 
@@ -353,8 +363,8 @@ class AutoLRS:
 
     def _show(self, rate: float) -> None:
         """Shows the learning rate in ``group["lr"]``, now that it is known on the host."""
-        segment, shapes, self._known = self._segment, self._shapes, None
-        self._rates.show(lambda updates: rate * shapes.at(segment, updates))
+        shape, self._known = self._shapes.value_of(self._segment), None
+        self._rates.show(lambda updates: rate * shape(updates))
 
     def _validate(self, segment: Segment) -> None:
         done = self._updates - segment.start
@@ -370,7 +380,7 @@ class AutoLRS:
                     loss = self._val_loss()
             finally:
                 set_random_state(training)
-            _check_loss(loss, "what val_loss returns")
+            check_loss(loss, "what val_loss returns")
             self._values[segment.stage, segment.trial, point].copy_(loss, non_blocking=True)
 
     def _measured(self, segment: Segment) -> tuple[Tensor, float]:
@@ -408,68 +418,14 @@ class AutoLRS:
         self._rates.scale_(scale)
         self._known = HostCopy(self._rates.rate)
 
-    # Who calls when
+    def _register(self, controller: weakref.ref[AutoLRS]) -> None:
+        """Writes the rates again whenever the optimizer has loaded a checkpoint."""
 
-    def _watch(self, controller: weakref.ref[AutoLRS]) -> None:
-        def count(*_: Any) -> None:
-            self = controller()
-            if self is not None:
-                self._steps_seen += 1
-                self._is_replayed |= _is_capturing(self.optimizer)
-
-        def put(*_: Any) -> None:
+        def attach(*_: Any) -> None:
             self = controller()
             if self is not None:
                 self._rates.attach()
 
-        handles = (
-            self.optimizer.register_step_post_hook(count),
-            self.optimizer.register_load_state_dict_post_hook(put),
-        )
-        for handle in handles:
-            weakref.finalize(self, handle.remove)
+        handle = self.optimizer.register_load_state_dict_post_hook(attach)
+        weakref.finalize(self, handle.remove)
         _controllers[self.optimizer] = controller
-
-    def _check_step(self, loss: Tensor) -> None:
-        if self.done:
-            raise RuntimeError(
-                f"the budget of {self.total_steps} updates is used up: stop when auto.done is true"
-            )
-        _check_loss(loss, "the loss")
-        may_skip = self._is_replayed or any(
-            isinstance(state, torch.amp.GradScaler) for state in self._extra_state
-        )
-        if self._steps_seen == self._steps_followed and not may_skip:
-            raise RuntimeError(
-                "auto.step() follows one optimizer.step(), and there was none since the last call; "
-                "if a GradScaler skipped it, pass the scaler in extra_state"
-            )
-        self._steps_followed = self._steps_seen
-
-
-def _check_loss(loss: Tensor, what: str) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"{what} must be a tensor, which nobody waits for, got {type(loss).__name__}: "
-            "leave out .item()"
-        )
-    if loss.dim() != 0 or not loss.is_floating_point():
-        raise ValueError(
-            f"{what} must be a 0-d floating tensor, got {loss.dtype} of shape "
-            f"{tuple(loss.shape)}: take its mean"
-        )
-
-
-def _is_capturing(optimizer: torch.optim.Optimizer) -> bool:
-    is_on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
-    return is_on_gpu and torch.cuda.is_current_stream_capturing()
-
-
-def _checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    try:
-        low, high = (float(bound) for bound in bounds)
-    except (TypeError, ValueError):
-        raise TypeError(f"lr_bounds must be two numbers (low, high), got {bounds!r}") from None
-    if not 0.0 < low < high < math.inf:
-        raise ValueError(f"lr_bounds must be 0 < low < high < inf, got {(low, high)}")
-    return low, high

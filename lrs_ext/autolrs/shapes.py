@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lrs_ext import schedules
+from lrs_ext import ops, schedules
 from lrs_ext.autolrs.timetable import Segment, Timetable
 from lrs_ext.schedules import Schedule
 
@@ -91,6 +92,10 @@ class Shapes:
     def at(self, segment: Segment, updates: int) -> float:
         """Returns the shape at an update, counted from the segment's start."""
         return self._schedules[self._key(segment)](updates)
+
+    def value_of(self, segment: Segment) -> Callable[[int], float]:
+        """Returns the native function behind `at`, without its checks."""
+        return ops.native_schedule(self._schedules[self._key(segment)]).value
 
     def _key(self, segment: Segment) -> tuple[str, int]:
         return "last" if segment == self._last else segment.kind, segment.steps
