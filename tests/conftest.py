@@ -47,6 +47,20 @@ def seed():
     torch.manual_seed(0)
 
 
+# Where nothing depends on threads: many tiny parallel regions crawl when several tests run at once.
+ONE_THREAD = ("autolrs", "batches", "forecast", "rates", "search", "snapshot", "surrogate")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Keeps the tests of AutoLRS to one thread."""
+    threads = torch.get_num_threads()
+    if any(name in request.module.__name__ for name in ONE_THREAD):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Probe:
     """SGD on one 0-d parameter a group: from 0 and with gradient -1, an update leaves lr there."""
 
