@@ -15,8 +15,8 @@ NOISE_STDS = 2.0  # that the loss before the stage may have been underestimated 
 def has_diverged(losses: Tensor, start: Tensor, std: Tensor, params: Sequence[Tensor]) -> Tensor:
     """Returns whether training has left the rails, bool, 0-d, without a sync.
 
-    It has if a loss or a parameter is not finite, or if the last half of the losses is above
-    twice the loss before the stage.
+    It has if a loss or a parameter is not finite, or if the last half of the losses is above twice
+    the loss before the stage, with an allowance for noise.
 
     Args:
         losses: of the updates since the last look, (n,).
