@@ -4,7 +4,7 @@
     python benchmarks/bench_autolrs.py                   # all of it: hours; goes on if stopped
     python benchmarks/bench_autolrs.py --report          # writes benchmarks/results/autolrs.*
     python benchmarks/bench_autolrs.py --tasks digits,gpt --budgets 500,1000 --seeds 3 \\
-        --contestants cosine auto "auto decades=2 search.HORIZON_DECADES=0.03"
+        --contestants cosine auto "auto decades=2 search.MARGIN_DECADES=0.2"
 
 Every run trains a model within a budget of updates, trials included, on one thread. Its result is
 appended to a file at once; what is there already is not run again. A contestant is a name, or a
@@ -102,8 +102,8 @@ def parse_spec(spec: str) -> tuple[str, Options]:
     Raises:
         ValueError: there is no such contestant, or an option has no value.
 
-    >>> parse_spec("auto decades=6 timetable.FINE_STEPS=(20,150) schedule=cosine")
-    ('auto', {'decades': 6.0, 'timetable.FINE_STEPS': [20, 150], 'schedule': 'cosine'})
+    >>> parse_spec("auto decades=6 timetable.TRIAL_STEPS=(20,150) schedule=cosine")
+    ('auto', {'decades': 6.0, 'timetable.TRIAL_STEPS': [20, 150], 'schedule': 'cosine'})
     """
     name, *words = spec.split()
     if name not in CONTESTANTS:

@@ -10,7 +10,7 @@ from torch import nn
 import lrs_ext
 
 BOUNDS = (1e-4, 1e1)
-# 5 coarse trials of 4 updates, 3 fine ones of 8, 106 of training.
+# 8 trials of 8 updates, 86 of training.
 PEAK = {"total_steps": 150, "num_trials": 8, "trial_steps": 8}
 PAPER = {
     "preset": "paper",

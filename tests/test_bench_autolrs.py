@@ -131,16 +131,15 @@ def test_contestants_train(name, task):
 def test_auto_searches_within_its_budget_and_takes_constants():
     options = {"decades": 2.0, "num_trials": 3, "trial_steps": 8}
     plain = CONTESTANTS["auto"].run(TASKS["photos"], STEPS, 0, options)
-    assert plain.search_updates == 16  # two coarse trials of 4 and a fine one of 8
+    assert plain.search_updates == 24
     assert plain.trials[0][0] == pytest.approx(0.01)
     assert 0.01 <= plain.lr <= 1.0
-    lengths = {"timetable.FINE_STEPS": [9, 9], "timetable.COARSE_STEPS": [5, 5]}
-    constants = {"search.HORIZON_DECADES": 0.0} | lengths
+    constants = {"search.MARGIN_DECADES": 0.0, "timetable.TRIAL_STEPS": [9, 9]}
     options = {"decades": 2.0, "num_trials": 3} | constants
-    originals = search.HORIZON_DECADES, timetable.FINE_STEPS
+    originals = search.MARGIN_DECADES, timetable.TRIAL_STEPS
     changed = CONTESTANTS["auto"].run(TASKS["photos"], STEPS, 0, options)
-    assert changed.search_updates == 19
-    assert originals == (search.HORIZON_DECADES, timetable.FINE_STEPS)
+    assert changed.search_updates == 27
+    assert originals == (search.MARGIN_DECADES, timetable.TRIAL_STEPS)
     with pytest.raises(ValueError, match=r"lrs_ext\.autolrs\.search has no SPEED"):
         CONTESTANTS["auto"].run(TASKS["photos"], STEPS, 0, {"search.SPEED": 1})
 
@@ -178,7 +177,7 @@ def test_results_resume_and_half_lines_are_ignored(tmp_path, capsys):
     command = ["--tasks", "photos", "--budgets", "60", "--seeds", "1", "--workers", "1"]
     command += ["--results", str(results), "--contestants", "cosine offset=0", "auto"]
     assert bench_autolrs.main(command) == 1  # 60 updates are too few for 8 trials
-    assert "total_steps > 88" in capsys.readouterr().out
+    assert "total_steps > 128" in capsys.readouterr().out
     rows = {row["contestant"]: row for row in bench_autolrs.read_rows([results])}
     assert "error" in rows["auto"]
     with results.open("a") as file:
@@ -238,7 +237,7 @@ def rows():
             found.append(row(task, f"cosine offset={offset}", seed, luck * (1 + abs(offset - 1))))
         found.append(row(task, "rex offset=1", seed, 0.9 * luck))
         found.append(row(task, "auto", seed, luck * (1.05 if task == "text" else 0.95)))
-        found.append(row(task, "auto search.HORIZON_DECADES=0", seed, 1.2 * luck))
+        found.append(row(task, "auto search.MARGIN_DECADES=0", seed, 1.2 * luck))
         found.append(row(task, "prodigy", seed, 0.9 * luck))
     failed = make_job("text", "dadapt", 3000, 0)
     return [*found, bench_autolrs.dataclasses.asdict(failed) | {"error": "ValueError: no | way"}]
@@ -266,7 +265,7 @@ def test_page_renders(rows, tmp_path):
     assert ["|", "AutoLRS", "|", "1.050", "|", "0.950", "|", "0.999", "|"] in lines
     assert "text, 3,000 updates: 5.0% behind cosine, best of grid" in text
     assert "photos, 3,000 updates: 5.6% behind prodigy" in text
-    assert "AutoLRS, search.HORIZON_DECADES=0 | " in text
+    assert "AutoLRS, search.MARGIN_DECADES=0 | " in text
     assert "dadapt: 1 runs failed: ValueError: no | way" in text
     assert "greedy: not run (pip install transformers)" in text
     assert "mixed" not in text

@@ -20,7 +20,7 @@ def test_candidates_span_the_bounds():
     assert GRID.diff().std() < 1e-12
 
 
-def test_coarse_trials_are_spread_over_the_bounds():
+def test_the_first_trials_are_spread_over_the_bounds():
     assert search.spread((1e-4, 1.0), 5) == pytest.approx([-4.0, -3.0, -2.0, -1.0, 0.0])
     assert search.spread((1e-4, 1.0), 1) == pytest.approx([-2.0])
 
@@ -28,30 +28,23 @@ def test_coarse_trials_are_spread_over_the_bounds():
 @pytest.mark.parametrize(
     ("positions", "objectives", "wanted"),
     [
-        ((-2.0,), (1.0,), -2.5),  # lower rates first
-        ((-2.0, -2.5), (1.0, 0.9), -3.0),
-        ((-2.0, -2.5), (0.9, 1.0), -1.5),
-        ((-2.0, -2.5, -1.5), (0.9, 1.0, 1.2), -2.25),  # in between: towards the better one
-        ((-2.0, -2.5, -1.5), (0.9, 1.2, 1.0), -1.75),
-        ((-3.8,), (1.0,), -3.3),  # at the end of the bounds: the other way
-        ((-3.8, -3.3), (0.9, 1.0), -3.55),
-        ((-0.2, -0.7), (0.9, 1.0), -0.45),
+        ((-4.0, -2.0, 0.0), (3.0, 1.0, 2.0), -1.0),  # towards the better neighbour
+        ((-4.0, -2.0, 0.0), (2.0, 1.0, 3.0), -3.0),
+        ((0.0, -2.0, -4.0), (2.0, 1.0, 3.0), -1.0),  # whatever the order
+        ((-4.0, -2.0, 0.0), (2.0, 1.0, 2.0), -1.0),
+        ((-4.0, -2.0, 0.0), (1.0, 2.0, 3.0), -3.0),  # at an end there is one only
+        ((-4.0, -2.0, 0.0), (3.0, 2.0, 1.0), -1.0),
+        ((-4.0, 0.0), (1.0, 1.0), -2.0),
     ],
 )
-def test_fine_trials_go_downhill(positions, objectives, wanted):
-    found = search.next_downhill(values(*positions), values(*objectives), GRID)
+def test_the_other_trials_go_downhill(positions, objectives, wanted):
+    found = search.next_downhill(values(*positions), values(*objectives))
     assert found.item() == pytest.approx(wanted)
 
 
-def test_fine_trials_stay_within_narrow_bounds():
-    grid = search.candidates((0.1, 0.2), torch.device("cpu"))
-    found = search.next_downhill(grid[100:101], values(1.0), grid).item()
-    assert math.log10(0.1) <= found <= math.log10(0.2)
-    assert found != grid[100].item()
-
-
-def test_the_objective_is_the_mean_of_the_last_half():
-    assert search.tail_mean(values(9.0, 9.0, 2.0, 4.0)).item() == 3.0
+def test_the_objective_is_the_mean_of_the_last_losses():
+    assert search.tail_mean(values(9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 2.0, 4.0, 6.0)).item() == 4.0
+    assert search.tail_mean(values(9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 2.0, 4.0)).item() == 3.0
     assert search.tail_mean(values(9.0, 5.0, 4.0)).item() == 4.0
     assert search.tail_mean(values(7.0)).item() == 7.0
     assert search.tail_mean(values(math.nan, 1.0, 1.0, 1.0)).item() == math.inf
@@ -65,21 +58,33 @@ def test_what_is_worse_than_no_progress_is_equally_bad():
     assert capped[0] == capped[1]
 
 
-def test_the_choice_is_the_bottom_of_a_valley():
-    positions = values(-3.0, -2.0, -1.0)
-    best = search.best_between(positions, (positions + 1.9).square(), GRID)
-    assert best.item() == pytest.approx(-1.9, abs=0.15)
+@pytest.mark.parametrize("lost", [0.05, 0.1, 0.3])
+def test_the_peak_is_the_mirror_image_of_the_end_of_the_valley(monkeypatch, lost):
+    monkeypatch.setattr(search, "NEARLY", lost)
+    positions = torch.linspace(-4.0, 0.0, 41, dtype=torch.float64)
+    valley = (positions + 1.5).square()  # 1 a decade away
+    found = search.peak_between(positions, valley, values(1.0)[0], GRID)
+    assert found.item() == pytest.approx(-1.5 - math.sqrt(lost) - search.MARGIN_DECADES, abs=0.04)
 
 
-def test_the_choice_stays_within_what_was_tried():
-    positions = values(-3.0, -2.5, -2.0)
-    assert search.best_between(positions, -positions, GRID).item() <= -2.0
+def test_a_cliff_above_the_best_leaves_little_to_go_down():
+    positions = torch.linspace(-4.0, 0.0, 41, dtype=torch.float64)
+    cliff = torch.where(positions > -1.0, 2.0, -positions)
+    found = search.peak_between(positions, cliff, values(2.0)[0], GRID).item()
+    assert -1.5 < found < -1.0 - search.MARGIN_DECADES
 
 
-def test_the_peak_falls_with_the_horizon():
-    position = values(-2.0)[0]
-    assert search.for_horizon(position, 10, 80).item() == pytest.approx(-2.12)
-    assert search.for_horizon(position, 10, 10).item() == -2.0
+def test_a_valley_whose_end_was_not_tried_is_no_narrower_than_a_constant():
+    positions = values(-4.0, -3.0, -2.0)
+    found = search.peak_between(positions, -positions, values(5.0)[0], GRID).item()
+    assert found == pytest.approx(-2.0 - search.UNSEEN_DECADES - search.MARGIN_DECADES, abs=0.01)
+    flat = search.peak_between(positions, values(1.0, 1.0, 1.0), values(1.0)[0], GRID).item()
+    assert flat == -4.0  # the lowest rate does as well as any
+
+
+def test_the_peak_stays_within_the_bounds():
+    positions = values(-4.0, -3.0, -2.0)
+    assert search.peak_between(positions, positions, values(0.0)[0], GRID).item() == -4.0
 
 
 def test_the_best_tried_is_not_the_luckiest():

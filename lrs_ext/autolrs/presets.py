@@ -73,9 +73,7 @@ class Search:
 
     def seen(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns positions, objectives and deviations that the choice is made from."""
-        timetable = self.timetable
-        first = timetable.num_trials - timetable.num_fine if timetable.num_fine else 0
-        return self._trials(stage, slice(first, None))
+        return self._trials(stage, slice(None))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).clone() for name in _TENSORS}
@@ -110,25 +108,20 @@ class Search:
 
 
 class PeakSearch(Search):
-    """One search for the peak of a decay to zero, coarse then fine.
+    """One search for the peak of a decay to zero.
 
-    Coarse trials are spread evenly over the bounds; longer, fine ones go downhill from the smallest
-    posterior mean. A trial decays to zero, as the training will, and is judged by the mean of the
-    last half of its losses. The fine ones decide.
+    The first trials are spread evenly over the bounds, the others go downhill from the best. A
+    trial decays to zero, as the training will, and is judged by losses at its end.
     """
 
     forecasts = False
 
     def _position(self, stage: int, trial: int) -> float | Tensor:
-        num_fine = self.timetable.num_fine
-        num_coarse = self.timetable.num_trials - num_fine
-        if trial < num_coarse:
-            return search.spread(self.bounds, num_coarse)[trial]
-        if trial == num_coarse:
-            positions, values, _ = self._trials(stage, slice(num_coarse))
-            return search.best_between(positions, values, self.grid)
-        positions, values, _ = self._trials(stage, slice(num_coarse, trial))
-        return search.next_downhill(positions, values, self.grid)
+        num_spread = self.timetable.num_trials - self.timetable.num_downhill
+        if trial < num_spread:
+            return search.spread(self.bounds, num_spread)[trial]
+        positions, values, _ = self._trials(stage, slice(trial))
+        return search.next_downhill(positions, values)
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         return search.tail_mean(losses), losses.new_zeros(())
@@ -140,10 +133,7 @@ class PeakSearch(Search):
 
     def _choice(self, stage: int) -> Tensor:
         positions, values, _ = self.seen(stage)
-        best = search.best_between(positions, values, self.grid)
-        trials, train = self.timetable.stage(stage)
-        peak = search.for_horizon(best, trials[-1].steps, train.steps)
-        return torch.maximum(peak, self.grid[0])
+        return search.peak_between(positions, values, self.start[stage], self.grid)
 
 
 class PaperSearch(Search):

@@ -16,11 +16,13 @@ from lrs_ext.autolrs.surrogate import gp_posterior
 Bounds = tuple[float, float]
 
 GRID_POINTS = 512  # candidates between the bounds
-TAIL = 2  # the objective of a trial is the mean of the last 1/TAIL of its losses
+TAIL_PERCENT = 30  # of a trial's losses, the last ones: their mean is its objective
 BAD_MARGIN = 0.1  # a bad trial counts as this share of the best progress above no progress at all
-FINE_DECADES = 0.5  # from one fine trial to the next, beginning with the best of the coarse ones
-# The best rate falls as the horizon grows: decades a doubling. Measured, see benchmarks/results.
-HORIZON_DECADES = 0.04
+# The best rate of a short trial is too high for a long run. How much varies with the width of the
+# range of rates above it that do nearly as well. Measured, see benchmarks/results.
+NEARLY = 0.1  # share of the best progress that a rate may lose and still do nearly as well
+UNSEEN_DECADES = 0.3  # least width of a range whose end was not tried
+MARGIN_DECADES = 0.1  # on top
 FAR = 2.0  # times a positive loss: no noise, but a divergence
 PAPER_KAPPA = 1.96  # the reference code's 1e6 would ignore the posterior mean
 
@@ -39,37 +41,30 @@ def spread(bounds: Bounds, count: int) -> list[float]:
     return [low + (high - low) * index / (count - 1) for index in range(count)]
 
 
-def next_downhill(positions: Tensor, objectives: Tensor, grid: Tensor) -> Tensor:
-    """Returns where to look next: FINE_DECADES beyond the best position if that is an outer one.
-
-    Lower rates come first. Between two others, or at an end of the grid, it is halfway to the
-    better neighbour.
+def next_downhill(positions: Tensor, objectives: Tensor) -> Tensor:
+    """Returns where to look next: halfway from the best position to its better neighbour.
 
     Args:
-        positions, objectives: the trials so far, float64, (n,), n >= 1.
-        grid: float64, (m,), increasing.
+        positions, objectives: the trials so far, float64, (n,), n >= 2.
     """
     order = positions.argsort()
-    beyond, worst = positions.new_full((1,), FINE_DECADES), positions.new_full((1,), torch.inf)
+    edge = positions.new_full((1,), torch.inf)
     tried = positions.index_select(0, order)
-    tried = torch.cat((tried[:1] - beyond, tried, tried[-1:] + beyond))
-    values = torch.cat((worst, objectives.index_select(0, order), worst))
-    best = values.argmin()
-    below, middle, above = (_at(tried, best + offset) for offset in (-1, 0, 1))
-    is_better_below = _at(values, best - 1) < _at(values, best + 1)
-    halfway = 0.5 * (middle + torch.where(is_better_below, below, above))
-    goes_up = (best == len(positions)) & (above <= grid[-1])
-    goes_down = (best == 1) & (below >= grid[0])
-    position = torch.where(goes_down, below, torch.where(goes_up, above, halfway))
-    return position.clamp(grid[0], grid[-1])
+    values = torch.cat((edge, objectives.index_select(0, order), edge))
+    best = values[1:-1].argmin()
+    below, above = _at(values, best), _at(values, best + 2)
+    is_lowest, is_highest = best == 0, best == len(positions) - 1
+    goes_down = ~is_lowest & (is_highest | (below < above))
+    neighbour = best + torch.where(goes_down, -1, 1)
+    return 0.5 * (_at(tried, best) + _at(tried, neighbour))
 
 
 def tail_mean(losses: Tensor) -> Tensor:
-    """Returns the mean of the last half of `losses` (..., n), inf if any of them is not finite.
+    """Returns the mean of the last of `losses` (..., n), inf if any of them is not finite.
 
     One loss that is not finite, wherever it is, means that the trial has diverged.
     """
-    tail = losses[..., -max(losses.shape[-1] // TAIL, 1) :].mean(-1)
+    tail = losses[..., -max(losses.shape[-1] * TAIL_PERCENT // 100, 1) :].mean(-1)
     return torch.where(losses.isfinite().all(-1), tail, torch.inf)
 
 
@@ -102,16 +97,28 @@ def best_tried(positions: Tensor, objectives: Tensor, noise: Tensor) -> Tensor:
     return _at(positions, mean.argmin())
 
 
-def best_between(positions: Tensor, objectives: Tensor, grid: Tensor) -> Tensor:
-    """Returns where on the grid, within what was tried, the posterior mean is smallest."""
+def peak_between(positions: Tensor, objectives: Tensor, start: Tensor, grid: Tensor) -> Tensor:
+    """Returns the peak for a long run: as far below the best position as others nearly as good go
+    above it, and MARGIN_DECADES more.
+
+    The best position is where on the grid, within what was tried, the posterior mean is smallest.
+
+    Args:
+        positions, objectives: of the trials, float64, (n,).
+        start: the loss before any trial, 0-d.
+        grid: float64, (m,), increasing.
+    """
     mean, _ = gp_posterior(positions, objectives, 0.0, grid)
     was_tried = (grid >= positions.amin()) & (grid <= positions.amax())
-    return _at(grid, torch.where(was_tried, mean, torch.inf).argmin())
-
-
-def for_horizon(position: Tensor, trial_steps: int, train_steps: int) -> Tensor:
-    """Returns the peak for `train_steps` updates, given the best one for `trial_steps`."""
-    return position - HORIZON_DECADES * math.log2(train_steps / trial_steps)
+    mean = torch.where(was_tried, mean, torch.inf)
+    least, index = mean.min(0)
+    best = _at(grid, index)
+    limit = least + NEARLY * (start - least).clamp(min=0.0)
+    is_beyond = (grid > best) & (mean > limit) & was_tried
+    end = torch.where(is_beyond, grid, torch.inf).amin()
+    unseen = (positions.amax() - best).clamp(min=UNSEEN_DECADES)
+    width = torch.where(end.isfinite(), end - best, unseen)
+    return torch.maximum(best - width - MARGIN_DECADES, grid[0])
 
 
 def rate_at(position: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops, schedules
-from lrs_ext.autolrs.timetable import Segment, Timetable
+from lrs_ext.autolrs.timetable import IDLE_SHARE, Segment, Timetable
 from lrs_ext.schedules import Schedule
 
 _BY_NAME = {
@@ -49,8 +49,9 @@ def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int)
 class Shapes:
     """The shapes of all segments, on the device from the start.
 
-    A trial of "peak" decays linearly to zero, unless the schedule keeps to more than half of its
-    height; one of "paper" keeps its rate, as its stage does.
+    A trial of "peak" decays linearly to zero and stays there for its last updates, unless the
+    schedule keeps to more than half of its height; one of "paper" keeps its rate, as its stage
+    does.
 
     Args:
         warmup_steps: of the last training segment, unless the run begins with a warm-up of its own.
@@ -74,8 +75,9 @@ class Shapes:
                 shape = self.schedule
             elif segment.kind == "warmup":
                 shape = schedules.constant(1.0, warmup_steps=segment.steps)
-            elif segment.kind == "trial" and timetable.num_fine and decays:
-                shape = schedules.linear(1.0, segment.steps)
+            elif segment.kind == "trial" and timetable.num_downhill and decays:
+                idle = int(IDLE_SHARE * segment.steps)
+                shape = schedules.linear(1.0, segment.steps - idle)
             else:
                 shape = schedules.constant(1.0)
             self._schedules[self._key(segment)] = shape

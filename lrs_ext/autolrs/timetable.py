@@ -12,10 +12,10 @@ from typing import Literal
 Kind = Literal["warmup", "trial", "train"]
 
 PEAK_TRIALS = 8
-FINE_SHARE = 3 / 8  # of the trials of "peak": few long ones, after more and shorter coarse ones
-COARSE_BUDGET = 0.3  # share of the search's updates that the coarse trials take
-COARSE_STEPS = (4, 30)  # a trial is no shorter and no longer
-FINE_STEPS = (8, 150)
+DOWNHILL_SHARE = 1 / 4  # of the trials of "peak", after those that are spread over the bounds
+# A trial is no shorter and no longer. Longer ones tell the rates no better apart.
+TRIAL_STEPS = (8, 10)
+IDLE_SHARE = 1 / 5  # of a trial's updates, at its end and at rate zero: only their losses count
 LOOKS = 10  # for divergence, in the training of a stage
 PAPER_TRIALS = 10
 # tau of the reference code (YuchenJin/autolrs): it grows and then stays.
@@ -56,12 +56,12 @@ class Timetable:
     Attributes:
         segments: in order, without gaps; the last one is of kind "train".
         num_trials: trials in each stage.
-        num_fine: how many of them, the last ones, look closer where the first ones were best.
+        num_downhill: how many of them, the last ones, look closer where the others were best.
     """
 
     segments: tuple[Segment, ...]
     num_trials: int
-    num_fine: int = 0
+    num_downhill: int = 0
 
     @property
     def total_steps(self) -> int:
@@ -123,39 +123,29 @@ def timetable_of(
 def search_then_train(
     total_steps: int, search_fraction: float, num_trials: int, trial_steps: int | None
 ) -> Timetable:
-    """Returns one stage: coarse trials, longer fine ones, then all that remains of the budget.
+    """Returns one stage: trials of equal length, then all that remains of the budget.
 
     Args:
         search_fraction: share of the budget that the trials take, as far as their limits allow.
-        trial_steps: length of a fine trial; a coarse one is half as long. None goes by
-            `search_fraction`.
+        trial_steps: length of a trial; None goes by `search_fraction`.
 
     Raises:
         ValueError: there are too few trials, or they take half of the budget or more.
     """
     if num_trials < 3:
         raise ValueError(f'num_trials must be at least 3 for preset="peak", got {num_trials}')
-    num_fine = max(round(FINE_SHARE * num_trials), 1)
-    num_coarse = num_trials - num_fine
     if trial_steps is None:
-        budget = search_fraction * total_steps
-        coarse = _within(COARSE_STEPS, COARSE_BUDGET * budget / num_coarse)
-        fine = _within(FINE_STEPS, (budget - num_coarse * coarse) / num_fine)
-    else:
-        coarse, fine = -(-trial_steps // 2), trial_steps
-    search = num_coarse * coarse + num_fine * fine
+        least, most = TRIAL_STEPS
+        trial_steps = min(max(int(search_fraction * total_steps / num_trials), least), most)
+    search = num_trials * trial_steps
     if 2 * search >= total_steps:
         raise ValueError(
-            f"{num_coarse} trials of {coarse} updates and {num_fine} of {fine} need total_steps > "
-            f"{2 * search}, got {total_steps}: lower num_trials or trial_steps"
+            f"{num_trials} trials of {trial_steps} updates need total_steps > {2 * search}, got "
+            f"{total_steps}: lower num_trials or trial_steps"
         )
-    lengths = [coarse] * num_coarse + [fine] * num_fine
-    parts = _stages([(lengths, total_steps - search)])
-    return Timetable(_in_order(parts), num_trials, num_fine)
-
-
-def _within(limits: tuple[int, int], steps: float) -> int:
-    return min(max(int(steps), limits[0]), limits[1])
+    parts = _stages([(trial_steps, total_steps - search)], num_trials)
+    num_downhill = max(int(DOWNHILL_SHARE * num_trials), 1)
+    return Timetable(_in_order(parts), num_trials, num_downhill)
 
 
 def paper_stages(
@@ -206,14 +196,14 @@ def paper_stages(
     trial, tau = stages[-1]
     stages[-1] = (trial, tau + remaining)
     warmup = [Segment("warmup", 0, 0, 0, warmup_steps, warmup_steps)] if warmup_steps else []
-    parts = _stages([([trial] * num_trials, tau) for trial, tau in stages])
+    parts = _stages(stages, num_trials)
     return Timetable(_in_order(chain(warmup, parts)), num_trials)
 
 
-def _stages(sizes: list[tuple[list[int], int]]) -> Iterator[Segment]:
+def _stages(sizes: list[tuple[int, int]], num_trials: int) -> Iterator[Segment]:
     for stage, (trial_steps, train_steps) in enumerate(sizes):
-        for trial, steps in enumerate(trial_steps):
-            yield Segment("trial", stage, trial, 0, steps, steps)
+        for trial in range(num_trials):
+            yield Segment("trial", stage, trial, 0, trial_steps, trial_steps)
         yield Segment("train", stage, 0, 0, train_steps, -(-train_steps // LOOKS))
 
 
