@@ -42,12 +42,12 @@ def test_the_other_trials_go_downhill(positions, objectives, wanted):
     assert found.item() == pytest.approx(wanted)
 
 
-def test_the_objective_is_the_mean_of_the_last_losses():
-    assert search.tail_mean(values(9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 2.0, 4.0, 6.0)).item() == 4.0
-    assert search.tail_mean(values(9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 2.0, 4.0)).item() == 3.0
-    assert search.tail_mean(values(9.0, 5.0, 4.0)).item() == 4.0
-    assert search.tail_mean(values(7.0)).item() == 7.0
-    assert search.tail_mean(values(math.nan, 1.0, 1.0, 1.0)).item() == math.inf
+def test_the_tail_is_the_last_losses():
+    assert search.tail_mean(values(9.0, 9.0, 2.0, 4.0), 50).item() == 3.0
+    assert search.tail_mean(values(9.0, 5.0, 4.0), 50).item() == 4.0
+    assert search.tail_mean(values(9.0, 9.0, 9.0, 9.0, 2.0, 4.0, 6.0), 43).item() == 4.0
+    assert search.tail_mean(values(7.0), 30).item() == 7.0
+    assert search.tail_mean(values(math.nan, 1.0, 1.0, 1.0), 30).item() == math.inf
 
 
 def test_what_is_worse_than_no_progress_is_equally_bad():

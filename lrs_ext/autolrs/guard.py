@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrs_ext.autolrs.search import FAR, tail_mean
 
+TAIL_PERCENT = 50  # of the losses since the last look, the last ones
 NOISE_STDS = 2.0  # that the loss before the stage may have been underestimated by
 
 
@@ -23,7 +24,7 @@ def has_diverged(losses: Tensor, start: Tensor, std: Tensor, params: Sequence[Te
         start, std: the loss before the stage and its standard deviation from batch to batch, 0-d;
             where the former is not positive, only what is not finite counts.
     """
-    tail = tail_mean(losses)
+    tail = tail_mean(losses, TAIL_PERCENT)
     limit = torch.where(start > 0.0, FAR * (start + NOISE_STDS * std), torch.inf)
     norms = torch._foreach_norm([param for param in params if param.numel()], torch.inf)
     is_finite = torch.stack([norm.isfinite().to(losses.device) for norm in norms]).all()

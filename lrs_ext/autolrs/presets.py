@@ -124,7 +124,7 @@ class PeakSearch(Search):
         return search.next_downhill(positions, values)
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
-        return search.tail_mean(losses), losses.new_zeros(())
+        return search.tail_mean(losses, search.JUDGED_PERCENT), losses.new_zeros(())
 
     def _starting_loss(self, losses: Tensor) -> Tensor:
         # The first trial has the lowest rate there is, with which next to nothing happens.

@@ -16,7 +16,7 @@ from lrs_ext.autolrs.surrogate import gp_posterior
 Bounds = tuple[float, float]
 
 GRID_POINTS = 512  # candidates between the bounds
-TAIL_PERCENT = 30  # of a trial's losses, the last ones: their mean is its objective
+JUDGED_PERCENT = 30  # of a trial's losses, the last ones: their mean is its objective
 BAD_MARGIN = 0.1  # a bad trial counts as this share of the best progress above no progress at all
 # The best rate of a short trial is too high for a long run. How much varies with the width of the
 # range of rates above it that do nearly as well. Measured, see benchmarks/results.
@@ -59,12 +59,12 @@ def next_downhill(positions: Tensor, objectives: Tensor) -> Tensor:
     return 0.5 * (_at(tried, best) + _at(tried, neighbour))
 
 
-def tail_mean(losses: Tensor) -> Tensor:
-    """Returns the mean of the last of `losses` (..., n), inf if any of them is not finite.
+def tail_mean(losses: Tensor, percent: int) -> Tensor:
+    """Returns the mean of the last `percent` of `losses` (..., n), inf if any is not finite.
 
     One loss that is not finite, wherever it is, means that the trial has diverged.
     """
-    tail = losses[..., -max(losses.shape[-1] * TAIL_PERCENT // 100, 1) :].mean(-1)
+    tail = losses[..., -max(losses.shape[-1] * percent // 100, 1) :].mean(-1)
     return torch.where(losses.isfinite().all(-1), tail, torch.inf)
 
 
