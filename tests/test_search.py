@@ -87,6 +87,14 @@ def test_the_peak_stays_within_the_bounds():
     assert search.peak_between(positions, positions, values(0.0)[0], GRID).item() == -4.0
 
 
+def test_what_recovers_beyond_a_ridge_counts_as_no_progress():
+    positions, objectives = values(-1.0, -2.0, -3.0, -1.5), values(0.1, 0.3, 0.9, 0.7)
+    found = search.first_valley(positions, objectives, values(1.0)[0])
+    assert found.tolist() == [1.0, 0.3, 0.9, 1.0]
+    gentle = values(0.1, 0.3, 0.9, 0.5)
+    assert search.first_valley(positions, gentle, values(1.0)[0]).equal(gentle)
+
+
 def test_the_best_tried_is_not_the_luckiest():
     positions, objectives = values(-3.0, -2.0, -1.9, 0.0), values(2.0, 1.0, 0.9, 3.0)
     noise = values(0.01, 0.01, 2.0, 0.01)

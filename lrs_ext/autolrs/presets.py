@@ -120,8 +120,7 @@ class PeakSearch(Search):
         num_spread = self.timetable.num_trials - self.timetable.num_downhill
         if trial < num_spread:
             return search.spread(self.bounds, num_spread)[trial]
-        positions, values, _ = self._trials(stage, slice(trial))
-        return search.next_downhill(positions, values)
+        return search.next_downhill(*self._valley(stage, slice(trial)))
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         return search.tail_mean(losses, search.JUDGED_PERCENT), losses.new_zeros(())
@@ -132,8 +131,12 @@ class PeakSearch(Search):
         return torch.where(idle.isfinite(), idle, losses[0]).maximum(losses[0])
 
     def _choice(self, stage: int) -> Tensor:
-        positions, values, _ = self.seen(stage)
+        positions, values = self._valley(stage, slice(None))
         return search.peak_between(positions, values, self.start[stage], self.grid)
+
+    def _valley(self, stage: int, which: slice) -> tuple[Tensor, Tensor]:
+        positions, values, _ = self._trials(stage, which)
+        return positions, search.first_valley(positions, values, self.start[stage])
 
 
 class PaperSearch(Search):

@@ -23,6 +23,7 @@ BAD_MARGIN = 0.1  # a bad trial counts as this share of the best progress above 
 NEARLY = 0.1  # share of the best progress that a rate may lose and still do nearly as well
 UNSEEN_DECADES = 0.3  # least width of a range whose end was not tried
 MARGIN_DECADES = 0.1  # on top
+RIDGE = 0.5  # share of the progress of lower rates that a rate may lose; beyond, luck decides
 FAR = 2.0  # times a positive loss: no noise, but a divergence
 PAPER_KAPPA = 1.96  # the reference code's 1e6 would ignore the posterior mean
 
@@ -83,6 +84,23 @@ def capped(objectives: Tensor, start: Tensor) -> Tensor:
     best = torch.where(best.isfinite(), best, start)
     worst = start + BAD_MARGIN * (start - best).clamp(min=1e-6)
     return objectives.minimum(worst)
+
+
+def first_valley(positions: Tensor, objectives: Tensor, start: Tensor) -> Tensor:
+    """Returns `objectives` (k,) with those beyond a ridge no better than no progress.
+
+    A rate above one that loses RIDGE of the progress made at lower ones may recover by luck.
+
+    Args:
+        positions: of the trials, (k,), in any order.
+        start: the loss before any trial, 0-d.
+    """
+    order = positions.argsort()
+    values = objectives.index_select(0, order)
+    least = values.cummin(0).values
+    is_ridge = values > least + RIDGE * (start - least).clamp(min=0.0)
+    is_beyond = (is_ridge.cumsum(0) > 0).index_select(0, order.argsort())
+    return torch.where(is_beyond, objectives.maximum(start), objectives)
 
 
 def next_by_bound(positions: Tensor, objectives: Tensor, noise: Tensor, grid: Tensor) -> Tensor:
