@@ -51,8 +51,8 @@ class AutoLRS:
         preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
         schedule: the shape to train with: a name ("rex", "linear", "cosine", "constant") or a
             `Schedule`, whose height and length do not matter. "paper" ends with it.
-        search_fraction: share of the budget that the trials of "peak" take, more in short runs and
-            less in long ones: a trial has 8 to 10 updates.
+        search_fraction: share of the budget that the trials of "peak" take, more in very short
+            runs, less in long ones: a trial has 4 to 10 updates.
         num_trials: in a stage; None is 8 for "peak" and 10 for "paper".
         stage_steps, trial_steps: see `timetable.paper_stages`; "peak" takes its trial length from
             `search_fraction` unless `trial_steps` is given.

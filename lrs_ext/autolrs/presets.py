@@ -117,9 +117,9 @@ class PeakSearch(Search):
     forecasts = False
 
     def _position(self, stage: int, trial: int) -> float | Tensor:
-        num_spread = self.timetable.num_trials - self.timetable.num_downhill
-        if trial < num_spread:
-            return search.spread(self.bounds, num_spread)[trial]
+        spread = self._spread()
+        if trial < len(spread):
+            return spread[trial]
         return search.next_downhill(*self._valley(stage, slice(trial)))
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,14 @@ class PeakSearch(Search):
 
     def _choice(self, stage: int) -> Tensor:
         positions, values = self._valley(stage, slice(None))
-        return search.peak_between(positions, values, self.start[stage], self.grid)
+        lowest, second, *_ = self._spread()
+        return search.peak_between(
+            positions, values, self.start[stage], self.grid, gap=second - lowest
+        )
+
+    def _spread(self) -> list[float]:
+        timetable = self.timetable
+        return search.spread(self.bounds, timetable.num_trials - timetable.num_downhill)
 
     def _valley(self, stage: int, which: slice) -> tuple[Tensor, Tensor]:
         positions, values, _ = self._trials(stage, which)

@@ -21,8 +21,9 @@ BAD_MARGIN = 0.1  # a bad trial counts as this share of the best progress above 
 # The best rate of a short trial is too high for a long run. How much varies with the width of the
 # range of rates above it that do nearly as well. Measured, see benchmarks/results.
 NEARLY = 0.1  # share of the best progress that a rate may lose and still do nearly as well
-UNSEEN_DECADES = 0.3  # least width of a range whose end was not tried
+UNSEEN = 0.5  # least width of a range whose end was not tried, in gaps between trials
 MARGIN_DECADES = 0.1  # on top
+VALLEY_LENGTHSCALES = (0.6, 1.2, 2.4)  # decades: what looks narrower, a few losses have made up
 RIDGE = 0.5  # share of the progress of lower rates that a rate may lose; beyond, luck decides
 FAR = 2.0  # times a positive loss: no noise, but a divergence
 PAPER_KAPPA = 1.96  # the reference code's 1e6 would ignore the posterior mean
@@ -115,7 +116,9 @@ def best_tried(positions: Tensor, objectives: Tensor, noise: Tensor) -> Tensor:
     return _at(positions, mean.argmin())
 
 
-def peak_between(positions: Tensor, objectives: Tensor, start: Tensor, grid: Tensor) -> Tensor:
+def peak_between(
+    positions: Tensor, objectives: Tensor, start: Tensor, grid: Tensor, gap: float
+) -> Tensor:
     """Returns the peak for a long run: as far below the best position as others nearly as good go
     above it, and MARGIN_DECADES more.
 
@@ -125,8 +128,10 @@ def peak_between(positions: Tensor, objectives: Tensor, start: Tensor, grid: Ten
         positions, objectives: of the trials, float64, (n,).
         start: the loss before any trial, 0-d.
         grid: float64, (m,), increasing.
+        gap: decades between the trials that were spread over the bounds: the first bad rate above
+            the highest one may lie anywhere in the next gap.
     """
-    mean, _ = gp_posterior(positions, objectives, 0.0, grid)
+    mean, _ = gp_posterior(positions, objectives, 0.0, grid, lengthscales=VALLEY_LENGTHSCALES)
     was_tried = (grid >= positions.amin()) & (grid <= positions.amax())
     mean = torch.where(was_tried, mean, torch.inf)
     least, index = mean.min(0)
@@ -134,7 +139,7 @@ def peak_between(positions: Tensor, objectives: Tensor, start: Tensor, grid: Ten
     limit = least + NEARLY * (start - least).clamp(min=0.0)
     is_beyond = (grid > best) & (mean > limit) & was_tried
     end = torch.where(is_beyond, grid, torch.inf).amin()
-    unseen = (positions.amax() - best).clamp(min=UNSEEN_DECADES)
+    unseen = (positions.amax() - best).clamp(min=UNSEEN * gap)
     width = torch.where(end.isfinite(), end - best, unseen)
     return torch.maximum(best - width - MARGIN_DECADES, grid[0])
 

@@ -14,7 +14,7 @@ Kind = Literal["warmup", "trial", "train"]
 PEAK_TRIALS = 8
 DOWNHILL_SHARE = 1 / 4  # of the trials of "peak", after those that are spread over the bounds
 # A trial is no shorter and no longer. Longer ones tell the rates no better apart.
-TRIAL_STEPS = (8, 10)
+TRIAL_STEPS = (4, 10)
 IDLE_SHARE = 1 / 5  # of a trial's updates, at its end and at rate zero: only their losses count
 LOOKS = 10  # for divergence, in the training of a stage
 PAPER_TRIALS = 10
