@@ -146,6 +146,13 @@ class Step {
     table_.ticket = pointer<uint32_t>(ticket);
   }
 
+  // Addresses of one float32 each, of the backend's kind; 0 where there is nothing to read.
+  void scale_gradients(uintptr_t loss_scale, uintptr_t found_inf, uintptr_t norm,
+                       uintptr_t max_norm) {
+    table_.scaling = {pointer<const float>(loss_scale), pointer<const float>(found_inf),
+                      pointer<const float>(norm), pointer<const float>(max_norm)};
+  }
+
   py::array_t<int64_t> tensor_rows() const {
     static_assert(sizeof(lrs::TensorEntry) % sizeof(int64_t) == 0);
     constexpr py::ssize_t kColumns = sizeof(lrs::TensorEntry) / sizeof(int64_t);
@@ -172,7 +179,22 @@ class Step {
     tensors_->release_gradients();
   }
 
+  void grad_norm_cpu(uintptr_t norm, int num_threads) {
+    const py::gil_scoped_release release;
+    sums_.resize(chunks_.size());
+    *pointer<float>(norm) =
+        lrs::grad_norm_cpu(table_, tensors_->gradients().data(), sums_.data(), num_threads);
+  }
+
 #ifdef LRS_WITH_CUDA
+  void grad_norm_cuda(uintptr_t sums, uintptr_t norm) const {
+    void* stream = tensors_->current_stream();
+    const py::gil_scoped_release release;
+    lrs::grad_norm_cuda(table_, chunk_offsets_.data(), tensors_->gradients().data(),
+                        pointer<double>(sums), pointer<float>(norm), tensors_->device_index(),
+                        stream);
+  }
+
   void run_cuda() const {
     void* stream = tensors_->current_stream();
     {
@@ -189,6 +211,7 @@ class Step {
   lrs::StepTable table_;
   std::vector<lrs::Chunk> chunks_;
   std::vector<int64_t> chunk_offsets_;
+  std::vector<double> sums_;  // scratch
 };
 
 // The ranges that the kernels visit, for tests: (begin, vector begin, vector end, end) per chunk.
@@ -257,12 +280,16 @@ PYBIND11_MODULE(_C, m) {
            "chunk_elements"_a, py::keep_alive<1, 3>())
       .def("bind", &Step::bind, "groups"_a, "step"_a)
       .def("bind_device", &Step::bind_device, "tensors"_a, "chunks"_a, "ticket"_a)
+      .def("scale_gradients", &Step::scale_gradients, py::kw_only(), "loss_scale"_a, "found_inf"_a,
+           "norm"_a, "max_norm"_a)
       .def_property_readonly("tensor_rows", &Step::tensor_rows)
       .def_property_readonly("chunk_rows", &Step::chunk_rows)
       .def_property_readonly("gradient_addresses", &Step::gradient_addresses)
 #ifdef LRS_WITH_CUDA
       .def("run_cuda", &Step::run_cuda)
+      .def("grad_norm_cuda", &Step::grad_norm_cuda, "sums"_a, "norm"_a)
 #endif
+      .def("grad_norm_cpu", &Step::grad_norm_cpu, "norm"_a, "num_threads"_a)
       .def("run_cpu", &Step::run_cpu, "num_threads"_a);
 
   m.def(

@@ -48,6 +48,7 @@ void step_chunks_of(const StepTable& table, const void* const* gradients, int64_
   // Neighbouring tensors mostly share group and step count, so the coefficients are kept.
   Update update{};
   int64_t folded_group = -1;
+  const double scale = grad_scale(table.scaling);
   double folded_step = 0.0;
   for (int64_t i = first; i < last; ++i) {
     const Chunk chunk = table.chunks[i];
@@ -57,7 +58,7 @@ void step_chunks_of(const StepTable& table, const void* const* gradients, int64_
     const double step = static_cast<double>(*entry.step) + 1.0;
     if (entry.group != folded_group || step != folded_step) {
       const Group& group = table.groups[entry.group];
-      update = Update::fold(group.hyper, learning_rate(group, *table.step), step);
+      update = Update::fold(group.hyper, learning_rate(group, *table.step), step, scale);
       folded_group = entry.group;
       folded_step = step;
     }

@@ -1,35 +1,13 @@
 // The CUDA backend: one launch updates every tensor of every group and commits the step.
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
+#include "launch.cuh"
 #include "step_cuda.h"
 
 namespace lrs {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kBlocksPerSM = 4;  // bounds the registers at 64 a thread
-
-// Gradients change address from step to step, so their addresses travel with the launch. CUDA 12.1
-// raised the limit of a kernel's arguments from 4 KB to 32 KB.
-#if CUDART_VERSION >= 12010
-constexpr int kGradientsPerLaunch = 4000;
-#else
-constexpr int kGradientsPerLaunch = 480;
-#endif
-
-struct Gradients {
-  const void* address[kGradientsPerLaunch];
-};
-
-struct Launch {
-  StepTable table;  // its chunks are those of this launch
-  int64_t first_tensor, num_tensors;
-  bool commits_step;
-};
 
 // Moves kLane elements between memory and registers, in accesses of 16 bytes, or of 8.
 template <int kLane, typename T>
@@ -129,26 +107,15 @@ __device__ __forceinline__ void update_chunk_of_dtype(const Update& update,
   }
 }
 
-// Advances the counters once every block of the launch has read them: the block that draws the last
-// ticket does it.
+// Advances the counters once every block of the launch has read them.
 __device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients) {
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicAdd(launch.table.ticket, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!is_last) return;
+  if (!is_last_block(launch.table.ticket)) return;
   for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {
     if (gradients.address[i] != nullptr) {
       *launch.table.tensors[launch.first_tensor + i].step += 1.0f;
     }
   }
-  if (threadIdx.x == 0) {
-    *launch.table.ticket = 0;
-    if (launch.commits_step) *launch.table.step += 1;
-  }
+  if (threadIdx.x == 0 && launch.is_last) *launch.table.step += 1;
 }
 
 template <typename Update>
@@ -157,6 +124,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                 const __grid_constant__ Gradients gradients) {
   __shared__ Update shared_update;
   const StepTable& table = launch.table;
+  if (is_skipped(table.scaling)) return;
   if (blockIdx.x < table.num_chunks) {  // a launch without chunks still commits
     const Chunk chunk = table.chunks[blockIdx.x];
     const void* gradient = gradients.address[chunk.tensor - launch.first_tensor];
@@ -165,7 +133,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       if (threadIdx.x == 0) {
         const Group& group = table.groups[entry.group];
         const double step = static_cast<double>(*entry.step) + 1.0;
-        shared_update = Update::fold(group.hyper, learning_rate(group, *table.step), step);
+        shared_update = Update::fold(group.hyper, learning_rate(group, *table.step), step,
+                                     grad_scale(table.scaling));
       }
       __syncthreads();
       const Update update = shared_update;
@@ -190,32 +159,8 @@ __global__ void fill_schedule_kernel(ScheduleSpec schedule, int64_t count, float
 
 __global__ void write_group_kernel(Group* target, Group group) { *target = group; }
 
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
-}
-
-// Makes `device` current for a scope.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = previous_ != device;
-  }
-  ~DeviceScope() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
 void launch_step(const Launch& launch, const Gradients& gradients, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(std::max<int64_t>(launch.table.num_chunks, 1));
+  const unsigned blocks = num_blocks(launch);
   switch (launch.table.algorithm) {
     case Algorithm::kSGD:
       step_kernel<SGD><<<blocks, kThreads, 0, stream>>>(launch, gradients);
@@ -234,15 +179,9 @@ void step_cuda(const StepTable& table, const int64_t* chunk_offsets, const void*
   const auto has_gradient = [](const void* gradient) { return gradient != nullptr; };
   if (std::none_of(gradients, gradients + table.num_tensors, has_gradient)) return;
   const DeviceScope scope(device);
-  for (int64_t first = 0; first < table.num_tensors; first += kGradientsPerLaunch) {
-    const int64_t last = std::min(first + kGradientsPerLaunch, table.num_tensors);
-    Launch launch{table, first, last - first, last == table.num_tensors};
-    launch.table.chunks += chunk_offsets[first];
-    launch.table.num_chunks = chunk_offsets[last] - chunk_offsets[first];
-    Gradients arguments;
-    std::copy(gradients + first, gradients + last, arguments.address);
-    launch_step(launch, arguments, static_cast<cudaStream_t>(stream));
-  }
+  for_each_launch(table, chunk_offsets, gradients, [&](const Launch& launch, const Gradients& g) {
+    launch_step(launch, g, static_cast<cudaStream_t>(stream));
+  });
 }
 
 void fill_schedule_cuda(const ScheduleSpec& schedule, int64_t count, float* values, int device,

@@ -38,12 +38,13 @@ struct SGD {
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;  // momentum_buffer
 
-  float grad_sign, weight_decay, lr, momentum, grad_share, nesterov;
+  float grad_factor, weight_decay, lr, momentum, grad_share, nesterov;
 
   // `step` counts this update: 1 is the first, whose momentum buffer becomes the gradient itself.
-  static LRS_HOST_DEVICE SGD fold(const double* hyper, double lr, double step) {
+  // `grad_scale` multiplies the gradients.
+  static LRS_HOST_DEVICE SGD fold(const double* hyper, double lr, double step, double grad_scale) {
     SGD update;
-    update.grad_sign = hyper[kMaximize] != 0.0 ? -1.0f : 1.0f;
+    update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
     update.weight_decay = static_cast<float>(hyper[kWeightDecay]);
     update.lr = static_cast<float>(lr);
     update.momentum = static_cast<float>(hyper[kMomentum]);
@@ -54,7 +55,7 @@ struct SGD {
 
   template <int kNumStates>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
-    grad *= grad_sign;
+    grad *= grad_factor;
     grad = weight_decay != 0.0f ? grad + weight_decay * param : grad;
     if constexpr (kNumStates == 1) {
       float& momentum_buffer = state[0];
@@ -71,15 +72,15 @@ struct Adam {
   static constexpr int kMinStates = 2;  // exp_avg, exp_avg_sq
   static constexpr int kMaxStates = 3;  // max_exp_avg_sq
 
-  float grad_sign, coupled_decay, param_share, beta1, beta2, grad_share1, grad_share2, step_size,
+  float grad_factor, coupled_decay, param_share, beta1, beta2, grad_share1, grad_share2, step_size,
       denominator_scale, eps;
 
-  static LRS_HOST_DEVICE Adam fold(const double* hyper, double lr, double step) {
+  static LRS_HOST_DEVICE Adam fold(const double* hyper, double lr, double step, double grad_scale) {
     const bool decoupled = hyper[kDecoupled] != 0.0;
     const double bias_correction1 = 1.0 - pow(hyper[kBeta1], step);
     const double bias_correction2 = 1.0 - pow(hyper[kBeta2], step);
     Adam update;
-    update.grad_sign = hyper[kMaximize] != 0.0 ? -1.0f : 1.0f;
+    update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
     update.coupled_decay = decoupled ? 0.0f : static_cast<float>(hyper[kWeightDecay]);
     update.param_share = decoupled ? static_cast<float>(1.0 - lr * hyper[kWeightDecay]) : 1.0f;
     update.beta1 = static_cast<float>(hyper[kBeta1]);
@@ -96,7 +97,7 @@ struct Adam {
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
     float& exp_avg = state[0];
     float& exp_avg_sq = state[1];
-    grad *= grad_sign;
+    grad *= grad_factor;
     grad = coupled_decay != 0.0f ? grad + coupled_decay * param : grad;
     param *= param_share;
     exp_avg = beta1 * exp_avg + grad_share1 * grad;

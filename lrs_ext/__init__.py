@@ -2,6 +2,7 @@
 
 from lrs_ext.autolrs.controller import AutoLRS
 from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.grad_scaling import clip_grad_norm_
 from lrs_ext.optimizers import SGD, Adam, AdamW
 from lrs_ext.schedules import Schedule, constant, cosine, linear, rex
 
@@ -14,6 +15,7 @@ __all__ = [
     "AutoLRS",
     "Schedule",
     "ScheduleBuffer",
+    "clip_grad_norm_",
     "constant",
     "cosine",
     "linear",

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrs_ext import ops
+
 Hyper = Mapping[str, float]
 
 
@@ -114,18 +116,45 @@ class ReferenceTable:
         return False
 
     @torch.no_grad()
-    def run(self) -> None:
+    def grad_norm(self) -> Tensor:
+        """Returns the 2-norm of all gradients as they are stored."""
+        squares = [item.grad.double().square().sum() for item in self._updates]
+        return torch.stack(squares).sum().sqrt().float()
+
+    @torch.no_grad()
+    def run(self, scaling: ops.GradScaling | None = None) -> None:
+        scaling = scaling or ops.GradScaling()
+        written = [self._step]
+        for item in self._updates:
+            written += [item.param, item.step, *item.state.values()]
+        before = [] if scaling.found_inf is None else [tensor.clone() for tensor in written]
+        scale = _grad_scale(scaling)
         for item in self._updates:
             item.step.add_(1.0)
             self._update(
                 item.param,
-                item.grad,
+                item.grad if scale is None else item.grad.float() * scale,
                 item.state,
                 step=item.step.double(),
                 lr=item.lr.double(),
                 hyper=item.hyper,
             )
         self._step.add_(1)
+        if scaling.found_inf is not None:
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(torch.where(scaling.found_inf != 0.0, old, tensor))
+
+
+def _grad_scale(scaling: ops.GradScaling) -> Tensor | None:
+    """Returns what gradients are multiplied by, float32, None for 1."""
+    scale = None
+    if scaling.loss_scale is not None:
+        scale = 1.0 / scaling.loss_scale.double()
+    if scaling.norm is not None and scaling.max_norm is not None:
+        norm = scaling.norm.double() * (1.0 if scale is None else scale)
+        clip = (scaling.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = clip if scale is None else clip * scale
+    return None if scale is None else scale.float()
 
 
 def _prepare(param: Tensor, grad: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:

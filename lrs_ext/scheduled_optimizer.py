@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from lrs_ext import ops, reference
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tensors
+from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.learning_rates import (
     Group,
     LearningRates,
@@ -40,6 +41,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     algorithm: ClassVar[str]
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
+
+    # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
+    # lends the optimizer the attributes `grad_scale` and `found_inf`.
+    _step_supports_amp_scaling = True
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         if defaults["differentiable"]:
@@ -132,23 +137,30 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._sync_groups()
-        param_lists = [group["params"] for group in self.param_groups]
-        table, had_state = self._table, bool(self.state)
-        if table is None or not table.refresh(param_lists, self.state):
-            table = self._prepare(param_lists)
-        if table is None or not table.has_gradients:
+        had_state = bool(self.state)
+        table = self._ready_table()
+        if table is None:
             return loss
-        if not had_state and self._learning_rates.zeroed_by_host and not _any_gradient(param_lists):
+        if not had_state and self._learning_rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             return loss
-        table.run()
+        found_inf = getattr(self, "found_inf", None)
+        table.run(self._scaling.take(getattr(self, "grad_scale", None), found_inf))
         self.committed_steps += 1
         if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
             self.was_captured = True
-        self._learning_rates.advance(self.param_groups)
+            self._learning_rates.advance(self.param_groups)
+        else:
+            self._learning_rates.advance(self.param_groups, found_inf)
         return loss
+
+    def clip_(self, max_norm: float | Tensor) -> Tensor:
+        """Limits the norm of the gradients in the next step; see `lrs_ext.clip_grad_norm_`."""
+        table = self._ready_table()
+        norm = torch.zeros((), device=self._device) if table is None else table.grad_norm()
+        self._scaling.clip(norm, max_norm)
+        return norm
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,6 +263,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = LearningRates(self.param_groups, self._device, step)
+        self._scaling = StepScaling()
         self.committed_steps, self.was_captured = 0, False
         self._forget_tables()
 
@@ -260,6 +273,18 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._written = _nothing_written(self.param_groups)
         self._table: Table | None = None
         self._table_names: list[list[str]] = []
+
+    def _ready_table(self) -> Table | None:
+        """Returns the table with what the host has changed and the gradients of the moment.
+
+        None if there are no gradients.
+        """
+        self._sync_groups()
+        param_lists = [group["params"] for group in self.param_groups]
+        table = self._table
+        if table is None or not table.refresh(param_lists, self.state):
+            table = self._prepare(param_lists)
+        return table if table is not None and table.has_gradients else None
 
     def _sync_groups(self) -> None:
         """Writes what has changed in `param_groups` since the last step to the device."""
@@ -366,6 +391,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 state[name] = checked_state(param, name, state[name])
         return is_new
 
+    def _any_gradient(self) -> bool:
+        """Returns whether any gradient has an entry that is not zero; waits for the device."""
+        gradients = [param.grad for param in _all_params(self.param_groups)]
+        return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+
     def _follow_params(self) -> None:
         """Moves everything to the device to which the parameters have been moved."""
         self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
@@ -438,9 +468,3 @@ def _all_params(groups: list[Group]) -> list[Tensor]:
 
 def _nothing_written(groups: list[Group]) -> list[tuple[Tensor | None, dict[str, float]]]:
     return [(None, {}) for _ in groups]
-
-
-def _any_gradient(param_lists: list[list[Tensor]]) -> bool:
-    """Returns whether any gradient has an entry that is not zero; waits for the device."""
-    gradients = [param.grad for params in param_lists for param in params]
-    return any(bool(gradient.any()) for gradient in gradients if gradient is not None)

@@ -51,7 +51,7 @@ jit_kernel: Callable[[Callable[..., Any]], Any] = triton.jit(
 class SGD(NamedTuple):
     """Coefficients of an update, folded once for each chunk."""
 
-    grad_sign: tl.tensor
+    grad_factor: tl.tensor
     weight_decay: tl.tensor
     lr: tl.tensor
     momentum: tl.tensor
@@ -62,7 +62,7 @@ class SGD(NamedTuple):
 class Adam(NamedTuple):
     """Coefficients of an update, folded once for each chunk."""
 
-    grad_sign: tl.tensor
+    grad_factor: tl.tensor
     coupled_decay: tl.tensor
     param_share: tl.tensor
     beta1: tl.tensor
@@ -75,11 +75,11 @@ class Adam(NamedTuple):
 
 
 @jit
-def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> SGD:
+def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> SGD:
     # The first update makes the gradient itself the momentum buffer.
     grad_share = tl.where(step == 1.0, 1.0, 1.0 - tl.load(group + DAMPENING))
     return SGD(
-        grad_sign=tl.where(tl.load(group + MAXIMIZE) != 0.0, -1.0, 1.0),
+        grad_factor=tl.where(tl.load(group + MAXIMIZE) != 0.0, -scale, scale).to(tl.float32),
         weight_decay=tl.load(group + WEIGHT_DECAY).to(tl.float32),
         lr=lr.to(tl.float32),
         momentum=tl.load(group + MOMENTUM).to(tl.float32),
@@ -92,7 +92,7 @@ def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> SGD:
 def sgd_apply(
     update: SGD, param: tl.tensor, grad: tl.tensor, states: tl.tuple
 ) -> tuple[tl.tensor, tl.tuple]:
-    grad *= update.grad_sign
+    grad *= update.grad_factor
     grad = tl.where(update.weight_decay != 0.0, grad + update.weight_decay * param, grad)
     if len(states) == 1:
         momentum_buffer = update.momentum * states[0] + update.grad_share * grad
@@ -109,7 +109,7 @@ def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 
 @jit
-def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> Adam:
+def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> Adam:
     beta1 = tl.load(group + BETA1)
     beta2 = tl.load(group + BETA2)
     weight_decay = tl.load(group + WEIGHT_DECAY)
@@ -117,7 +117,7 @@ def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> Adam:
     bias_correction1 = 1.0 - power(beta1, step)
     bias_correction2 = 1.0 - power(beta2, step)
     return Adam(
-        grad_sign=tl.where(tl.load(group + MAXIMIZE) != 0.0, -1.0, 1.0),
+        grad_factor=tl.where(tl.load(group + MAXIMIZE) != 0.0, -scale, scale).to(tl.float32),
         coupled_decay=tl.where(decoupled, 0.0, weight_decay).to(tl.float32),
         param_share=tl.where(decoupled, 1.0 - lr * weight_decay, 1.0).to(tl.float32),
         beta1=beta1.to(tl.float32),
@@ -134,7 +134,7 @@ def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> Adam:
 def adam_apply(
     update: Adam, param: tl.tensor, grad: tl.tensor, states: tl.tuple
 ) -> tuple[tl.tensor, tl.tuple]:
-    grad *= update.grad_sign
+    grad *= update.grad_factor
     grad = tl.where(update.coupled_decay != 0.0, grad + update.coupled_decay * param, grad)
     param *= update.param_share
     exp_avg = update.beta1 * states[0] + update.grad_share1 * grad
@@ -248,7 +248,23 @@ def update_chunk_of(
 
 
 @jit
-def fold(row: tl.tensor, groups: tl.tensor, step: tl.tensor, FOLD: tl.constexpr) -> tl.tuple:
+def grad_scale(
+    loss_scale: tl.tensor | None, norm: tl.tensor | None, max_norm: tl.tensor | None
+) -> tl.tensor:
+    """Returns what gradients are multiplied by."""
+    scale = tl.full((), 1.0, tl.float64)
+    if loss_scale is not None:
+        scale = scale / tl.load(loss_scale).to(tl.float64)
+    if norm is not None:
+        clipped = tl.load(max_norm).to(tl.float64) / (tl.load(norm).to(tl.float64) * scale + 1e-6)
+        scale *= tl.where(clipped >= 1.0, 1.0, clipped)
+    return scale
+
+
+@jit
+def fold(
+    row: tl.tensor, groups: tl.tensor, step: tl.tensor, scale: tl.tensor, FOLD: tl.constexpr
+) -> tl.tuple:
     """Returns the coefficients of the next update of the tensor in `row`."""
     group = groups + tl.load(row + GROUP) * GROUP_COLUMNS
     doubles = group.to(tl.pointer_type(tl.float64), bitcast=True)
@@ -256,7 +272,7 @@ def fold(row: tl.tensor, groups: tl.tensor, step: tl.tensor, FOLD: tl.constexpr)
     position = tl.minimum(tl.load(step), tl.load(group + CAPACITY) - 1)
     lr = tl.load(lrs + position).to(tl.float64) * tl.load(doubles + SCALE)
     tensor_step = tl.load(row + TENSOR_STEP).to(tl.pointer_type(tl.float32))
-    return FOLD(doubles, lr, tl.load(tensor_step).to(tl.float64) + 1.0)
+    return FOLD(doubles, lr, tl.load(tensor_step).to(tl.float64) + 1.0, scale)
 
 
 @jit
@@ -290,6 +306,10 @@ def step_kernel(
     gradients: tl.tensor,
     step: tl.tensor,
     ticket: tl.tensor,
+    loss_scale: tl.tensor | None,
+    found_inf: tl.tensor | None,
+    norm: tl.tensor | None,
+    max_norm: tl.tensor | None,
     num_tensors: tl.tensor,
     num_chunks: tl.tensor,
     CHUNK: tl.constexpr,
@@ -299,13 +319,17 @@ def step_kernel(
     MAX_STATES: tl.constexpr,
 ) -> None:
     tl.static_assert(CHUNK % 16 == 0)  # a chunk is aligned where its tensor is
+    if found_inf is not None:  # noqa: SIM102: only a condition of its own is known in compilation
+        if tl.load(found_inf) != 0.0:
+            return
     program = tl.program_id(0)
     if program < num_chunks:  # a launch without chunks still commits
         tensor = tl.load(chunks + 2 * program)
         gradient = tl.load(gradients + tensor)
         if gradient != 0:
             row = tensors + tensor * TENSOR_COLUMNS
-            update = fold(row, groups, step, FOLD)
+            scale = grad_scale(loss_scale, norm, max_norm)
+            update = fold(row, groups, step, scale, FOLD)
             begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
             end = tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
             last_state = tl.load(row + STATES + MAX_STATES - 1)
@@ -329,6 +353,7 @@ def step(
     gradients: Tensor,
     step: Tensor,
     ticket: Tensor,
+    scaling: tuple[Tensor | None, ...],
     chunk_elements: int,
 ) -> None:
     """Updates every tensor that has a gradient and commits the step, in one launch.
@@ -343,6 +368,7 @@ def step(
         gradients: int64 `(N,)`, addresses; 0 where a tensor has no gradient.
         step: int64, 0-d: committed updates; advances by one, even if no tensor has a gradient.
         ticket: int32 `(1,)`; 0 before and after.
+        scaling: float32, one element each or None: loss scale, overflow flag, norm, its limit.
         chunk_elements: elements of a chunk, a multiple of 16; best a power of two from 2048 on.
     """
     with torch.accelerator.device_index(tensors.device.index):
@@ -353,10 +379,107 @@ def step(
             gradients,
             step,
             ticket,
+            *scaling,
             len(tensors),
             len(chunks),
             chunk_elements,
             *ALGORITHMS[algorithm],
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,  # the bits of the other backends
+        )
+
+
+@jit
+def squares(
+    gradient: tl.tensor, begin: tl.tensor, end: tl.tensor, dtype: tl.constexpr
+) -> tl.tensor:
+    """Returns the sum of squares of the elements from `begin` to `end`, float64."""
+    PIECE: tl.constexpr = THREADS * 8
+    grads = gradient.to(tl.pointer_type(dtype))
+    sums = tl.zeros((PIECE,), tl.float64)
+    start = begin
+    while start < end:
+        lanes = tl.arange(0, PIECE)
+        mask = lanes < (end - start).to(tl.int32)
+        values = tl.load(grads + start + lanes, mask, other=0.0).to(tl.float64)
+        sums += values * values
+        start += PIECE
+    return tl.sum(sums, 0)
+
+
+@jit
+def chunk_squares(
+    row: tl.tensor, gradient: tl.tensor, begin: tl.tensor, end: tl.tensor
+) -> tl.tensor:
+    code = tl.load(row + DTYPE)
+    sum = tl.full((), 0.0, tl.float64)
+    if code == FLOAT32:
+        sum = squares(gradient, begin, end, tl.float32)
+    elif code == BFLOAT16:
+        sum = squares(gradient, begin, end, tl.bfloat16)
+    else:
+        sum = squares(gradient, begin, end, tl.float16)
+    return sum
+
+
+@jit_kernel
+def norm_kernel(
+    tensors: tl.tensor,
+    chunks: tl.tensor,
+    gradients: tl.tensor,
+    sums: tl.tensor,
+    norm: tl.tensor,
+    ticket: tl.tensor,
+    num_chunks: tl.tensor,
+    CHUNK: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    if program < num_chunks:
+        tensor = tl.load(chunks + 2 * program)
+        gradient = tl.load(gradients + tensor)
+        sum = tl.full((), 0.0, tl.float64)
+        if gradient != 0:
+            row = tensors + tensor * TENSOR_COLUMNS
+            begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+            end = tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
+            sum = chunk_squares(row, gradient, begin, end)
+        tl.store(sums + program, sum)
+    tl.debug_barrier()  # the sum is written before the ticket is drawn
+    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
+        total = tl.zeros((THREADS,), tl.float64)
+        first = 0
+        while first < num_chunks:
+            positions = first + tl.arange(0, THREADS)
+            total += tl.load(sums + positions, positions < num_chunks, other=0.0)
+            first += THREADS
+        tl.store(norm, tl.sqrt(tl.sum(total, 0)).to(tl.float32))
+        tl.store(ticket, 0)
+
+
+def grad_norm(
+    *,
+    tensors: Tensor,
+    chunks: Tensor,
+    gradients: Tensor,
+    sums: Tensor,
+    norm: Tensor,
+    ticket: Tensor,
+    chunk_elements: int,
+) -> None:
+    """Writes the 2-norm of all gradients to `norm`, float32, 0-d; the tables are those of `step`.
+
+    Args:
+        sums: scratch, float64, one for each chunk.
+    """
+    with torch.accelerator.device_index(tensors.device.index):
+        norm_kernel[(max(len(chunks), 1),)](
+            tensors,
+            chunks,
+            gradients,
+            sums,
+            norm,
+            ticket,
+            len(chunks),
+            chunk_elements,
+            num_warps=NUM_WARPS,
         )
