@@ -319,7 +319,8 @@ def step_kernel(
     MAX_STATES: tl.constexpr,
 ) -> None:
     tl.static_assert(CHUNK % 16 == 0)  # a chunk is aligned where its tensor is
-    if found_inf is not None:  # noqa: SIM102: only a condition of its own is known in compilation
+    # Of its own, the condition is known in compilation.
+    if found_inf is not None:  # noqa: SIM102
         if tl.load(found_inf) != 0.0:
             return
     program = tl.program_id(0)
