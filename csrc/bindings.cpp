@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -27,6 +28,10 @@ const std::map<std::string, lrs::Profile> kProfiles = {{"constant", lrs::Profile
 
 const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
                                                            {"adam", lrs::Algorithm::kAdam}};
+
+const std::map<std::string, lrs::StateType> kStateTypes = {{"float32", lrs::StateType::kFloat32},
+                                                           {"bfloat16", lrs::StateType::kBFloat16},
+                                                           {"block8", lrs::StateType::kBlock8}};
 
 const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"maximize", lrs::kMaximize},
@@ -121,12 +126,18 @@ lrs::TensorAccess make_tensor_access(const py::capsule& exchange_api,
 // A step that is ready to run: the live tensors, their chunks, and the addresses of the tables.
 class Step {
  public:
-  Step(const std::string& algorithm, lrs::StepTensors* tensors, int64_t chunk_elements)
+  Step(const std::string& algorithm, lrs::StepTensors* tensors, int64_t chunk_elements,
+       const std::string& state_type, bool rounds_stochastically)
       : tensors_(tensors), table_{} {
+    if (chunk_elements % lrs::kQuantBlock != 0) {
+      throw std::invalid_argument("a chunk must be a whole number of quantisation blocks");
+    }
     std::vector<int64_t> numels;
     for (const lrs::TensorEntry& entry : tensors->entries()) numels.push_back(entry.numel);
     lrs::build_chunks(numels, chunk_elements, &chunks_, &chunk_offsets_);
     table_.algorithm = at(kAlgorithms, algorithm);
+    table_.state_type = at(kStateTypes, state_type);
+    table_.rounds_stochastically = rounds_stochastically;
     table_.tensors = tensors->entries().data();
     table_.num_tensors = static_cast<int64_t>(numels.size());
     table_.chunks = chunks_.data();
@@ -267,17 +278,22 @@ PYBIND11_MODULE(_C, m) {
            "delete_handle"_a);
 
   py::class_<lrs::StepTensors>(m, "StepTensors")
-      .def(py::init<const lrs::TensorAccess&, const py::list&, const py::dict&, const py::list&,
-                    const py::list&>(),
+      .def(py::init([](const lrs::TensorAccess& access, const py::list& param_lists,
+                       const py::dict& state, const py::list& state_names, const py::list& steps,
+                       const std::string& state_type) {
+             return std::make_unique<lrs::StepTensors>(access, param_lists, state, state_names,
+                                                       steps, at(kStateTypes, state_type));
+           }),
            "access"_a, "param_lists"_a, "state"_a, "state_names"_a, "steps"_a,
-           py::keep_alive<1, 2>())
+           "state_type"_a = "float32", py::keep_alive<1, 2>())
       .def("refresh", &lrs::StepTensors::refresh, "param_lists"_a, "state"_a, "gradients"_a)
       .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients)
       .def("updated_params", &lrs::StepTensors::updated_params);
 
   py::class_<Step>(m, "Step")
-      .def(py::init<const std::string&, lrs::StepTensors*, int64_t>(), "algorithm"_a, "tensors"_a,
-           "chunk_elements"_a, py::keep_alive<1, 3>())
+      .def(py::init<const std::string&, lrs::StepTensors*, int64_t, const std::string&, bool>(),
+           "algorithm"_a, "tensors"_a, "chunk_elements"_a, "state_type"_a = "float32",
+           "rounds_stochastically"_a = false, py::keep_alive<1, 3>())
       .def("bind", &Step::bind, "groups"_a, "step"_a)
       .def("bind_device", &Step::bind_device, "tensors"_a, "chunks"_a, "ticket"_a)
       .def("scale_gradients", &Step::scale_gradients, py::kw_only(), "loss_scale"_a, "found_inf"_a,
@@ -323,6 +339,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_ranges", &chunk_ranges, "numel"_a, "chunk_elements"_a, "lane"_a, "addresses"_a,
         "bytes"_a);
   m.attr("group_bytes") = sizeof(lrs::Group);
+  m.attr("quant_block") = lrs::kQuantBlock;
   std::vector<std::string> profiles, algorithms;
   for (const auto& [name, profile] : kProfiles) profiles.push_back(name);
   for (const auto& [name, algorithm] : kAlgorithms) algorithms.push_back(name);

@@ -15,7 +15,9 @@ namespace lrs {
 // A parameter and its states, all of the same `numel` and memory order.
 struct TensorEntry {
   void* param;
-  float* states[kMaxStates];  // null where the update has fewer
+  void* states[kMaxStates];   // null where the update has fewer
+  float* scales[kMaxStates];  // one per kQuantBlock elements, if the states are block-quantised
+  int16_t* remainder;         // the low halves of split parameters, or null
   float* step;                // updates that this tensor has had
   int64_t numel;
   int64_t group;
@@ -46,6 +48,8 @@ struct GradScaling {
 // Everything a step needs but the gradients. Pointers are host or device pointers, by backend.
 struct StepTable {
   Algorithm algorithm;
+  StateType state_type;
+  bool rounds_stochastically;  // parameters that are bfloat16 and not split
   const TensorEntry* tensors;
   int64_t num_tensors;
   const Group* groups;

@@ -29,7 +29,8 @@ enum Hyper : int32_t {
 
 enum class Algorithm : int32_t { kSGD, kAdam };
 
-inline constexpr int kMaxStates = 3;  // of any update
+inline constexpr int kMaxStates = 3;            // of any update
+inline constexpr int kMaxCompressedStates = 2;  // that are not float32
 
 inline namespace LRS_ISA {
 
@@ -37,6 +38,7 @@ inline namespace LRS_ISA {
 struct SGD {
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;  // momentum_buffer
+  static constexpr int kRootState = -1;
 
   float grad_factor, weight_decay, lr, momentum, grad_share, nesterov;
 
@@ -71,6 +73,7 @@ struct SGD {
 struct Adam {
   static constexpr int kMinStates = 2;  // exp_avg, exp_avg_sq
   static constexpr int kMaxStates = 3;  // max_exp_avg_sq
+  static constexpr int kRootState = 1;  // the mean of squares, if any; only its root is used
 
   float grad_factor, coupled_decay, param_share, beta1, beta2, grad_share1, grad_share2, step_size,
       denominator_scale, eps;

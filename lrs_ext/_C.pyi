@@ -8,6 +8,7 @@ has_cuda: bool
 cuda_runtime_version: int
 cuda_architectures: str
 group_bytes: int
+quant_block: int
 profiles: list[str]
 algorithms: list[str]
 
@@ -50,6 +51,7 @@ class StepTensors:
         state: dict[Any, Any],
         state_names: list[Any],
         steps: list[Any],
+        state_type: str = "float32",
     ) -> None: ...
     def refresh(
         self, param_lists: list[Any], state: dict[Any, Any], gradients: list[Any] | None
@@ -59,7 +61,14 @@ class StepTensors:
     def updated_params(self) -> list[Any]: ...
 
 class Step:
-    def __init__(self, algorithm: str, tensors: StepTensors, chunk_elements: int) -> None: ...
+    def __init__(
+        self,
+        algorithm: str,
+        tensors: StepTensors,
+        chunk_elements: int,
+        state_type: str = "float32",
+        rounds_stochastically: bool = False,
+    ) -> None: ...
     def bind(self, groups: int, step: int) -> None: ...
     def bind_device(self, tensors: int, chunks: int, ticket: int) -> None: ...
     def scale_gradients(
