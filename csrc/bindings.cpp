@@ -27,7 +27,8 @@ const std::map<std::string, lrs::Profile> kProfiles = {{"constant", lrs::Profile
                                                        {"rex", lrs::Profile::kRex}};
 
 const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
-                                                           {"adam", lrs::Algorithm::kAdam}};
+                                                           {"adam", lrs::Algorithm::kAdam},
+                                                           {"lion", lrs::Algorithm::kLion}};
 
 const std::map<std::string, lrs::StateType> kStateTypes = {{"float32", lrs::StateType::kFloat32},
                                                            {"bfloat16", lrs::StateType::kBFloat16},

@@ -168,6 +168,9 @@ void launch_step(const Launch& launch, const Gradients& gradients, cudaStream_t 
     case Algorithm::kAdam:
       step_kernel<Adam><<<blocks, kThreads, 0, stream>>>(launch, gradients);
       break;
+    case Algorithm::kLion:
+      step_kernel<Lion><<<blocks, kThreads, 0, stream>>>(launch, gradients);
+      break;
   }
   check(cudaGetLastError(), "the launch of the step kernel");
 }

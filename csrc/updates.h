@@ -27,7 +27,7 @@ enum Hyper : int32_t {
   kNumHyper = kDecoupled + 1
 };
 
-enum class Algorithm : int32_t { kSGD, kAdam };
+enum class Algorithm : int32_t { kSGD, kAdam, kLion };
 
 inline constexpr int kMaxStates = 3;            // of any update
 inline constexpr int kMaxCompressedStates = 2;  // that are not float32
@@ -115,6 +115,40 @@ struct Adam {
     }
     const float denominator = sqrtf(second_moment) * denominator_scale + eps;
     param -= step_size * (exp_avg / denominator);
+  }
+};
+
+// Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023, arXiv 2302.06675,
+// algorithm 2.
+struct Lion {
+  static constexpr int kMinStates = 1;  // exp_avg
+  static constexpr int kMaxStates = 1;
+  static constexpr int kRootState = -1;
+
+  float grad_factor, param_share, lr, beta1, beta2, grad_share1, grad_share2;
+
+  static LRS_HOST_DEVICE Lion fold(const double* hyper, double lr, double, double grad_scale) {
+    Lion update;
+    update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
+    update.param_share = static_cast<float>(1.0 - lr * hyper[kWeightDecay]);
+    update.lr = static_cast<float>(lr);
+    update.beta1 = static_cast<float>(hyper[kBeta1]);
+    update.beta2 = static_cast<float>(hyper[kBeta2]);
+    update.grad_share1 = static_cast<float>(1.0 - hyper[kBeta1]);
+    update.grad_share2 = static_cast<float>(1.0 - hyper[kBeta2]);
+    return update;
+  }
+
+  template <int kNumStates>
+  LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
+    float& exp_avg = state[0];
+    grad *= grad_factor;
+    const float direction = beta1 * exp_avg + grad_share1 * grad;
+    // The sign of 0 is 0; that of nan stays nan.
+    const float negative_or_zero = direction < 0.0f ? -1.0f : direction;
+    const float sign = direction > 0.0f ? 1.0f : negative_or_zero;
+    param = param * param_share - lr * sign;
+    exp_avg = beta2 * exp_avg + grad_share2 * grad;
   }
 };
 

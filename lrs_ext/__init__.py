@@ -3,7 +3,7 @@
 from lrs_ext.autolrs.controller import AutoLRS
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.grad_scaling import clip_grad_norm_
-from lrs_ext.optimizers import SGD, Adam, AdamW
+from lrs_ext.optimizers import SGD, Adam, AdamW, Lion
 from lrs_ext.schedules import Schedule, constant, cosine, linear, rex
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "AutoLRS",
+    "Lion",
     "Schedule",
     "ScheduleBuffer",
     "clip_grad_norm_",

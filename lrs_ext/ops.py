@@ -262,7 +262,7 @@ class StepTable:
 
     Args:
         backend: "cpu", "cuda" or "triton".
-        algorithm: "sgd" or "adam".
+        algorithm: one of `_C.algorithms`.
         param_lists: the parameters of each group.
         state: the optimizer's state.
         state_names: for each group, the keys of the arrays that the update reads.

@@ -78,7 +78,26 @@ def adam(
     param.copy_(value - (lr / bias_correction1).float() * (exp_avg / denominator))
 
 
-UPDATES: Mapping[str, Callable[..., None]] = {"sgd": sgd, "adam": adam}
+def lion(
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    step: Tensor,
+    lr: Tensor,
+    hyper: Hyper,
+) -> None:
+    """Updates one parameter as algorithm 2 of Chen et al., arXiv 2302.06675."""
+    value, grad = _prepare(param, grad, hyper)
+    exp_avg = state["exp_avg"]
+    direction = hyper["beta1"] * exp_avg + (1.0 - hyper["beta1"]) * grad
+    sign = torch.where(direction.isnan(), direction, direction.sign())  # torch's sign of nan is 0
+    value = value * (1.0 - lr * hyper["weight_decay"]).float()
+    exp_avg.mul_(hyper["beta2"]).add_(grad, alpha=1.0 - hyper["beta2"])
+    param.copy_(value - lr.float() * sign)
+
+
+UPDATES: Mapping[str, Callable[..., None]] = {"sgd": sgd, "adam": adam, "lion": lion}
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,7 @@ class ReferenceTable:
     """One step, with the interface of `lrs_ext.ops.StepTable`; it is made anew for every step.
 
     Args:
-        algorithm: "sgd" or "adam".
+        algorithm: a key of `UPDATES`.
         updates: one for each parameter that has a gradient.
         step: int64, 0-d: committed updates.
     """

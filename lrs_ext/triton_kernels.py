@@ -74,6 +74,18 @@ class Adam(NamedTuple):
     eps: tl.tensor
 
 
+class Lion(NamedTuple):
+    """Coefficients of an update, folded once for each chunk."""
+
+    grad_factor: tl.tensor
+    param_share: tl.tensor
+    lr: tl.tensor
+    beta1: tl.tensor
+    beta2: tl.tensor
+    grad_share1: tl.tensor
+    grad_share2: tl.tensor
+
+
 @jit
 def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> SGD:
     # The first update makes the gradient itself the momentum buffer.
@@ -150,6 +162,33 @@ def adam_apply(
     # Triton's plain division and square root are approximate.
     denominator = tl.sqrt_rn(second_moment) * update.denominator_scale + update.eps
     return param - update.step_size * tl.div_rn(exp_avg, denominator), states
+
+
+@jit
+def lion_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> Lion:
+    beta1 = tl.load(group + BETA1)
+    beta2 = tl.load(group + BETA2)
+    return Lion(
+        grad_factor=tl.where(tl.load(group + MAXIMIZE) != 0.0, -scale, scale).to(tl.float32),
+        param_share=(1.0 - lr * tl.load(group + WEIGHT_DECAY)).to(tl.float32),
+        lr=lr.to(tl.float32),
+        beta1=beta1.to(tl.float32),
+        beta2=beta2.to(tl.float32),
+        grad_share1=(1.0 - beta1).to(tl.float32),
+        grad_share2=(1.0 - beta2).to(tl.float32),
+    )
+
+
+@jit
+def lion_apply(
+    update: Lion, param: tl.tensor, grad: tl.tensor, states: tl.tuple
+) -> tuple[tl.tensor, tl.tuple]:
+    grad *= update.grad_factor
+    direction = update.beta1 * states[0] + update.grad_share1 * grad
+    # The sign of 0 is 0; that of nan stays nan.
+    sign = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, direction))
+    exp_avg = update.beta2 * states[0] + update.grad_share2 * grad
+    return param * update.param_share - update.lr * sign, (exp_avg,)
 
 
 @jit
@@ -333,16 +372,23 @@ def step_kernel(
             update = fold(row, groups, step, scale, FOLD)
             begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
             end = tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
-            last_state = tl.load(row + STATES + MAX_STATES - 1)
-            if last_state != 0:
+            if MIN_STATES == MAX_STATES:
                 update_chunk_of(row, update, gradient, begin, end, APPLY, MAX_STATES)
             else:
-                update_chunk_of(row, update, gradient, begin, end, APPLY, MIN_STATES)
+                last_state = tl.load(row + STATES + MAX_STATES - 1)
+                if last_state != 0:
+                    update_chunk_of(row, update, gradient, begin, end, APPLY, MAX_STATES)
+                else:
+                    update_chunk_of(row, update, gradient, begin, end, APPLY, MIN_STATES)
     commit(tensors, gradients, step, ticket, num_tensors)
 
 
 # FOLD, APPLY, MIN_STATES, MAX_STATES of step_kernel.
-ALGORITHMS = {"sgd": (sgd_fold, sgd_apply, 0, 1), "adam": (adam_fold, adam_apply, 2, 3)}
+ALGORITHMS = {
+    "sgd": (sgd_fold, sgd_apply, 0, 1),
+    "adam": (adam_fold, adam_apply, 2, 3),
+    "lion": (lion_fold, lion_apply, 1, 1),
+}
 
 
 def step(

@@ -113,10 +113,14 @@ UPDATES = [
     UpdateRow("AdamW", {"weight_decay": 0.1, "amsgrad": True, "betas": (0.8, 0.6)}),
     UpdateRow("AdamW", {"weight_decay": 0.0, "maximize": True}),
     UpdateRow("AdamW", {"weight_decay": 0.1, "maximize": True, "amsgrad": True}),
+    UpdateRow("Lion"),
+    UpdateRow("Lion", {"weight_decay": 0.3, "betas": (0.95, 0.98)}),
+    UpdateRow("Lion", {"weight_decay": 0.1, "betas": (0.5, 0.0), "maximize": True}),
 ]
 # One row for each combination of states; for properties that do not depend on the options.
-STATE_UPDATES = [UPDATES[i] for i in (1, 4, 7, 15)]
-OPTIMIZERS = ["SGD", "Adam", "AdamW"]
+STATE_UPDATES = [UPDATES[i] for i in (1, 4, 7, 15, 19)]
+TORCH_OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those that torch.optim has too
+OPTIMIZERS = [*TORCH_OPTIMIZERS, "Lion"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REFUSED_DTYPES = [torch.float64, torch.complex64, torch.int32]
