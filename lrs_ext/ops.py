@@ -26,7 +26,9 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from lrs_ext.schedules import Schedule
+    from lrs_ext.state_storage import Storage
 
+QUANT_BLOCK: int = _C.quant_block
 PROFILES: tuple[str, ...] = tuple(_C.profiles)
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -269,6 +271,7 @@ class StepTable:
         steps: each parameter's step counter, or None if it has no state and takes no part.
         groups: the hyper-parameters.
         step: int64, 0-d: committed updates.
+        storage: how the states and bfloat16 parameters are kept.
     """
 
     def __init__(
@@ -282,18 +285,26 @@ class StepTable:
         steps: Sequence[Tensor | None],
         groups: GroupTable,
         step: Tensor,
+        storage: Storage,
     ) -> None:
         self.backend = backend
         self.algorithm = algorithm
         self.groups = groups
         self.step = step
         self._tensors = _C.StepTensors(
-            _tensor_access(), param_lists, state, state_names, list(steps)
+            _tensor_access(), param_lists, state, state_names, list(steps), storage.state_type
         )
         params = itertools.chain.from_iterable(param_lists)
         elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)
         self._chunk_elements = _CPU_CHUNK if backend == "cpu" else _gpu_chunk(elements)
-        self._native = _C.Step(algorithm, self._tensors, self._chunk_elements)
+        self._storage = storage
+        self._native = _C.Step(
+            algorithm,
+            self._tensors,
+            self._chunk_elements,
+            storage.state_type,
+            storage.stochastic_rounding,
+        )
         self._native.bind(groups.rows.data_ptr(), step.data_ptr())
         self._held: list[Tensor | None] | None = None  # gradients that only we keep alive
         self._scaling: GradScaling | None = None  # of the last step
@@ -338,9 +349,9 @@ class StepTable:
         if self.backend == "cuda":
             self._native.grad_norm_cuda(sums.data_ptr(), norm.data_ptr())
         else:
-            from lrs_ext import triton_kernels
+            from lrs_ext import triton_norm
 
-            triton_kernels.grad_norm(
+            triton_norm.grad_norm(
                 tensors=self._rows,
                 chunks=self._chunks,
                 gradients=self._device_gradients(),
@@ -403,6 +414,8 @@ class StepTable:
             ticket=self._ticket,
             scaling=(self._scaling or _UNSCALED).tensors(),
             chunk_elements=self._chunk_elements,
+            state_type=self._storage.state_type,
+            param_kind=self._storage.param_kind,
         )
 
 

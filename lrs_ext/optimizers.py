@@ -12,6 +12,7 @@ from lrs_ext import ops
 from lrs_ext.learning_rates import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.schedules import Schedule
+from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import step_counter
 
 LearningRate = float | Tensor | Schedule
@@ -62,6 +63,9 @@ class SGD(ScheduledOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,7 +78,8 @@ class SGD(ScheduledOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend)
+        storage = Storage(state_dtype, master_weights, stochastic_rounding)
+        super().__init__(params, defaults, backend, storage)
 
     def _check(self, group: Group) -> None:
         if not group["momentum"] >= 0.0:
@@ -164,6 +169,9 @@ class Adam(ScheduledOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         check_tensor_lr(lr, foreach, capturable)
         defaults = {
@@ -179,7 +187,8 @@ class Adam(ScheduledOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, backend)
+        storage = Storage(state_dtype, master_weights, stochastic_rounding)
+        super().__init__(params, defaults, backend, storage)
 
     def _check(self, group: Group) -> None:
         if not group["eps"] >= 0.0:
@@ -239,6 +248,9 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -254,6 +266,9 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             backend=backend,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
         )
 
 
@@ -302,6 +317,9 @@ class Lion(ScheduledOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         check_tensor_lr(lr, foreach, capturable)
         defaults = {
@@ -314,7 +332,8 @@ class Lion(ScheduledOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend)
+        storage = Storage(state_dtype, master_weights, stochastic_rounding)
+        super().__init__(params, defaults, backend, storage)
 
     def _check(self, group: Group) -> None:
         check_betas(group)

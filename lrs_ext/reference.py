@@ -3,7 +3,7 @@
 Arithmetic is float32 with double coefficients, as in the kernels.
 
 Args of both functions, for one parameter:
-    param: the parameter, any supported dtype; updated in place.
+    param: the parameter, float32; updated in place.
     grad: its gradient.
     state: its float32 arrays by name, updated in place.
     step: float64, 0-d: which update of this parameter it is, from 1.
@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrs_ext import ops
+from lrs_ext.block_codes import random_words
+from lrs_ext.state_storage import Storage, unpacked, unpacked_param
 
 Hyper = Mapping[str, float]
 
@@ -104,15 +107,19 @@ UPDATES: Mapping[str, Callable[..., None]] = {"sgd": sgd, "adam": adam, "lion": 
 class TensorUpdate:
     """What one update of one parameter needs; see the top of the module.
 
-    `step` is the parameter's counter, float32, before the update; `lr` is float32.
+    `state` holds the arrays as they are kept, of which the update reads `names`; `step` is the
+    parameter's counter, float32, before the update; `lr` is float32; `row` is that of the step
+    table.
     """
 
     param: Tensor
     grad: Tensor
-    state: Mapping[str, Tensor]
+    state: dict[str, Any]
+    names: Sequence[str]
     step: Tensor
     lr: Tensor
     hyper: Hyper
+    row: int
 
 
 class ReferenceTable:
@@ -122,12 +129,16 @@ class ReferenceTable:
         algorithm: a key of `UPDATES`.
         updates: one for each parameter that has a gradient.
         step: int64, 0-d: committed updates.
+        storage: how the states and bfloat16 parameters are kept.
     """
 
     has_gradients = True
 
-    def __init__(self, algorithm: str, updates: Sequence[TensorUpdate], step: Tensor) -> None:
+    def __init__(
+        self, algorithm: str, updates: Sequence[TensorUpdate], step: Tensor, storage: Storage
+    ) -> None:
         self._update = UPDATES[algorithm]
+        self._storage = storage
         self._updates = updates
         self._step = step
 
@@ -145,19 +156,24 @@ class ReferenceTable:
         scaling = scaling or ops.GradScaling()
         written = [self._step]
         for item in self._updates:
-            written += [item.param, item.step, *item.state.values()]
+            arrays = [value for value in item.state.values() if isinstance(value, Tensor)]
+            written += [item.param, item.step, *arrays]
         before = [] if scaling.found_inf is None else [tensor.clone() for tensor in written]
         scale = _grad_scale(scaling)
         for item in self._updates:
             item.step.add_(1.0)
+            value = unpacked_param(item.param, item.state)
+            state = unpacked(item.state, item.names)
             self._update(
-                item.param,
+                value,
                 item.grad if scale is None else item.grad.float() * scale,
-                item.state,
+                state,
                 step=item.step.double(),
                 lr=item.lr.double(),
                 hyper=item.hyper,
             )
+            random = random_words(self._step, item.row, value.numel())
+            self._storage.pack(item.param, item.state, value, state, random)
         self._step.add_(1)
         if scaling.found_inf is not None:
             for tensor, old in zip(written, before, strict=True):

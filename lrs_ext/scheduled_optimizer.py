@@ -21,11 +21,11 @@ from lrs_ext.learning_rates import (
     check_learning_rate,
     saved_position,
 )
+from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import (
     check_numbers,
     check_params,
     checked_gradient,
-    checked_state,
     common_device,
 )
 
@@ -46,7 +46,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     # lends the optimizer the attributes `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        backend: str | None,
+        storage: Storage | None = None,
+    ) -> None:
         if defaults["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`; use torch.optim")
         if defaults["fused"] and defaults["foreach"]:
@@ -54,6 +60,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         check_learning_rate(defaults["lr"])
         self._check(defaults)
         self._requested_backend = backend
+        self._storage = storage or Storage()
         self._counters: dict[Tensor, Tensor] = {}
         self._rates: LearningRates | None = None
         super().__init__(params, defaults)
@@ -114,6 +121,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check(self.param_groups[-1])
             common_device(_all_params(self.param_groups))
             check_params(self.param_groups[-1]["params"], type(self).__name__)
+            self._check_storage(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
@@ -215,10 +223,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Step counters, float32, 0-d, for which the state of `torch.optim` has no place."""
         return self._counters
 
-    def state_to_come(self) -> list[tuple[Tensor, list[str]]]:
-        """Returns each parameter with the names of the float32 arrays that are kept for it."""
+    def state_to_come(self) -> list[dict[str, Tensor]]:
+        """Returns what arrays are kept for each parameter, on the meta device."""
         return [
-            (param, self._state_names(group))
+            self._storage.arrays(param, self._state_names(group), "meta")
             for group in self.param_groups
             for param in group["params"]
         ]
@@ -274,6 +282,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._table: Table | None = None
         self._table_names: list[list[str]] = []
 
+    def _check_storage(self, group: Group) -> None:
+        self._storage.check(group["params"], self._state_names(group))
+
     def _ready_table(self) -> Table | None:
         """Returns the table with what the host has changed and the gradients of the moment.
 
@@ -327,7 +338,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for param in group_params:
                 known = param in self.state or param in self._counters
                 if known or gradients[len(steps)] is not None:
-                    steps.append(self._step_counter(param, self._complete_state(param, names)))
+                    is_new = self._complete_state(param, names)
+                    steps.append(self._step_counter(param, is_new))
                 else:
                     steps.append(None)
         table = self._table
@@ -352,6 +364,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             steps=steps,
             groups=self._groups,
             step=self.schedule_buffer.step,
+            storage=self._storage,
         )
         if not table.refresh(param_lists, self.state, gradients):
             raise RuntimeError("a parameter or a state changed while the optimizer read it")
@@ -365,31 +378,26 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     ) -> reference.ReferenceTable:
         updates = []
         rows = zip(steps, gradients, strict=True)
+        tensor = -1
         for index, params in enumerate(param_lists):
-            lr = self._learning_rates.current(index)
+            lr, hyper = self._learning_rates.current(index), self._written[index][1]
             for param in params:
                 step, grad = next(rows)
+                tensor += step is not None
                 if step is None or grad is None:
                     continue
-                state = {name: self.state[param][name] for name in self._table_names[index]}
+                state, names = self.state.get(param, {}), self._table_names[index]
                 updates.append(
-                    reference.TensorUpdate(param, grad, state, step, lr, self._written[index][1])
+                    reference.TensorUpdate(param, grad, state, names, step, lr, hyper, tensor)
                 )
-        return reference.ReferenceTable(self.algorithm, updates, self.schedule_buffer.step)
+        step = self.schedule_buffer.step
+        return reference.ReferenceTable(self.algorithm, updates, step, self._storage)
 
     def _complete_state(self, param: Tensor, names: list[str]) -> bool:
         """Creates missing arrays and converts foreign ones; returns whether any was missing."""
-        if not names:
+        if not self._storage.arrays(param, names, "meta"):
             return False
-        state = self.state[param]
-        is_new = False
-        for name in names:
-            if state.get(name) is None:
-                is_new = True
-                state[name] = torch.zeros_like(param, dtype=torch.float32)
-            else:
-                state[name] = checked_state(param, name, state[name])
-        return is_new
+        return self._storage.complete(param, self.state[param], names)
 
     def _any_gradient(self) -> bool:
         """Returns whether any gradient has an entry that is not zero; waits for the device."""
@@ -417,6 +425,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return {
             **super().__getstate__(),
             "_requested_backend": self._requested_backend,
+            "_storage": self._storage,
             "_counters": self._counters,
             "_schedules": [rates.schedule(index) for index in range(len(self.param_groups))],
             "_schedule_step": rates.step,
@@ -443,7 +452,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             self._check(group)
-        states = {param: unwrap_state(param, saved) for param, saved in saved_state.items()}
+            self._check_storage(group)
+        states = {
+            param: unwrap_state(param, saved, self._storage) for param, saved in saved_state.items()
+        }
         updates = last_step(states)
         positions = [saved_position(group, updates) for group in groups]
         for param in [param for param in self.state if param not in states]:

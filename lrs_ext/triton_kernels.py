@@ -13,14 +13,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrs_ext.triton_storage import (
+    BFLOAT16_STATE,
+    BLOCK8_STATE,
+    FLOAT32_STATE,
+    NEAREST,
+    QUANT_BLOCK,
+    SPLIT,
+    STOCHASTIC,
+    jit,
+    join,
+    load_state,
+    random_bits,
+    random_key,
+    rounded_stochastically,
+    split,
+    state_random,
+    store_state,
+)
+
 # Columns of a row of the tensor table.
 PARAM = tl.constexpr(0)
 STATES = tl.constexpr(1)  # three of them
-TENSOR_STEP = tl.constexpr(4)
-NUMEL = tl.constexpr(5)
-GROUP = tl.constexpr(6)
-DTYPE = tl.constexpr(7)
-TENSOR_COLUMNS = tl.constexpr(8)
+SCALES = tl.constexpr(4)  # of as many states
+REMAINDER = tl.constexpr(7)
+TENSOR_STEP = tl.constexpr(8)
+NUMEL = tl.constexpr(9)
+GROUP = tl.constexpr(10)
+DTYPE = tl.constexpr(11)
+TENSOR_COLUMNS = tl.constexpr(12)
 
 # Columns of a row of the group table. From SCALE on, they are float64.
 LR = tl.constexpr(0)
@@ -41,8 +62,7 @@ BFLOAT16 = tl.constexpr(1)
 THREADS = tl.constexpr(128)
 NUM_WARPS = THREADS.value // (64 if torch.version.hip else 32)
 
-# Triton is untyped: these give its decorators a type.
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+# Triton is untyped: this gives its decorator a type.
 jit_kernel: Callable[[Callable[..., Any]], Any] = triton.jit(
     do_not_specialize=["num_tensors", "num_chunks"]  # a new model needs no new compilation
 )
@@ -205,32 +225,73 @@ def pointers_of(
 def update_piece(
     update: tl.tuple,
     arrays: tl.tuple,
+    scales: tl.tuple,
     start: tl.tensor,
     end: tl.tensor,
-    APPLY: tl.constexpr,
+    key: tl.tensor,
+    UPDATE: tl.constexpr,
     LANE: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Updates the elements from `start` to `start + PIECE`, or to `end` where LANE is 1."""
+    """Updates the elements from `start` to `start + PIECE`, or to `end` where LANE is 1.
+
+    Args:
+        arrays: parameter, gradient, states, and the remainder of a split parameter.
+        scales: of the states, if they are block-quantised.
+        UPDATE: APPLY, ROOT_STATE, STATE_TYPE, PARAM_KIND.
+    """
+    APPLY: tl.constexpr = UPDATE[0]
+    ROOT_STATE: tl.constexpr = UPDATE[1]
+    STATE_TYPE: tl.constexpr = UPDATE[2]
+    PARAM_KIND: tl.constexpr = UPDATE[3]
+    NUM_STATES: tl.constexpr = len(arrays) - (3 if PARAM_KIND == SPLIT else 2)
     lanes = tl.arange(0, PIECE)
     pointers = [pointers_of(array, start, lanes, LANE) for array in arrays]
     mask = None if LANE > 1 else lanes < (end - start).to(tl.int32)
+    scale_pointers = [scale + (start + lanes) // QUANT_BLOCK for scale in scales]
+    random = random_bits(key, start + lanes)
     param = tl.load(pointers[0], mask)
+    if PARAM_KIND == SPLIT:
+        value = join(param, tl.load(pointers[len(arrays) - 1], mask))
+    else:
+        value = param.to(tl.float32)
     grad = tl.load(pointers[1], mask).to(tl.float32)
-    states = [tl.load(pointer, mask) for pointer in pointers[2:]]
-    new_param, new_states = APPLY(update, param.to(tl.float32), grad, states)
-    tl.store(pointers[0], new_param.to(param.dtype), mask)
-    for i in tl.static_range(len(new_states)):
-        tl.store(pointers[2 + i], new_states[i], mask)
+    states: tl.tuple = ()
+    for i in tl.static_range(NUM_STATES):
+        scale = scale_pointers[i] if STATE_TYPE == BLOCK8_STATE else None
+        states += (load_state(pointers[2 + i], scale, mask, STATE_TYPE, i == ROOT_STATE),)
+    new_value, new_states = APPLY(update, value, grad, states)
+    if PARAM_KIND == SPLIT:
+        high, low = split(new_value)
+        tl.store(pointers[0], high, mask)
+        tl.store(pointers[len(arrays) - 1], low, mask)
+    elif PARAM_KIND == STOCHASTIC:
+        tl.store(pointers[0], rounded_stochastically(new_value, random & 0xFFFF), mask)
+    else:
+        tl.store(pointers[0], new_value.to(param.dtype), mask)
+    for i in tl.static_range(NUM_STATES):
+        scale = scale_pointers[i] if STATE_TYPE == BLOCK8_STATE else None
+        store_state(
+            pointers[2 + i],
+            scale,
+            new_states[i],
+            state_random(random, i),
+            mask,
+            STATE_TYPE,
+            i == ROOT_STATE,
+            PIECE,
+        )
 
 
 @jit
 def update_chunk(
     update: tl.tuple,
     addresses: tl.tuple,
+    scale_addresses: tl.tuple,
     begin: tl.tensor,
     end: tl.tensor,
-    APPLY: tl.constexpr,
+    key: tl.tensor,
+    UPDATE: tl.constexpr,
     dtype: tl.constexpr,
 ) -> None:
     """Updates the elements from `begin` to `end`, in lanes of 16 bytes where all arrays allow it.
@@ -238,28 +299,41 @@ def update_chunk(
     A lane holds the elements that fit 16 bytes in the widest array: with wider lanes in the
     others, Triton would exchange results between threads before it stores them.
     """
-    HAS_STATES: tl.constexpr = len(addresses) > 2
-    LANE: tl.constexpr = 4 if HAS_STATES else 128 // dtype.primitive_bitwidth
+    STATE_TYPE: tl.constexpr = UPDATE[2]
+    IS_SPLIT: tl.constexpr = UPDATE[3] == SPLIT
+    NUM_STATES: tl.constexpr = len(addresses) - (3 if IS_SPLIT else 2)
+    LANE: tl.constexpr = 4 if NUM_STATES > 0 else 128 // dtype.primitive_bitwidth
     # 48 to 96 bytes on the way to each thread, and few enough registers for 1,000 threads.
-    PIECE: tl.constexpr = THREADS * LANE * (1 if len(addresses) > 3 else 2)
+    PIECE: tl.constexpr = THREADS * LANE * (1 if NUM_STATES > 1 else 2)
     # Of another shape than PIECE: Triton would choose one layout for both.
     UNALIGNED_PIECE: tl.constexpr = THREADS * 2
+    STATE: tl.constexpr = (
+        tl.float32
+        if STATE_TYPE == FLOAT32_STATE
+        else (tl.bfloat16 if STATE_TYPE == BFLOAT16_STATE else tl.uint8)
+    )
     params = addresses[0].to(tl.pointer_type(dtype))
     grads = addresses[1].to(tl.pointer_type(dtype))
     arrays: tl.tuple = (params, grads)
     bits = addresses[0] | addresses[1]
-    for i in tl.static_range(2, len(addresses)):
-        arrays += (addresses[i].to(tl.pointer_type(tl.float32)),)
-        bits |= addresses[i]
+    for i in tl.static_range(NUM_STATES):
+        arrays += (addresses[2 + i].to(tl.pointer_type(STATE)),)
+        bits |= addresses[2 + i]
+    if IS_SPLIT:
+        arrays += (addresses[len(addresses) - 1].to(tl.pointer_type(tl.int16)),)
+        bits |= addresses[len(addresses) - 1]
+    scales: tl.tuple = ()
+    for i in tl.static_range(len(scale_addresses)):
+        scales += (scale_addresses[i].to(tl.pointer_type(tl.float32)),)
     aligned_end = tl.where(bits % 16 == 0, begin + (end - begin) // PIECE * PIECE, begin)
     # The interpreter cannot count a range to a loaded value under numpy 2.4.
     start = begin
     while start < aligned_end:
-        update_piece(update, arrays, start, end, APPLY, LANE, PIECE)
+        update_piece(update, arrays, scales, start, end, key, UPDATE, LANE, PIECE)
         start += PIECE
     rest = aligned_end
     while rest < end:
-        update_piece(update, arrays, rest, end, APPLY, 1, UNALIGNED_PIECE)
+        update_piece(update, arrays, scales, rest, end, key, UPDATE, 1, UNALIGNED_PIECE)
         rest += UNALIGNED_PIECE
 
 
@@ -270,20 +344,35 @@ def update_chunk_of(
     gradient: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
-    APPLY: tl.constexpr,
+    key: tl.tensor,
+    UPDATE: tl.constexpr,
     NUM_STATES: tl.constexpr,
 ) -> None:
     """Updates a chunk of the tensor in `row`."""
+    APPLY: tl.constexpr = UPDATE[0]
+    ROOT_STATE: tl.constexpr = UPDATE[1]
+    # With more states than the native core compresses, they are float32.
+    STATE_TYPE: tl.constexpr = UPDATE[2] if NUM_STATES <= 2 else FLOAT32_STATE
+    PARAM_KIND: tl.constexpr = UPDATE[3]
+    PLAIN: tl.constexpr = (APPLY, ROOT_STATE, STATE_TYPE, NEAREST)
+    BFLOAT16_UPDATE: tl.constexpr = (APPLY, ROOT_STATE, STATE_TYPE, PARAM_KIND)
     addresses: tl.tuple = (tl.load(row + PARAM), gradient)
+    scales: tl.tuple = ()
     for i in tl.static_range(NUM_STATES):
         addresses += (tl.load(row + STATES + i),)
+        if STATE_TYPE == BLOCK8_STATE:
+            scales += (tl.load(row + SCALES + i),)
     code = tl.load(row + DTYPE)
     if code == FLOAT32:
-        update_chunk(update, addresses, begin, end, APPLY, tl.float32)
+        update_chunk(update, addresses, scales, begin, end, key, PLAIN, tl.float32)
     elif code == BFLOAT16:
-        update_chunk(update, addresses, begin, end, APPLY, tl.bfloat16)
+        if PARAM_KIND == SPLIT:
+            halves: tl.tuple = (*addresses, tl.load(row + REMAINDER))
+            update_chunk(update, halves, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
+        else:
+            update_chunk(update, addresses, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
     else:
-        update_chunk(update, addresses, begin, end, APPLY, tl.float16)
+        update_chunk(update, addresses, scales, begin, end, key, PLAIN, tl.float16)
 
 
 @jit
@@ -356,8 +445,12 @@ def step_kernel(
     APPLY: tl.constexpr,
     MIN_STATES: tl.constexpr,
     MAX_STATES: tl.constexpr,
+    ROOT_STATE: tl.constexpr,
+    STATE_TYPE: tl.constexpr,
+    PARAM_KIND: tl.constexpr,
 ) -> None:
-    tl.static_assert(CHUNK % 16 == 0)  # a chunk is aligned where its tensor is
+    UPDATE: tl.constexpr = (APPLY, ROOT_STATE, STATE_TYPE, PARAM_KIND)
+    tl.static_assert(CHUNK % 128 == 0)  # so a chunk is aligned where its tensor is
     # Of its own, the condition is known in compilation.
     if found_inf is not None:  # noqa: SIM102
         if tl.load(found_inf) != 0.0:
@@ -372,23 +465,27 @@ def step_kernel(
             update = fold(row, groups, step, scale, FOLD)
             begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
             end = tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
+            key = random_key(tl.load(step), tensor, begin)
             if MIN_STATES == MAX_STATES:
-                update_chunk_of(row, update, gradient, begin, end, APPLY, MAX_STATES)
+                update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MAX_STATES)
             else:
                 last_state = tl.load(row + STATES + MAX_STATES - 1)
                 if last_state != 0:
-                    update_chunk_of(row, update, gradient, begin, end, APPLY, MAX_STATES)
+                    update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MAX_STATES)
                 else:
-                    update_chunk_of(row, update, gradient, begin, end, APPLY, MIN_STATES)
+                    update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MIN_STATES)
     commit(tensors, gradients, step, ticket, num_tensors)
 
 
-# FOLD, APPLY, MIN_STATES, MAX_STATES of step_kernel.
+# FOLD, APPLY, MIN_STATES, MAX_STATES, ROOT_STATE of step_kernel.
 ALGORITHMS = {
-    "sgd": (sgd_fold, sgd_apply, 0, 1),
-    "adam": (adam_fold, adam_apply, 2, 3),
-    "lion": (lion_fold, lion_apply, 1, 1),
+    "sgd": (sgd_fold, sgd_apply, 0, 1, -1),
+    "adam": (adam_fold, adam_apply, 2, 3, 1),
+    "lion": (lion_fold, lion_apply, 1, 1, -1),
 }
+
+STATE_TYPES = {"float32": FLOAT32_STATE, "bfloat16": BFLOAT16_STATE, "block8": BLOCK8_STATE}
+PARAM_KINDS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "split": SPLIT}
 
 
 def step(
@@ -402,6 +499,8 @@ def step(
     ticket: Tensor,
     scaling: tuple[Tensor | None, ...],
     chunk_elements: int,
+    state_type: str = "float32",
+    param_kind: str = "nearest",
 ) -> None:
     """Updates every tensor that has a gradient and commits the step, in one launch.
 
@@ -409,14 +508,15 @@ def step(
 
     Args:
         algorithm: a key of `ALGORITHMS`.
-        tensors: int64 `(N, 8)`, a TensorEntry a row; its null pointers are 0.
+        tensors: int64 `(N, 12)`, a TensorEntry a row; its null pointers are 0.
         groups: int64 `(G, 9)`, a Group a row; its doubles are bit-cast.
         chunks: int32 `(C, 2)`: the tensor, and the index of the chunk within it.
         gradients: int64 `(N,)`, addresses; 0 where a tensor has no gradient.
         step: int64, 0-d: committed updates; advances by one, even if no tensor has a gradient.
         ticket: int32 `(1,)`; 0 before and after.
         scaling: float32, one element each or None: loss scale, overflow flag, norm, its limit.
-        chunk_elements: elements of a chunk, a multiple of 16; best a power of two from 2048 on.
+        chunk_elements: elements of a chunk, a multiple of 128; best a power of two from 2048 on.
+        state_type, param_kind: keys of `STATE_TYPES` and `PARAM_KINDS`, the latter for bfloat16.
     """
     with torch.accelerator.device_index(tensors.device.index):
         step_kernel[(max(len(chunks), 1),)](
@@ -431,102 +531,8 @@ def step(
             len(chunks),
             chunk_elements,
             *ALGORITHMS[algorithm],
+            STATE_TYPES[state_type],
+            PARAM_KINDS[param_kind],
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,  # the bits of the other backends
-        )
-
-
-@jit
-def squares(
-    gradient: tl.tensor, begin: tl.tensor, end: tl.tensor, dtype: tl.constexpr
-) -> tl.tensor:
-    """Returns the sum of squares of the elements from `begin` to `end`, float64."""
-    PIECE: tl.constexpr = THREADS * 8
-    grads = gradient.to(tl.pointer_type(dtype))
-    sums = tl.zeros((PIECE,), tl.float64)
-    start = begin
-    while start < end:
-        lanes = tl.arange(0, PIECE)
-        mask = lanes < (end - start).to(tl.int32)
-        values = tl.load(grads + start + lanes, mask, other=0.0).to(tl.float64)
-        sums += values * values
-        start += PIECE
-    return tl.sum(sums, 0)
-
-
-@jit
-def chunk_squares(
-    row: tl.tensor, gradient: tl.tensor, begin: tl.tensor, end: tl.tensor
-) -> tl.tensor:
-    code = tl.load(row + DTYPE)
-    sum = tl.full((), 0.0, tl.float64)
-    if code == FLOAT32:
-        sum = squares(gradient, begin, end, tl.float32)
-    elif code == BFLOAT16:
-        sum = squares(gradient, begin, end, tl.bfloat16)
-    else:
-        sum = squares(gradient, begin, end, tl.float16)
-    return sum
-
-
-@jit_kernel
-def norm_kernel(
-    tensors: tl.tensor,
-    chunks: tl.tensor,
-    gradients: tl.tensor,
-    sums: tl.tensor,
-    norm: tl.tensor,
-    ticket: tl.tensor,
-    num_chunks: tl.tensor,
-    CHUNK: tl.constexpr,
-) -> None:
-    program = tl.program_id(0)
-    if program < num_chunks:
-        tensor = tl.load(chunks + 2 * program)
-        gradient = tl.load(gradients + tensor)
-        sum = tl.full((), 0.0, tl.float64)
-        if gradient != 0:
-            row = tensors + tensor * TENSOR_COLUMNS
-            begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-            end = tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
-            sum = chunk_squares(row, gradient, begin, end)
-        tl.store(sums + program, sum)
-    tl.debug_barrier()  # the sum is written before the ticket is drawn
-    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
-        total = tl.zeros((THREADS,), tl.float64)
-        first = 0
-        while first < num_chunks:
-            positions = first + tl.arange(0, THREADS)
-            total += tl.load(sums + positions, positions < num_chunks, other=0.0)
-            first += THREADS
-        tl.store(norm, tl.sqrt(tl.sum(total, 0)).to(tl.float32))
-        tl.store(ticket, 0)
-
-
-def grad_norm(
-    *,
-    tensors: Tensor,
-    chunks: Tensor,
-    gradients: Tensor,
-    sums: Tensor,
-    norm: Tensor,
-    ticket: Tensor,
-    chunk_elements: int,
-) -> None:
-    """Writes the 2-norm of all gradients to `norm`, float32, 0-d; the tables are those of `step`.
-
-    Args:
-        sums: scratch, float64, one for each chunk.
-    """
-    with torch.accelerator.device_index(tensors.device.index):
-        norm_kernel[(max(len(chunks), 1),)](
-            tensors,
-            chunks,
-            gradients,
-            sums,
-            norm,
-            ticket,
-            len(chunks),
-            chunk_elements,
-            num_warps=NUM_WARPS,
         )
