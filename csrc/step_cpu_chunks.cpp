@@ -141,7 +141,7 @@ void update_params(const Update& update, const Elements& elements, bool rounds_s
       if (rounds_stochastically) return run(StochasticParam());
       return run(NearestParam<BFloat16>());
     case DType::kFloat16:
-      return run(NearestParam<Float16>());
+      if constexpr (State::kType == StateType::kFloat32) return run(NearestParam<Float16>());
   }
 }
 

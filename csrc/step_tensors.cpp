@@ -118,6 +118,9 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       entry.numel = numel(tensor);
       entry.group = static_cast<int64_t>(group);
       entry.dtype = dtype_of(tensor);
+      if (entry.dtype == DType::kFloat16 && state_type != StateType::kFloat32) {
+        throw std::invalid_argument("float16 parameters need float32 states");
+      }
       if (state.contains(param)) {
         const py::dict param_state = state[param];
         size_t index = 0;

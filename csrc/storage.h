@@ -1,13 +1,13 @@
 // Storage types: how an element is kept in memory. Arithmetic is float32 whatever the storage.
 #pragma once
 
+#include <cstring>
+
 #include "host_device.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#else
-#include <cstring>
 #endif
 
 namespace lrs {
@@ -22,6 +22,18 @@ inline constexpr int kQuantBlock = 128;  // elements that share a scale
 
 inline namespace LRS_ISA {
 
+LRS_HOST_DEVICE float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+LRS_HOST_DEVICE uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 #if defined(__CUDACC__)
 
 using BFloat16 = __nv_bfloat16;
@@ -35,8 +47,6 @@ LRS_HOST_DEVICE void store(float& target, float value) { target = value; }
 LRS_HOST_DEVICE void store(BFloat16& target, float value) { target = __float2bfloat16_rn(value); }
 LRS_HOST_DEVICE void store(Float16& target, float value) { target = __float2half_rn(value); }
 
-LRS_HOST_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
-LRS_HOST_DEVICE uint32_t to_bits(float value) { return __float_as_uint(value); }
 LRS_HOST_DEVICE uint16_t bits_of(BFloat16 value) { return __bfloat16_as_ushort(value); }
 LRS_HOST_DEVICE BFloat16 bfloat16_of(uint32_t bits) {
   return __ushort_as_bfloat16(static_cast<uint16_t>(bits));
@@ -50,18 +60,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-LRS_HOST_DEVICE float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-LRS_HOST_DEVICE uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
 
 LRS_HOST_DEVICE uint16_t bits_of(BFloat16 value) { return value.bits; }
 LRS_HOST_DEVICE BFloat16 bfloat16_of(uint32_t bits) { return {static_cast<uint16_t>(bits)}; }
