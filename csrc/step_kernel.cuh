@@ -276,7 +276,8 @@ __device__ __forceinline__ void update_blocks(const Update& update, const Tensor
     if (is_aligned && range.end - begin >= kQuantBlock) {
       update_block<true, kNumStates>(update, arrays, begin, kQuantBlock, key);
     } else {
-      const int count = static_cast<int>(min(range.end - begin, int64_t{kQuantBlock}));
+      const int64_t left = range.end - begin;
+      const int count = static_cast<int>(left < kQuantBlock ? left : kQuantBlock);
       update_block<false, kNumStates>(update, arrays, begin, count, key);
     }
   }

@@ -1,4 +1,4 @@
-"""The native module with the kernels of csrc/*.cu compiled for the host, in place of the real one.
+"""The native module with the CUDA kernels of csrc/ compiled for the host, in place of the real one.
 
 The sources are compiled as they are but for three notations that are no C++: launches with
 `<<< >>>`, `__grid_constant__` arguments, which are passed by reference, and `__shared__` variables,
@@ -54,6 +54,8 @@ def as_cpp(cuda):
 
 def build(folder, sources, name):
     """Compiles sources into the shared library `name`; those in CUDA for the host."""
+    for header in {header for source in sources for header in source.parent.glob("*.cuh")}:
+        (folder / header.name).write_text(as_cpp(header.read_text()))
     include = [EMULATION, pybind11.get_include(), sysconfig.get_path("include")]
     # Quoted includes of a rewritten source are looked up here: its own folder holds only itself.
     include += dict.fromkeys(source.parent for source in sources)

@@ -3,7 +3,9 @@
 Each step takes the blocks and the threads in another order. All arrays lie between fences.
 """
 
+import copy
 import ctypes
+import dataclasses
 
 import cases
 import host_cuda
@@ -155,6 +157,43 @@ def test_misaligned_arrays_of_several_chunks(cuda, row, dtype, shifts):
         twins.step(skip=[k, len(SHAPES) - 1] if k < 2 else [])
     numels = [param.numel() for param in twins.ours]
     assert cuda.runner.blocks - before >= sum(-(-numel // CHUNK) for numel in numels)
+
+
+@pytest.mark.parametrize("shifts", [same(0), same(1), (4, 0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
+@pytest.mark.parametrize("row", cases.COMPRESSED_UPDATES, ids=str)
+def test_storages(cuda, row, storage, dtype, shifts):
+    shapes = [(), (0,), (127,), (128,), (7, 37), (CHUNK + 133,)]
+    row = dataclasses.replace(row, options=row.options | storage)
+    twins = Twins(cuda, row, shapes, dtype=dtype, shifts=shifts)
+    for k in range(3):
+        twins.step(skip=[k])
+
+
+@dtypes
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_scaled_and_clipped_gradients(cuda, dtype, shift):
+    """Also more tensors than one launch takes."""
+    row = next(row for row in cases.UPDATES if row.name == "AdamW")
+    shapes = [*SHAPES, *[(3,)] * TENSORS_PER_LAUNCH] if shift == 1 else SHAPES
+    twins = Twins(cuda, row, shapes, dtype=dtype, shifts=same(shift))
+    for k, found_inf in enumerate([1.0, 0.0, 1.0, 0.0]):
+        before = {name: tensor.clone() for name, tensor in twins.tensors(twins.opts[0]).items()}
+        norms = []
+        for opt in twins.opts:
+            opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
+        twins.step(skip=[k])
+        for opt in twins.opts:
+            norms.append(lrs_ext.clip_grad_norm_(opt, 0.5))
+            del opt.grad_scale, opt.found_inf
+        # The order of additions differs.
+        torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+        after = twins.tensors(twins.opts[0])
+        if found_inf and k > 0:
+            assert all(same_bits(before[name], after[name]) for name in before)
+        twins.opts[0]._scaling = twins.opts[1]._scaling  # the same norm for both
+        twins.opts[1]._scaling = copy.copy(twins.opts[1]._scaling)
 
 
 @state_updates

@@ -24,3 +24,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   if (lower > 0x8000u || (lower == 0x8000u && upper % 2 == 1)) ++upper;  // up to infinity
   return {static_cast<uint16_t>(upper)};
 }
+
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }
+
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
