@@ -1,5 +1,6 @@
 """Fused optimizer steps for PyTorch that read the learning rate from a schedule on the device."""
 
+from lrs_ext import functional
 from lrs_ext.autolrs.controller import AutoLRS
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.grad_scaling import clip_grad_norm_
@@ -19,6 +20,7 @@ __all__ = [
     "clip_grad_norm_",
     "constant",
     "cosine",
+    "functional",
     "linear",
     "rex",
 ]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -177,6 +178,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         @functools.wraps(func)
         def step(self: ScheduledOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                return uncompiled_step(self, *args, **kwargs)
             is_watched = (
                 torch._C._autograd._profiler_enabled()
                 or self._optimizer_step_pre_hooks
@@ -186,6 +189,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             )
             return (hooked if is_watched else func)(self, *args, **kwargs)
 
+        # One launch is nothing to compile, and a graph would be tied to what a step changes.
+        uncompiled_step = _disable_dynamo(step)
         return step
 
     def state_dict(self) -> dict[str, Any]:
