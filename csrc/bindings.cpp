@@ -183,7 +183,9 @@ class Step {
                                 reinterpret_cast<const int64_t*>(gradients.data()));
   }
 
-  void run_cpu(int num_threads) const {
+  // `commits_step`: whether the schedules advance.
+  void run_cpu(int num_threads, bool commits_step) {
+    table_.commits_step = commits_step;
     {
       const py::gil_scoped_release release;
       lrs::step_cpu(table_, tensors_->gradients().data(), num_threads);
@@ -207,7 +209,8 @@ class Step {
                         stream);
   }
 
-  void run_cuda() const {
+  void run_cuda(bool commits_step) {
+    table_.commits_step = commits_step;
     void* stream = tensors_->current_stream();
     {
       const py::gil_scoped_release release;  // a launch waits while the queue is full
@@ -281,12 +284,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<lrs::StepTensors>(m, "StepTensors")
       .def(py::init([](const lrs::TensorAccess& access, const py::list& param_lists,
                        const py::dict& state, const py::list& state_names, const py::list& steps,
-                       const std::string& state_type) {
+                       const std::string& state_type, const std::vector<int64_t>& positions) {
              return std::make_unique<lrs::StepTensors>(access, param_lists, state, state_names,
-                                                       steps, at(kStateTypes, state_type));
+                                                       steps, at(kStateTypes, state_type),
+                                                       positions);
            }),
            "access"_a, "param_lists"_a, "state"_a, "state_names"_a, "steps"_a,
-           "state_type"_a = "float32", py::keep_alive<1, 2>())
+           "state_type"_a = "float32", "positions"_a = std::vector<int64_t>(),
+           py::keep_alive<1, 2>())
       .def("refresh", &lrs::StepTensors::refresh, "param_lists"_a, "state"_a, "gradients"_a)
       .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients)
       .def("updated_params", &lrs::StepTensors::updated_params);
@@ -303,11 +308,11 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("chunk_rows", &Step::chunk_rows)
       .def_property_readonly("gradient_addresses", &Step::gradient_addresses)
 #ifdef LRS_WITH_CUDA
-      .def("run_cuda", &Step::run_cuda)
+      .def("run_cuda", &Step::run_cuda, "commits_step"_a = true)
       .def("grad_norm_cuda", &Step::grad_norm_cuda, "sums"_a, "norm"_a)
 #endif
       .def("grad_norm_cpu", &Step::grad_norm_cpu, "norm"_a, "num_threads"_a)
-      .def("run_cpu", &Step::run_cpu, "num_threads"_a);
+      .def("run_cpu", &Step::run_cpu, "num_threads"_a, "commits_step"_a = true);
 
   m.def(
       "write_group_cpu",

@@ -19,12 +19,12 @@ LRS_HOST_DEVICE uint32_t high_half(int64_t value) {
   return static_cast<uint32_t>(static_cast<uint64_t>(value) >> 32);
 }
 
-// The key of the elements of one tensor in one step, from element `first` on, as far as their
-// indices have the same high half.
-LRS_HOST_DEVICE uint32_t random_key(int64_t step, int64_t tensor, int64_t first) {
+// The key of the elements of the tensor at `position` in one step, from element `first` on, as far
+// as their indices have the same high half.
+LRS_HOST_DEVICE uint32_t random_key(int64_t step, int64_t position, int64_t first) {
   uint32_t key = scrambled(static_cast<uint32_t>(step) + 0x9e3779b9u);
   key = scrambled(key ^ high_half(step));
-  key = scrambled(key + static_cast<uint32_t>(tensor));
+  key = scrambled(key + static_cast<uint32_t>(position));
   return key ^ scrambled(high_half(first));
 }
 

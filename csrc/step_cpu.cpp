@@ -65,7 +65,7 @@ void commit(const StepTable& table, const void* const* gradients) {
   for (int64_t i = 0; i < table.num_tensors; ++i) {
     if (gradients[i] != nullptr) *table.tensors[i].step += 1.0f;
   }
-  *table.step += 1;
+  if (table.commits_step) *table.step += 1;
 }
 
 }  // namespace

@@ -316,7 +316,7 @@ __device__ __forceinline__ void commit(const Launch& launch, const Gradients& gr
       *launch.table.tensors[launch.first_tensor + i].step += 1.0f;
     }
   }
-  if (threadIdx.x == 0 && launch.is_last) *launch.table.step += 1;
+  if (threadIdx.x == 0 && launch.is_last && launch.table.commits_step) *launch.table.step += 1;
 }
 
 template <typename Update, typename State>
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       __syncthreads();
       const Update update = shared_update;
       const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
-      const uint32_t key = random_key(*table.step, chunk.tensor, range.begin);
+      const uint32_t key = random_key(*table.step, entry.position, range.begin);
       const bool stochastic = table.rounds_stochastically;
       if (entry.states[Update::kMaxStates - 1] == nullptr) {
         update_chunk<Update::kMinStates, State>(update, entry, gradient, range, key, stochastic);

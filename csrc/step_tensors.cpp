@@ -86,7 +86,7 @@ PyGetSetDef* plain_getter(const py::handle& tensor) {
 
 StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists,
                          const py::dict& state, const py::list& state_names, const py::list& steps,
-                         StateType state_type)
+                         StateType state_type, const std::vector<int64_t>& positions)
     : access_(access), state_(state) {
   py::list held;
   std::vector<const void*> held_addresses;
@@ -102,6 +102,8 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
   size_t position = 0;
   for (size_t group = 0; group < param_lists.size(); ++group) {
     for (const py::handle& param : py::reinterpret_borrow<py::list>(param_lists[group])) {
+      const int64_t in_optimizer =
+          positions.empty() ? static_cast<int64_t>(position) : positions.at(position);
       const py::object step = steps[position++];
       const bool takes_part = !step.is_none();
       const size_t addresses_begin = held_addresses.size();
@@ -117,6 +119,7 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       entry.param = tensor.data;
       entry.numel = numel(tensor);
       entry.group = static_cast<int64_t>(group);
+      entry.position = in_optimizer;
       entry.dtype = dtype_of(tensor);
       if (entry.dtype == DType::kFloat16 && state_type != StateType::kFloat32) {
         throw std::invalid_argument("float16 parameters need float32 states");

@@ -21,7 +21,8 @@ struct TensorEntry {
   float* step;                // updates that this tensor has had
   int64_t numel;
   int64_t group;
-  DType dtype;  // of the parameter and its gradient
+  DType dtype;       // of the parameter and its gradient
+  int64_t position;  // among all parameters of the optimizer
 };
 
 // A parameter group. Its learning rate is lr[min(step, capacity - 1)] * scale.
@@ -56,8 +57,9 @@ struct StepTable {
   const Chunk* chunks;
   int64_t num_chunks;
   int64_t chunk_elements;
-  int64_t* step;     // committed updates: the position in the schedules
-  uint32_t* ticket;  // CUDA: blocks that have finished, 0 between steps
+  int64_t* step;      // committed updates: the position in the schedules
+  bool commits_step = true;  // whether it advances by this step
+  uint32_t* ticket;   // CUDA: blocks that have finished, 0 between steps
   GradScaling scaling;
 };
 

@@ -41,7 +41,8 @@ TENSOR_STEP = tl.constexpr(8)
 NUMEL = tl.constexpr(9)
 GROUP = tl.constexpr(10)
 DTYPE = tl.constexpr(11)
-TENSOR_COLUMNS = tl.constexpr(12)
+POSITION = tl.constexpr(12)
+TENSOR_COLUMNS = tl.constexpr(13)
 
 # Columns of a row of the group table. From SCALE on, they are float64.
 LR = tl.constexpr(0)
@@ -410,6 +411,7 @@ def commit(
     step: tl.tensor,
     ticket: tl.tensor,
     num_tensors: tl.tensor,
+    COMMITS_STEP: tl.constexpr,
 ) -> None:
     """Advances the counters once every program has read them: the last to draw a ticket does it."""
     tl.debug_barrier()  # no thread may still have to read a counter when its program draws
@@ -422,7 +424,8 @@ def commit(
             counters = counters.to(tl.pointer_type(tl.float32))
             tl.store(counters, tl.load(counters, updated) + 1.0, updated)
             first += THREADS
-        tl.store(step, tl.load(step) + 1)
+        if COMMITS_STEP:
+            tl.store(step, tl.load(step) + 1)
         tl.store(ticket, 0)
 
 
@@ -448,6 +451,7 @@ def step_kernel(
     ROOT_STATE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
     PARAM_KIND: tl.constexpr,
+    COMMITS_STEP: tl.constexpr,
 ) -> None:
     UPDATE: tl.constexpr = (APPLY, ROOT_STATE, STATE_TYPE, PARAM_KIND)
     tl.static_assert(CHUNK % 128 == 0)  # so a chunk is aligned where its tensor is
@@ -465,7 +469,7 @@ def step_kernel(
             update = fold(row, groups, step, scale, FOLD)
             begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
             end = tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
-            key = random_key(tl.load(step), tensor, begin)
+            key = random_key(tl.load(step), tl.load(row + POSITION), begin)
             if MIN_STATES == MAX_STATES:
                 update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MAX_STATES)
             else:
@@ -474,7 +478,7 @@ def step_kernel(
                     update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MAX_STATES)
                 else:
                     update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MIN_STATES)
-    commit(tensors, gradients, step, ticket, num_tensors)
+    commit(tensors, gradients, step, ticket, num_tensors, COMMITS_STEP)
 
 
 # FOLD, APPLY, MIN_STATES, MAX_STATES, ROOT_STATE of step_kernel.
@@ -501,6 +505,7 @@ def step(
     chunk_elements: int,
     state_type: str = "float32",
     param_kind: str = "nearest",
+    commits_step: bool = True,
 ) -> None:
     """Updates every tensor that has a gradient and commits the step, in one launch.
 
@@ -508,7 +513,7 @@ def step(
 
     Args:
         algorithm: a key of `ALGORITHMS`.
-        tensors: int64 `(N, 12)`, a TensorEntry a row; its null pointers are 0.
+        tensors: int64 `(N, 13)`, a TensorEntry a row; its null pointers are 0.
         groups: int64 `(G, 9)`, a Group a row; its doubles are bit-cast.
         chunks: int32 `(C, 2)`: the tensor, and the index of the chunk within it.
         gradients: int64 `(N,)`, addresses; 0 where a tensor has no gradient.
@@ -517,6 +522,7 @@ def step(
         scaling: float32, one element each or None: loss scale, overflow flag, norm, its limit.
         chunk_elements: elements of a chunk, a multiple of 128; best a power of two from 2048 on.
         state_type, param_kind: keys of `STATE_TYPES` and `PARAM_KINDS`, the latter for bfloat16.
+        commits_step: whether `step` advances.
     """
     with torch.accelerator.device_index(tensors.device.index):
         step_kernel[(max(len(chunks), 1),)](
@@ -533,6 +539,7 @@ def step(
             *ALGORITHMS[algorithm],
             STATE_TYPES[state_type],
             PARAM_KINDS[param_kind],
+            commits_step,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,  # the bits of the other backends
         )

@@ -31,11 +31,11 @@ def scrambled(bits: tl.tensor) -> tl.tensor:
 
 
 @jit
-def random_key(step: tl.tensor, tensor: tl.tensor, first: tl.tensor) -> tl.tensor:
-    """Returns the key of the elements of one tensor from `first` on, in one step; all int64."""
+def random_key(step: tl.tensor, position: tl.tensor, first: tl.tensor) -> tl.tensor:
+    """Returns the key of a tensor's elements from `first` on, in one step; all int64."""
     key = scrambled(step.to(tl.uint32) + 0x9E3779B9)
     key = scrambled(key ^ (step >> 32).to(tl.uint32))
-    key = scrambled(key + tensor.to(tl.uint32))
+    key = scrambled(key + position.to(tl.uint32))
     return key ^ scrambled((first >> 32).to(tl.uint32))
 
 
