@@ -27,7 +27,8 @@ const std::map<std::string, lrs::Profile> kProfiles = {{"constant", lrs::Profile
 
 const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
                                                            {"adam", lrs::Algorithm::kAdam},
-                                                           {"lion", lrs::Algorithm::kLion}};
+                                                           {"lion", lrs::Algorithm::kLion},
+                                                           {"lamb", lrs::Algorithm::kLAMB}};
 
 const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"maximize", lrs::kMaximize},
@@ -35,6 +36,8 @@ const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"beta2", lrs::kBeta2},
                                            {"eps", lrs::kEps},
                                            {"decoupled_weight_decay", lrs::kDecoupled},
+                                           {"always_adapt", lrs::kAlwaysAdapt},
+                                           {"bias_correction", lrs::kBiasCorrection},
                                            {"momentum", lrs::kMomentum},
                                            {"dampening", lrs::kDampening},
                                            {"nesterov", lrs::kNesterov}};
@@ -138,6 +141,12 @@ class Step {
   void bind(uintptr_t groups, uintptr_t step) {
     table_.groups = pointer<const lrs::Group>(groups);
     table_.step = pointer<int64_t>(step);
+  }
+
+  // Gives LAMB room for two doubles per chunk and then per tensor, on the parameters' device.
+  void bind_squares(uintptr_t squares) {
+    table_.chunk_squares = pointer<lrs::Squares>(squares);
+    table_.tensor_squares = table_.chunk_squares + table_.num_chunks;
   }
 
   // Points the table to copies of its parts in device memory.
@@ -257,6 +266,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&, lrs::StepTensors*, int64_t>(), "algorithm"_a, "tensors"_a,
            "chunk_elements"_a, py::keep_alive<1, 3>())
       .def("bind", &Step::bind, "groups"_a, "step"_a)
+      .def("bind_squares", &Step::bind_squares, "squares"_a)
       .def("bind_device", &Step::bind_device, "tensors"_a, "chunks"_a, "ticket"_a)
       .def_property_readonly("tensor_rows", &Step::tensor_rows)
       .def_property_readonly("chunk_rows", &Step::chunk_rows)

@@ -14,16 +14,19 @@ void step_cpu(const StepTable& table, const void* const* gradients, int num_thre
 // The instruction set in use: "avx512", "avx2" or "baseline".
 std::string cpu_instruction_set();
 
-// Updates the chunks [first, last) of the table, one build per instruction set.
+// Visits the chunks [first, last) of the table, one build per instruction set: an update of
+// updates.h, or one of the two passes of LAMB.
+using ChunkLoop = void(const StepTable& table, const void* const* gradients, int64_t first,
+                       int64_t last);
 namespace baseline {
-void step_chunks(const StepTable& table, const void* const* gradients, int64_t first, int64_t last);
+ChunkLoop step_chunks, lamb_moments, lamb_params;
 }
 #ifdef LRS_X86_ISAS
 namespace avx2 {
-void step_chunks(const StepTable& table, const void* const* gradients, int64_t first, int64_t last);
+ChunkLoop step_chunks, lamb_moments, lamb_params;
 }
 namespace avx512 {
-void step_chunks(const StepTable& table, const void* const* gradients, int64_t first, int64_t last);
+ChunkLoop step_chunks, lamb_moments, lamb_params;
 }
 #endif
 

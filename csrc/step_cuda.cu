@@ -1,59 +1,17 @@
-// The CUDA backend: one launch updates every tensor of every group and commits the step.
+// The CUDA backend: one launch updates every tensor of every group and commits the step; LAMB takes
+// two.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "lamb_cuda.cuh"
+#include "launch.cuh"
 #include "step_cuda.h"
 
 namespace lrs {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSM = 4;  // bounds the registers at 64 a thread
-
-// Gradients change address from step to step, so their addresses travel with the launch. CUDA 12.1
-// raised the limit of a kernel's arguments from 4 KB to 32 KB.
-#if CUDART_VERSION >= 12010
-constexpr int kGradientsPerLaunch = 4000;
-#else
-constexpr int kGradientsPerLaunch = 480;
-#endif
-
-struct Gradients {
-  const void* address[kGradientsPerLaunch];
-};
-
-struct Launch {
-  StepTable table;  // its chunks are those of this launch
-  int64_t first_tensor, num_tensors;
-  bool commits_step;
-};
-
-// Moves kLane elements between memory and registers, in accesses of 16 bytes, or of 8.
-template <int kLane, typename T>
-__device__ __forceinline__ void copy_lane(T* target, const T* source) {
-  constexpr int kBytes = kLane * sizeof(T);
-  if constexpr (kBytes % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) {
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
-    }
-  } else if constexpr (kBytes == 8) {
-    *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(source);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) target[i] = source[i];
-  }
-}
-
-// Tells the compiler that an address from the table is in global memory.
-template <typename T>
-__device__ __forceinline__ T* global(T* address) {
-  __builtin_assume(__isGlobal(address));
-  return address;
-}
 
 // Updates kLane elements from `begin` on.
 template <int kLane, int kNumStates, typename Update, typename Param>
@@ -126,28 +84,6 @@ __device__ __forceinline__ void update_chunk_of_dtype(const Update& update,
       return update_chunk<kNumStates, BFloat16>(update, entry, gradient, range);
     case DType::kFloat16:
       return update_chunk<kNumStates, Float16>(update, entry, gradient, range);
-  }
-}
-
-// Advances the counters once every block of the launch has read them: the block that draws the last
-// ticket does it.
-__device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients) {
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicAdd(launch.table.ticket, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {
-    if (gradients.address[i] != nullptr) {
-      *launch.table.tensors[launch.first_tensor + i].step += 1.0f;
-    }
-  }
-  if (threadIdx.x == 0) {
-    *launch.table.ticket = 0;
-    if (launch.commits_step) *launch.table.step += 1;
   }
 }
 
@@ -226,6 +162,12 @@ void launch_step(const Launch& launch, const Gradients& gradients, cudaStream_t 
     case Algorithm::kLion:
       step_kernel<Lion><<<blocks, kThreads, 0, stream>>>(launch, gradients);
       break;
+    case Algorithm::kLAMB:
+      if (launch.table.num_chunks > 0) {
+        lamb_moments_kernel<<<blocks, kThreads, 0, stream>>>(launch, gradients);
+      }
+      lamb_params_kernel<<<blocks, kThreads, 0, stream>>>(launch, gradients);
+      break;
   }
   check(cudaGetLastError(), "the launch of the step kernel");
 }
@@ -241,6 +183,7 @@ void step_cuda(const StepTable& table, const int64_t* chunk_offsets, const void*
     const int64_t last = std::min(first + kGradientsPerLaunch, table.num_tensors);
     Launch launch{table, first, last - first, last == table.num_tensors};
     launch.table.chunks += chunk_offsets[first];
+    launch.table.chunk_squares += chunk_offsets[first];
     launch.table.num_chunks = chunk_offsets[last] - chunk_offsets[first];
     Gradients arguments;
     std::copy(gradients + first, gradients + last, arguments.address);

@@ -35,6 +35,11 @@ struct Chunk {
   int32_t index;  // of the chunk within the tensor
 };
 
+// Sums of squares over a chunk or a tensor, of LAMB.
+struct Squares {
+  double param, direction;
+};
+
 // Everything a step needs but the gradients. Pointers are host or device pointers, by backend.
 struct StepTable {
   Algorithm algorithm;
@@ -45,7 +50,9 @@ struct StepTable {
   int64_t num_chunks;
   int64_t chunk_elements;
   int64_t* step;     // committed updates: the position in the schedules
-  uint32_t* ticket;  // CUDA: blocks that have finished, 0 between steps
+  uint32_t* ticket;  // CUDA: blocks that have finished, 0 between steps; LAMB: then per tensor
+  Squares* chunk_squares;  // LAMB: what its first pass leaves to the second
+  Squares* tensor_squares;
 };
 
 struct Range {

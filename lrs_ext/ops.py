@@ -273,11 +273,19 @@ class StepTable:
         self._native = _C.Step(algorithm, self._tensors, self._chunk_elements)
         self._native.bind(groups.rows.data_ptr(), step.data_ptr())
         self._held: list[Tensor | None] | None = None  # gradients that only we keep alive
+        tickets = 1
+        if algorithm == "lamb":
+            chunks, tensors = len(self._native.chunk_rows), len(self._native.tensor_rows)
+            self._squares = torch.zeros(
+                chunks + tensors, 2, dtype=torch.float64, device=step.device
+            )
+            self._native.bind_squares(self._squares.data_ptr())
+            tickets += tensors
         if backend != "cpu":
             device = step.device
             self._rows = _to_device(self._native.tensor_rows, device)
             self._chunks = _to_device(self._native.chunk_rows, device)
-            self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
+            self._ticket = torch.zeros(tickets, dtype=torch.int32, device=device)
             self._native.bind_device(
                 self._rows.data_ptr(), self._chunks.data_ptr(), self._ticket.data_ptr()
             )
@@ -317,22 +325,24 @@ class StepTable:
         torch.autograd.graph.increment_version(self._tensors.updated_params())
 
     def _run_triton(self) -> None:
-        from lrs_ext import triton_kernels
+        from lrs_ext import triton_kernels, triton_lamb
 
         addresses = self._native.gradient_addresses
         if not np.array_equal(addresses, self._addresses):
             self._addresses = addresses
             self._gradients = _to_device(addresses, self.step.device)
-        triton_kernels.step(
-            self.algorithm,
-            tensors=self._rows,
-            groups=self.groups.rows,
-            chunks=self._chunks,
-            gradients=self._gradients,
-            step=self.step,
-            ticket=self._ticket,
-            chunk_elements=self._chunk_elements,
-        )
+        tables = {
+            "tensors": self._rows,
+            "groups": self.groups.rows,
+            "chunks": self._chunks,
+            "gradients": self._gradients,
+            "step": self.step,
+            "ticket": self._ticket,
+        }
+        if self.algorithm == "lamb":
+            triton_lamb.step(**tables, squares=self._squares, chunk_elements=self._chunk_elements)
+        else:
+            triton_kernels.step(self.algorithm, **tables, chunk_elements=self._chunk_elements)
 
 
 def _gpu_chunk(elements: int) -> int:
