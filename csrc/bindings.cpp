@@ -28,7 +28,8 @@ const std::map<std::string, lrs::Profile> kProfiles = {{"constant", lrs::Profile
 
 const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
                                                            {"adam", lrs::Algorithm::kAdam},
-                                                           {"lion", lrs::Algorithm::kLion}};
+                                                           {"lion", lrs::Algorithm::kLion},
+                                                           {"lamb", lrs::Algorithm::kLAMB}};
 
 const std::map<std::string, lrs::StateType> kStateTypes = {{"float32", lrs::StateType::kFloat32},
                                                            {"bfloat16", lrs::StateType::kBFloat16},
@@ -40,6 +41,8 @@ const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"beta2", lrs::kBeta2},
                                            {"eps", lrs::kEps},
                                            {"decoupled_weight_decay", lrs::kDecoupled},
+                                           {"always_adapt", lrs::kAlwaysAdapt},
+                                           {"bias_correction", lrs::kBiasCorrection},
                                            {"momentum", lrs::kMomentum},
                                            {"dampening", lrs::kDampening},
                                            {"nesterov", lrs::kNesterov}};
@@ -149,6 +152,12 @@ class Step {
   void bind(uintptr_t groups, uintptr_t step) {
     table_.groups = pointer<const lrs::Group>(groups);
     table_.step = pointer<int64_t>(step);
+  }
+
+  // Gives LAMB room for two doubles per chunk and then per tensor, on the parameters' device.
+  void bind_squares(uintptr_t squares) {
+    table_.chunk_squares = pointer<lrs::Squares>(squares);
+    table_.tensor_squares = table_.chunk_squares + table_.num_chunks;
   }
 
   // Points the table to copies of its parts in device memory.
@@ -301,6 +310,7 @@ PYBIND11_MODULE(_C, m) {
            "algorithm"_a, "tensors"_a, "chunk_elements"_a, "state_type"_a = "float32",
            "rounds_stochastically"_a = false, py::keep_alive<1, 3>())
       .def("bind", &Step::bind, "groups"_a, "step"_a)
+      .def("bind_squares", &Step::bind_squares, "squares"_a)
       .def("bind_device", &Step::bind_device, "tensors"_a, "chunks"_a, "ticket"_a)
       .def("scale_gradients", &Step::scale_gradients, py::kw_only(), "loss_scale"_a, "found_inf"_a,
            "norm"_a, "max_norm"_a)

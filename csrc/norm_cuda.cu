@@ -5,17 +5,6 @@
 namespace lrs {
 namespace {
 
-// The sum of one number per thread, in an order that depends on nothing else; valid in thread 0.
-__device__ __forceinline__ double block_sum(double value) {
-  __shared__ double values[kThreads];
-  values[threadIdx.x] = value;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (threadIdx.x < width) values[threadIdx.x] += values[threadIdx.x + width];
-  }
-  return values[0];
-}
-
 // The part of a thread in the sum of squares of a chunk.
 template <typename Grad>
 __device__ __forceinline__ double squares(const void* gradient, Range range) {

@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace lrs {
@@ -12,8 +13,8 @@ constexpr int64_t kSerialElements = 32768;
 
 struct InstructionSet {
   const char* name;
-  void (*step_chunks)(const StepTable&, const void* const*, int64_t, int64_t);
-  void (*square_chunks)(const StepTable&, const void* const*, int64_t, int64_t, double*);
+  ChunkLoop *step_chunks, *lamb_moments, *lamb_params;
+  SquareLoop* square_chunks;
 };
 
 InstructionSet best_instruction_set() {
@@ -22,13 +23,15 @@ InstructionSet best_instruction_set() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma")) {
-    return {"avx512", avx512::step_chunks, avx512::square_chunks};
+    return {"avx512", avx512::step_chunks, avx512::lamb_moments, avx512::lamb_params,
+            avx512::square_chunks};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {"avx2", avx2::step_chunks, avx2::square_chunks};
+    return {"avx2", avx2::step_chunks, avx2::lamb_moments, avx2::lamb_params, avx2::square_chunks};
   }
 #endif
-  return {"baseline", baseline::step_chunks, baseline::square_chunks};
+  return {"baseline", baseline::step_chunks, baseline::lamb_moments, baseline::lamb_params,
+          baseline::square_chunks};
 }
 
 const InstructionSet& instruction_set() {
@@ -61,6 +64,16 @@ void split_chunks(const StepTable& table, int64_t elements, int num_threads, con
   }
 }
 
+// Adds up what the first pass of LAMB has left for each chunk, in order.
+void sum_squares(const StepTable& table) {
+  std::fill(table.tensor_squares, table.tensor_squares + table.num_tensors, Squares{});
+  for (int64_t i = 0; i < table.num_chunks; ++i) {
+    Squares& tensor = table.tensor_squares[table.chunks[i].tensor];
+    tensor.param += table.chunk_squares[i].param;
+    tensor.direction += table.chunk_squares[i].direction;
+  }
+}
+
 void commit(const StepTable& table, const void* const* gradients) {
   for (int64_t i = 0; i < table.num_tensors; ++i) {
     if (gradients[i] != nullptr) *table.tensors[i].step += 1.0f;
@@ -75,9 +88,17 @@ std::string cpu_instruction_set() { return instruction_set().name; }
 void step_cpu(const StepTable& table, const void* const* gradients, int num_threads) {
   const int64_t elements = count_elements(table, gradients);
   if (elements < 0 || is_skipped(table.scaling)) return;
-  const auto step_chunks = instruction_set().step_chunks;
-  split_chunks(table, elements, num_threads,
-               [&](int64_t first, int64_t last) { step_chunks(table, gradients, first, last); });
+  const auto visit_chunks = [&](ChunkLoop* loop) {
+    split_chunks(table, elements, num_threads,
+                 [&](int64_t first, int64_t last) { loop(table, gradients, first, last); });
+  };
+  if (table.algorithm == Algorithm::kLAMB) {
+    visit_chunks(instruction_set().lamb_moments);
+    sum_squares(table);
+    visit_chunks(instruction_set().lamb_params);
+  } else {
+    visit_chunks(instruction_set().step_chunks);
+  }
   commit(table, gradients);
 }
 

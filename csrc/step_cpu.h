@@ -19,22 +19,25 @@ float grad_norm_cpu(const StepTable& table, const void* const* gradients, double
 // The instruction set in use: "avx512", "avx2" or "baseline".
 std::string cpu_instruction_set();
 
-// Works through the chunks [first, last) of the table, one build per instruction set.
+// Visit the chunks [first, last) of the table, one build per instruction set: an update of
+// updates.h, one of the two passes of LAMB, or the sums of the squares of the gradients, one a
+// chunk.
+using ChunkLoop = void(const StepTable& table, const void* const* gradients, int64_t first,
+                       int64_t last);
+using SquareLoop = void(const StepTable& table, const void* const* gradients, int64_t first,
+                        int64_t last, double* sums);
 namespace baseline {
-void step_chunks(const StepTable& table, const void* const* gradients, int64_t first, int64_t last);
-void square_chunks(const StepTable& table, const void* const* gradients, int64_t first,
-                   int64_t last, double* sums);
+ChunkLoop step_chunks, lamb_moments, lamb_params;
+SquareLoop square_chunks;
 }  // namespace baseline
 #ifdef LRS_X86_ISAS
 namespace avx2 {
-void step_chunks(const StepTable& table, const void* const* gradients, int64_t first, int64_t last);
-void square_chunks(const StepTable& table, const void* const* gradients, int64_t first,
-                   int64_t last, double* sums);
+ChunkLoop step_chunks, lamb_moments, lamb_params;
+SquareLoop square_chunks;
 }  // namespace avx2
 namespace avx512 {
-void step_chunks(const StepTable& table, const void* const* gradients, int64_t first, int64_t last);
-void square_chunks(const StepTable& table, const void* const* gradients, int64_t first,
-                   int64_t last, double* sums);
+ChunkLoop step_chunks, lamb_moments, lamb_params;
+SquareLoop square_chunks;
 }  // namespace avx512
 #endif
 

@@ -205,6 +205,8 @@ void step_chunks(const StepTable& table, const void* const* gradients, int64_t f
       return step_chunks_of<Adam>(table, gradients, first, last);
     case Algorithm::kLion:
       return step_chunks_of<Lion>(table, gradients, first, last);
+    case Algorithm::kLAMB:
+      return;  // it has loops of its own
   }
 }
 

@@ -1,4 +1,5 @@
-// The CUDA backend: one launch updates every tensor of every group and commits the step.
+// The CUDA backend: one launch updates every tensor of every group and commits the step; LAMB takes
+// two.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -10,6 +11,7 @@ namespace lrs {
 void launch_sgd(const Launch& launch, const Gradients& gradients, cudaStream_t stream);
 void launch_adam(const Launch& launch, const Gradients& gradients, cudaStream_t stream);
 void launch_lion(const Launch& launch, const Gradients& gradients, cudaStream_t stream);
+void launch_lamb(const Launch& launch, const Gradients& gradients, cudaStream_t stream);
 
 namespace {
 
@@ -31,6 +33,8 @@ void launch_step(const Launch& launch, const Gradients& gradients, cudaStream_t 
       return launch_adam(launch, gradients, stream);
     case Algorithm::kLion:
       return launch_lion(launch, gradients, stream);
+    case Algorithm::kLAMB:
+      return launch_lamb(launch, gradients, stream);
   }
 }
 

@@ -9,35 +9,6 @@
 namespace lrs {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kBlocksPerSM = 4;  // bounds the registers at 64 a thread
-
-// Moves kLane elements between memory and registers, in accesses of 16 bytes, or of 8.
-template <int kLane, typename T>
-__device__ __forceinline__ void copy_lane(T* target, const T* source) {
-  constexpr int kBytes = kLane * sizeof(T);
-  if constexpr (kBytes % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) {
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
-    }
-  } else if constexpr (kBytes == 8) {
-    *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(source);
-  } else if constexpr (kBytes == 4) {
-    *reinterpret_cast<uint32_t*>(target) = *reinterpret_cast<const uint32_t*>(source);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) target[i] = source[i];
-  }
-}
-
-// Tells the compiler that an address from the table is in global memory.
-template <typename T>
-__device__ __forceinline__ T* global(T* address) {
-  __builtin_assume(__isGlobal(address));
-  return address;
-}
-
 // The arrays of one tensor.
 template <int kNumStates, typename Param, typename State>
 struct Arrays {
@@ -306,17 +277,6 @@ __device__ __forceinline__ void update_chunk(const Update& update, const TensorE
     case DType::kFloat16:
       if constexpr (State::kType == StateType::kFloat32) return run(NearestParam<Float16>());
   }
-}
-
-// Advances the counters once every block of the launch has read them.
-__device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients) {
-  if (!is_last_block(launch.table.ticket)) return;
-  for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {
-    if (gradients.address[i] != nullptr) {
-      *launch.table.tensors[launch.first_tensor + i].step += 1.0f;
-    }
-  }
-  if (threadIdx.x == 0 && launch.is_last && launch.table.commits_step) *launch.table.step += 1;
 }
 
 template <typename Update, typename State>

@@ -38,6 +38,11 @@ struct Chunk {
   int32_t index;  // of the chunk within the tensor
 };
 
+// Sums of squares over a chunk or a tensor, of LAMB.
+struct Squares {
+  double param, direction;
+};
+
 // What a step reads besides its table, if it is there: null where it is not.
 struct GradScaling {
   const float* loss_scale;  // by which the loss, and so every gradient, was multiplied
@@ -57,10 +62,12 @@ struct StepTable {
   const Chunk* chunks;
   int64_t num_chunks;
   int64_t chunk_elements;
-  int64_t* step;      // committed updates: the position in the schedules
+  int64_t* step;             // committed updates: the position in the schedules
   bool commits_step = true;  // whether it advances by this step
-  uint32_t* ticket;   // CUDA: blocks that have finished, 0 between steps
+  uint32_t* ticket;  // CUDA: blocks that have finished, 0 between steps; LAMB: then per tensor
   GradScaling scaling;
+  Squares* chunk_squares;  // LAMB: what its first pass leaves to the second
+  Squares* tensor_squares;
 };
 
 struct Range {

@@ -1,5 +1,5 @@
 // Updates: the rule that moves one element. Each is written once here and compiled into the CPU
-// loop and the CUDA kernel.
+// loop and the CUDA kernel. LAMB's, which needs two passes, is in lamb.h.
 //
 // An update folds its hyper-parameters into float coefficients once per tensor and step, in double,
 // and then treats elements one by one in float32, in the order of operations of torch.optim. How
@@ -13,21 +13,23 @@
 
 namespace lrs {
 
-// Which columns of a group's `hyper` an update reads. kMaximize and kWeightDecay serve both.
+// Which columns of a group's `hyper` an update reads. kMaximize and kWeightDecay serve all.
 enum Hyper : int32_t {
   kWeightDecay,
   kMaximize,  // 0 or 1
   kBeta1,
   kBeta2,
   kEps,
-  kDecoupled,  // 0 or 1: AdamW's weight decay
+  kDecoupled,                    // 0 or 1: AdamW's weight decay
+  kAlwaysAdapt,                  // 0 or 1: LAMB's trust ratio without weight decay too
+  kBiasCorrection = kDecoupled,  // 0 or 1: LAMB's
   kMomentum = kBeta1,
   kDampening = kBeta2,
   kNesterov = kEps,  // 0 or 1
-  kNumHyper = kDecoupled + 1
+  kNumHyper = kAlwaysAdapt + 1
 };
 
-enum class Algorithm : int32_t { kSGD, kAdam, kLion };
+enum class Algorithm : int32_t { kSGD, kAdam, kLion, kLAMB };
 
 inline constexpr int kMaxStates = 3;            // of any update
 inline constexpr int kMaxCompressedStates = 2;  // that are not float32

@@ -308,11 +308,19 @@ class StepTable:
         self._native.bind(groups.rows.data_ptr(), step.data_ptr())
         self._held: list[Tensor | None] | None = None  # gradients that only we keep alive
         self._scaling: GradScaling | None = None  # of the last step
+        tickets = 1
+        if algorithm == "lamb":
+            chunks, tensors = len(self._native.chunk_rows), len(self._native.tensor_rows)
+            self._squares = torch.zeros(
+                chunks + tensors, 2, dtype=torch.float64, device=step.device
+            )
+            self._native.bind_squares(self._squares.data_ptr())
+            tickets += tensors
         if backend != "cpu":
             device = step.device
             self._rows = _to_device(self._native.tensor_rows, device)
             self._chunks = _to_device(self._native.chunk_rows, device)
-            self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
+            self._ticket = torch.zeros(tickets, dtype=torch.int32, device=device)
             self._native.bind_device(
                 self._rows.data_ptr(), self._chunks.data_ptr(), self._ticket.data_ptr()
             )
@@ -362,17 +370,21 @@ class StepTable:
             )
         return norm
 
-    def run(self, scaling: GradScaling | None = None) -> None:
-        """Updates every tensor that has a gradient and commits the step, without waiting."""
+    def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
+        """Updates every tensor that has a gradient, without waiting.
+
+        Args:
+            commits_step: whether the schedules advance.
+        """
         if scaling is not self._scaling:
             self._scale(scaling or _UNSCALED)
             self._scaling = scaling
         if self.backend == "cpu":
-            self._native.run_cpu(torch.get_num_threads())
+            self._native.run_cpu(torch.get_num_threads(), commits_step)
         elif self.backend == "cuda":
-            self._native.run_cuda()
+            self._native.run_cuda(commits_step)
         else:
-            self._run_triton()
+            self._run_triton(commits_step)
         self._held = None
         # Autograd refuses to go back through a graph whose parameters have changed since.
         torch.autograd.graph.increment_version(self._tensors.updated_params())
@@ -401,22 +413,29 @@ class StepTable:
             self._gradients = _to_device(addresses, self.step.device)
         return self._gradients
 
-    def _run_triton(self) -> None:
-        from lrs_ext import triton_kernels
+    def _run_triton(self, commits_step: bool) -> None:
+        from lrs_ext import triton_kernels, triton_lamb
 
-        triton_kernels.step(
-            self.algorithm,
-            tensors=self._rows,
-            groups=self.groups.rows,
-            chunks=self._chunks,
-            gradients=self._device_gradients(),
-            step=self.step,
-            ticket=self._ticket,
-            scaling=(self._scaling or _UNSCALED).tensors(),
-            chunk_elements=self._chunk_elements,
-            state_type=self._storage.state_type,
-            param_kind=self._storage.param_kind,
-        )
+        tables: dict[str, Any] = {
+            "tensors": self._rows,
+            "groups": self.groups.rows,
+            "chunks": self._chunks,
+            "gradients": self._device_gradients(),
+            "step": self.step,
+            "ticket": self._ticket,
+            "scaling": (self._scaling or _UNSCALED).tensors(),
+            "chunk_elements": self._chunk_elements,
+            "commits_step": commits_step,
+        }
+        if self.algorithm == "lamb":
+            triton_lamb.step(**tables, squares=self._squares)
+        else:
+            triton_kernels.step(
+                self.algorithm,
+                **tables,
+                state_type=self._storage.state_type,
+                param_kind=self._storage.param_kind,
+            )
 
 
 def _gpu_chunk(elements: int) -> int:

@@ -100,7 +100,37 @@ def lion(
     param.copy_(value - lr.float() * sign)
 
 
-UPDATES: Mapping[str, Callable[..., None]] = {"sgd": sgd, "adam": adam, "lion": lion}
+def lamb(
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    step: Tensor,
+    lr: Tensor,
+    hyper: Hyper,
+) -> None:
+    """Updates one parameter as algorithm 2 of You et al., arXiv 1904.00962."""
+    value, grad = _prepare(param, grad, hyper)
+    beta1, beta2, weight_decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
+    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    exp_avg.lerp_(grad, 1.0 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    if not hyper["bias_correction"]:
+        beta1 = beta2 = 0.0
+    bias_correction1 = 1.0 - beta1**step
+    bias_correction2 = 1.0 - beta2**step
+    denominator = exp_avg_sq.sqrt() / bias_correction2.sqrt().float() + hyper["eps"]
+    direction = exp_avg / denominator / bias_correction1.float()
+    if weight_decay != 0.0:
+        direction = direction + weight_decay * value
+    if hyper["always_adapt"] or weight_decay != 0.0:
+        param_norm, direction_norm = (x.double().norm() for x in (value, direction))
+        has_ratio = (param_norm != 0.0) & (direction_norm != 0.0)
+        lr = lr * torch.where(has_ratio, param_norm / direction_norm, 1.0)
+    param.copy_(value - lr.float() * direction)
+
+
+UPDATES: Mapping[str, Callable[..., None]] = {"sgd": sgd, "adam": adam, "lion": lion, "lamb": lamb}
 
 
 @dataclass(frozen=True)
@@ -152,7 +182,7 @@ class ReferenceTable:
         return torch.stack(squares).sum().sqrt().float()
 
     @torch.no_grad()
-    def run(self, scaling: ops.GradScaling | None = None) -> None:
+    def run(self, scaling: ops.GradScaling | None = None, commits_step: bool = True) -> None:
         scaling = scaling or ops.GradScaling()
         written = [self._step]
         for item in self._updates:
@@ -174,7 +204,8 @@ class ReferenceTable:
             )
             random = random_words(self._step, item.row, value.numel())
             self._storage.pack(item.param, item.state, value, state, random)
-        self._step.add_(1)
+        if commits_step:
+            self._step.add_(1)
         if scaling.found_inf is not None:
             for tensor, old in zip(written, before, strict=True):
                 tensor.copy_(torch.where(scaling.found_inf != 0.0, old, tensor))

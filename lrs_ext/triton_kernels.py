@@ -54,7 +54,7 @@ BETA1 = MOMENTUM = tl.constexpr(5)
 BETA2 = DAMPENING = tl.constexpr(6)
 EPS = NESTEROV = tl.constexpr(7)
 DECOUPLED = tl.constexpr(8)
-GROUP_COLUMNS = tl.constexpr(9)
+GROUP_COLUMNS = tl.constexpr(10)  # LAMB has one more
 
 # Codes in the column DTYPE; the third is float16.
 FLOAT32 = tl.constexpr(0)
@@ -514,7 +514,7 @@ def step(
     Args:
         algorithm: a key of `ALGORITHMS`.
         tensors: int64 `(N, 13)`, a TensorEntry a row; its null pointers are 0.
-        groups: int64 `(G, 9)`, a Group a row; its doubles are bit-cast.
+        groups: int64 `(G, 10)`, a Group a row; its doubles are bit-cast.
         chunks: int32 `(C, 2)`: the tensor, and the index of the chunk within it.
         gradients: int64 `(N,)`, addresses; 0 where a tensor has no gradient.
         step: int64, 0-d: committed updates; advances by one, even if no tensor has a gradient.

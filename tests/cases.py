@@ -116,11 +116,18 @@ UPDATES = [
     UpdateRow("Lion"),
     UpdateRow("Lion", {"weight_decay": 0.3, "betas": (0.95, 0.98)}),
     UpdateRow("Lion", {"weight_decay": 0.1, "betas": (0.5, 0.0), "maximize": True}),
+    UpdateRow("LAMB"),
+    UpdateRow("LAMB", {"weight_decay": 0.3, "betas": (0.5, 0.75), "eps": 1e-3}),
+    UpdateRow("LAMB", {"weight_decay": 0.0, "bias_correction": False}),
+    UpdateRow("LAMB", {"weight_decay": 0.0, "always_adapt": False, "maximize": True}),
+    UpdateRow("LAMB", {"weight_decay": 0.1, "always_adapt": False, "betas": (0.0, 0.0)}),
 ]
 # One row for each combination of states; for properties that do not depend on the options.
-STATE_UPDATES = [UPDATES[i] for i in (1, 4, 7, 15, 19)]
+STATE_UPDATES = [UPDATES[i] for i in (1, 4, 7, 15, 19, 22)]
+# Where an element does not depend on the rest of its tensor.
+ELEMENTWISE_UPDATES = STATE_UPDATES[:-1]
 TORCH_OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those that torch.optim has too
-OPTIMIZERS = [*TORCH_OPTIMIZERS, "Lion"]
+OPTIMIZERS = [*TORCH_OPTIMIZERS, "Lion", "LAMB"]
 
 # How states and bfloat16 parameters are kept, but for the default.
 STORAGES = [

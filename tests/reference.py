@@ -140,4 +140,34 @@ def lion(param, grad, state, *, lr, betas=(0.9, 0.99), weight_decay=0.0, maximiz
     return param - lr * (direction.sign() + weight_decay * param), new_state
 
 
-UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "Lion": lion}
+def lamb(
+    param,
+    grad,
+    state,
+    *,
+    lr,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    weight_decay=0.01,
+    bias_correction=True,
+    always_adapt=True,
+    maximize=False,
+):
+    """You et al., arXiv 1904.00962, algorithm 2; a ratio is 1 where a norm is 0."""
+    beta1, beta2 = betas
+    zeros = torch.zeros_like(param)
+    step = float(state.get("step", 0.0)) + 1
+    grad = -grad if maximize else grad
+    exp_avg = beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad
+    exp_avg_sq = beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2
+    corrected1 = exp_avg / (1 - beta1**step) if bias_correction else exp_avg
+    corrected2 = exp_avg_sq / (1 - beta2**step) if bias_correction else exp_avg_sq
+    direction = corrected1 / (corrected2.sqrt() + eps) + weight_decay * param
+    norms = [math.sqrt(math.fsum((x.flatten() ** 2).tolist())) for x in (param, direction)]
+    is_adapted = (always_adapt or weight_decay != 0) and all(norm != 0 for norm in norms)
+    ratio = norms[0] / norms[1] if is_adapted else 1.0
+    new_state = {"step": torch.tensor(step), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return param - lr * ratio * direction, new_state
+
+
+UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "Lion": lion, "LAMB": lamb}

@@ -18,6 +18,7 @@ OPTIONS = {
     "Adam": {"amsgrad": True, "betas": (0.8, 0.9)},
     "AdamW": {"weight_decay": 0.1},
     "Lion": {"weight_decay": 0.1, "betas": (0.8, 0.9)},
+    "LAMB": {"weight_decay": 0.1, "bias_correction": False},
 }
 rows = pytest.mark.parametrize("row", OPTIONS)
 dtypes = pytest.mark.parametrize("dtype", cases.DTYPES[:2], ids=str)
@@ -352,7 +353,7 @@ def test_asking_for_a_distributed_state_dict_moves_nothing(backend, row, steps, 
     assert opts[0].current_lr() == opts[1].current_lr()
 
 
-@pytest.mark.parametrize("row", ["SGD momentum", "Adam", "AdamW", "Lion"])
+@pytest.mark.parametrize("row", ["SGD momentum", "Adam", "AdamW", "Lion", "LAMB"])
 def test_resuming_through_a_distributed_state_dict_is_exact(backend, row):
     model = Model(backend)
     opt = make(row, model.parameters(), backend, lr=REX)

@@ -9,8 +9,8 @@ import torch
 import lrs_ext
 
 optimizers = pytest.mark.parametrize("name", cases.OPTIMIZERS)
-ADAMS = ["Adam", "AdamW"]
-WITH_BETAS = [*ADAMS, "Lion"]
+WITH_EPS = ["Adam", "AdamW", "LAMB"]
+WITH_BETAS = [*WITH_EPS, "Lion"]
 
 
 def leaf(shape=(7,), device="cpu", dtype=torch.float32):
@@ -40,8 +40,8 @@ WITH_TORCH = {
     ),
     "nan lr": (WITH_BETAS, lambda a, b: ([a], {"lr": float("nan")})),
     "nan decay": (WITH_BETAS, lambda a, b: ([a], {"weight_decay": float("nan")})),
-    "negative eps": (ADAMS, lambda a, b: ([a], {"eps": -1e-8})),
-    "nan eps": (ADAMS, lambda a, b: ([a], {"eps": float("nan")})),
+    "negative eps": (WITH_EPS, lambda a, b: ([a], {"eps": -1e-8})),
+    "nan eps": (WITH_EPS, lambda a, b: ([a], {"eps": float("nan")})),
     "beta1 of one": (WITH_BETAS, lambda a, b: ([a], {"betas": (1.0, 0.9)})),
     "beta2 of one": (WITH_BETAS, lambda a, b: ([a], {"betas": (0.9, 1.0)})),
     "negative beta1": (WITH_BETAS, lambda a, b: ([a], {"betas": (-0.1, 0.9)})),
@@ -270,7 +270,7 @@ def equal(tensors, others):
     return all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion", "LAMB"])
 @pytest.mark.parametrize("mistake", STEP_MISTAKES)
 def test_a_refused_step_changes_nothing(backend, name, mistake):
     error, message, make_mistake = STEP_MISTAKES[mistake]
@@ -295,7 +295,7 @@ def test_a_refused_step_changes_nothing(backend, name, mistake):
         assert run.opt.param_groups[0]["lr"] == spared.opt.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion", "LAMB"])
 def test_a_refused_load_changes_nothing(backend, name):
     spared, run = Run(name, backend), Run(name, backend)
     fewer_groups, fewer_params = run.opt.state_dict(), run.opt.state_dict()

@@ -276,7 +276,7 @@ def test_slices_of_one_buffer_touch_nothing_outside(backend, row, dtype):
 
 
 @dtypes
-@state_updates
+@pytest.mark.parametrize("row", cases.ELEMENTWISE_UPDATES, ids=str)
 def test_an_element_gets_the_same_bits_in_every_run_and_wherever_it_lies(backend, row, dtype):
     numel = 5_000 if backend.interpreted else 200_003
     whole = leaf(torch.randn(numel), backend, dtype)
@@ -323,6 +323,12 @@ GROUPS = {
     ],
     "AdamW": [{}, {"weight_decay": 0.3}, {"amsgrad": True, "maximize": True}],
     "Lion": [{}, {"weight_decay": 0.3}, {"betas": (0.5, 0.6), "maximize": True}],
+    "LAMB": [
+        {},
+        {"weight_decay": 0.3, "bias_correction": False},
+        {"weight_decay": 0.0, "betas": (0.5, 0.6), "maximize": True},
+        {"weight_decay": 0.0, "always_adapt": False, "eps": 1e-2},
+    ],
 }
 
 
@@ -359,6 +365,13 @@ CHANGES = {
     "Adam": [{"weight_decay": 0.3}, {"betas": (0.5, 0.6)}, {"maximize": True}, {"eps": 0.1}],
     "AdamW": [{"weight_decay": 0.3}, {"betas": (0.5, 0.6)}, {"maximize": True}, {"eps": 0.1}],
     "Lion": [{"weight_decay": 0.3}, {"betas": (0.5, 0.6)}, {"maximize": True}],
+    "LAMB": [
+        {"weight_decay": 0.3},
+        {"betas": (0.5, 0.6), "eps": 0.1},
+        {"bias_correction": False},
+        {"always_adapt": False},
+        {"weight_decay": 0.0},
+    ],
 }
 
 
