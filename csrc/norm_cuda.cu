@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (!is_last_block(table.ticket) || !launch.is_last) return;
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < num_sums; i += kThreads) sum += sums[i];
+  for (int64_t i = threadIdx.x; i < num_sums; i += kThreads) sum += __ldcg(sums + i);
   sum = block_sum(sum);
   if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
 }

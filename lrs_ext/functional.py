@@ -96,6 +96,7 @@ def step(
         backend=ops.select_backend(None, position.device),
         algorithm=algorithm,
         param_lists=[params],
+        positions=list(range(len(params))),
         state=state,
         state_names=[list(names[:kept])],
         steps=list(counters),

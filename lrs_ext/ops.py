@@ -266,6 +266,7 @@ class StepTable:
         backend: "cpu", "cuda" or "triton".
         algorithm: one of `_C.algorithms`.
         param_lists: the parameters of each group.
+        positions: of the parameters, in order, among all of the optimizer.
         state: the optimizer's state.
         state_names: for each group, the keys of the arrays that the update reads.
         steps: each parameter's step counter, or None if it has no state and takes no part.
@@ -280,6 +281,7 @@ class StepTable:
         backend: str,
         algorithm: str,
         param_lists: list[list[Tensor]],
+        positions: list[int],
         state: dict[Tensor, dict[str, Any]],
         state_names: list[list[str]],
         steps: Sequence[Tensor | None],
@@ -292,7 +294,13 @@ class StepTable:
         self.groups = groups
         self.step = step
         self._tensors = _C.StepTensors(
-            _tensor_access(), param_lists, state, state_names, list(steps), storage.state_type
+            _tensor_access(),
+            param_lists,
+            state,
+            state_names,
+            list(steps),
+            storage.state_type,
+            positions,
         )
         params = itertools.chain.from_iterable(param_lists)
         elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)

@@ -138,8 +138,8 @@ class TensorUpdate:
     """What one update of one parameter needs; see the top of the module.
 
     `state` holds the arrays as they are kept, of which the update reads `names`; `step` is the
-    parameter's counter, float32, before the update; `lr` is float32; `row` is that of the step
-    table.
+    parameter's counter, float32, before the update; `lr` is float32; `position` is the
+    parameter's among all of the optimizer.
     """
 
     param: Tensor
@@ -149,7 +149,7 @@ class TensorUpdate:
     step: Tensor
     lr: Tensor
     hyper: Hyper
-    row: int
+    position: int
 
 
 class ReferenceTable:
@@ -202,7 +202,7 @@ class ReferenceTable:
                 lr=item.lr.double(),
                 hyper=item.hyper,
             )
-            random = random_words(self._step, item.row, value.numel())
+            random = random_words(self._step, item.position, value.numel())
             self._storage.pack(item.param, item.state, value, state, random)
         if commits_step:
             self._step.add_(1)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
 from lrs_ext import ops, reference
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tensors
 from lrs_ext.grad_scaling import StepScaling
+from lrs_ext.gradient_release import GradientRelease
+from lrs_ext.layout import dense_copies, is_dense
 from lrs_ext.learning_rates import (
     Group,
     LearningRates,
@@ -23,14 +22,14 @@ from lrs_ext.learning_rates import (
     saved_position,
 )
 from lrs_ext.state_storage import Storage
+from lrs_ext.step_hooks import watched_step
+from lrs_ext.step_parts import Part, Selection, StridedPart, Table
 from lrs_ext.tensor_checks import (
     check_numbers,
     check_params,
     checked_gradient,
     common_device,
 )
-
-Table = ops.StepTable | reference.ReferenceTable
 
 
 class ScheduledOptimizer(torch.optim.Optimizer):
@@ -42,6 +41,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     algorithm: ClassVar[str]
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
+    _released: GradientRelease
 
     # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
     # lends the optimizer the attributes `grad_scale` and `found_inf`.
@@ -147,15 +147,25 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         had_state = bool(self.state)
-        table = self._ready_table()
-        if table is None:
+        parts = self._ready_parts()
+        has_released = self._released.finish()
+        if not parts and not has_released:
             return loss
         if not had_state and self._learning_rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             return loss
         found_inf = getattr(self, "found_inf", None)
-        table.run(self._scaling.take(getattr(self, "grad_scale", None), found_inf))
+        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
+        if self._released.is_in_force and scaling is not None:
+            raise RuntimeError(
+                "gradients released in the backward pass can no longer be unscaled or clipped: use "
+                "bfloat16 without a GradScaler, or step() without step_in_backward()"
+            )
+        for part in parts:
+            part.run(scaling, commits_step=part is parts[-1])
+        if not parts:
+            self.schedule_buffer.step.add_(1)
         self.committed_steps += 1
         if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
             self.was_captured = True
@@ -164,34 +174,49 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._learning_rates.advance(self.param_groups, found_inf)
         return loss
 
+    def step_in_backward(self) -> GradientRelease:
+        """Updates each parameter in the backward pass, as soon as its gradient is there.
+
+        The gradient is then freed, so that there are never many of them. `step()` after each
+        backward pass advances the schedule, which is the same for all parameters until then, and
+        updates what has a gradient left. There is one launch a parameter.
+
+        Returns:
+            A handle; its `remove()` ends this.
+
+        Raises:
+            RuntimeError: it is in force already.
+
+        >>> import torch, lrs_ext
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = lrs_ext.AdamW(model.parameters(), lr=lrs_ext.rex(0.1, total_steps=10))
+        >>> handle = opt.step_in_backward()
+        >>> model(torch.ones(2)).sum().backward()
+        >>> opt.step()
+        >>> model.weight.grad is None, int(opt.schedule_buffer.step)
+        (True, 1)
+        """
+        if self._released.is_in_force:
+            raise RuntimeError("step_in_backward is in force already: remove() its handle first")
+        dense = [p for p in _all_params(self.param_groups) if p.requires_grad and is_dense(p)]
+        self._released = GradientRelease(dense, self._update_one)
+        return self._released
+
     def clip_(self, max_norm: float | Tensor) -> Tensor:
         """Limits the norm of the gradients in the next step; see `lrs_ext.clip_grad_norm_`."""
-        table = self._ready_table()
-        norm = torch.zeros((), device=self._device) if table is None else table.grad_norm()
+        if self._released.is_in_force:
+            raise RuntimeError(
+                "gradients released in the backward pass cannot be clipped together: take "
+                "step_in_backward() back by remove()"
+            )
+        norms = [part.grad_norm() for part in self._ready_parts()]
+        norm = torch.zeros((), device=self._device) if not norms else norms[0]
+        if len(norms) > 1:
+            norm = torch.linalg.vector_norm(torch.stack(norms))
         self._scaling.clip(norm, max_norm)
         return norm
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps `step` as in torch, but only where a profiler or a hook is there to notice."""
-        hooked = torch.optim.Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def step(self: ScheduledOptimizer, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_dynamo_compiling():
-                return uncompiled_step(self, *args, **kwargs)
-            is_watched = (
-                torch._C._autograd._profiler_enabled()
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or optimizer._global_optimizer_pre_hooks
-                or optimizer._global_optimizer_post_hooks
-            )
-            return (hooked if is_watched else func)(self, *args, **kwargs)
-
-        # One launch is nothing to compile, and a graph would be tied to what a step changes.
-        uncompiled_step = _disable_dynamo(step)
-        return step
+    profile_hook_step = staticmethod(watched_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as in torch; each group also has its schedule and position.
@@ -277,6 +302,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = LearningRates(self.param_groups, self._device, step)
         self._scaling = StepScaling()
+        self._released = GradientRelease((), self._update_one)
         self.committed_steps, self.was_captured = 0, False
         self._forget_tables()
 
@@ -286,21 +312,22 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._written = _nothing_written(self.param_groups)
         self._table: Table | None = None
         self._table_names: list[list[str]] = []
+        self._copies: dict[Tensor, Tensor] = {}  # dense ones, of parameters with gaps
+        self._singles: dict[Tensor, Any] = {}  # tables of step_in_backward
 
     def _check_storage(self, group: Group) -> None:
         self._storage.check(group["params"], self._state_names(group))
 
-    def _ready_table(self) -> Table | None:
-        """Returns the table with what the host has changed and the gradients of the moment.
-
-        None if there are no gradients.
-        """
+    def _ready_parts(self) -> list[Part]:
+        """Returns what a step launches: parts with what the host has changed and with gradients."""
         self._sync_groups()
-        param_lists = [group["params"] for group in self.param_groups]
         table = self._table
-        if table is None or not table.refresh(param_lists, self.state):
-            table = self._prepare(param_lists)
-        return table if table is not None and table.has_gradients else None
+        param_lists = [group["params"] for group in self.param_groups]
+        if self._copies or table is None or not table.refresh(param_lists, self.state):
+            parts = self._prepare(param_lists)
+        else:
+            parts = [table]
+        return [part for part in parts if part.has_gradients]
 
     def _sync_groups(self) -> None:
         """Writes what has changed in `param_groups` since the last step to the device."""
@@ -323,21 +350,23 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if names != self._table_names:
             self._table_names = names
             self._table = None
+            self._singles.clear()
 
     @torch.no_grad()
-    def _prepare(self, param_lists: list[list[Tensor]]) -> Table | None:
-        """Brings the table up to date, with states for parameters that have their first gradient.
+    def _prepare(self, param_lists: list[list[Tensor]]) -> list[Part]:
+        """Brings the parts up to date, with states for parameters that have their first gradient.
 
-        Everything is checked before anything is changed. Returns None if there is nothing to do.
+        Everything is checked before anything is changed. Returns nothing if there is nothing to do.
         """
         for params in param_lists:
             check_params(params, type(self).__name__)
         params = _all_params(self.param_groups)
         gradients = [checked_gradient(param, type(self).__name__) for param in params]
         if all(gradient is None for gradient in gradients):
-            return None
+            return []
         if common_device(params) != self._device:
             self._follow_params()
+        self._copies = dense_copies(params, self._copies)
         steps: list[Tensor | None] = []
         for names, group_params in zip(self._table_names, param_lists, strict=True):
             for param in group_params:
@@ -347,62 +376,102 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                     steps.append(self._step_counter(param, is_new))
                 else:
                     steps.append(None)
+        positions = list(range(len(params)))
+        every = Selection(param_lists, positions, self.state, steps, gradients)
+        if not self._copies:
+            return [self._refreshed_table(every)]
+        strided = every.only(lambda param: param in self._copies)
+        dense = every.only(lambda param: param not in self._copies)
+        return [
+            self._refreshed_table(dense),
+            StridedPart(strided, self._copies, self._make_table),
+        ]
+
+    def _refreshed_table(self, selection: Selection) -> Table:
         table = self._table
-        if table is None or not table.refresh(param_lists, self.state, gradients):
-            table = self._table = self._make_table(param_lists, steps, gradients)
+        refreshed = (selection.param_lists, selection.state, selection.gradients)
+        if table is None or not table.refresh(*refreshed):
+            table = self._table = self._make_table(selection)
         return table
 
-    def _make_table(
-        self,
-        param_lists: list[list[Tensor]],
-        steps: list[Tensor | None],
-        gradients: list[Tensor | None],
-    ) -> Table:
+    @torch.no_grad()
+    def _update_one(self, param: Tensor) -> None:
+        """Updates one dense parameter from its gradient, without advancing the schedule."""
+        self._sync_groups()
+        table, param_lists, state = self._singles.get(param, (None, [], {}))
+        is_ready = state.get(param) is self.state.get(param)
+        if table is None or not is_ready or not table.refresh(param_lists, state):
+            check_params([param], type(self).__name__)
+            index, position = self._place_of(param)
+            is_new = self._complete_state(param, self._table_names[index])
+            param_lists = [[param] if i == index else [] for i in range(len(self.param_groups))]
+            state = {param: self.state[param]} if param in self.state else {}
+            table = self._make_table(
+                Selection(
+                    param_lists,
+                    [position],
+                    state,
+                    [self._step_counter(param, is_new)],
+                    [checked_gradient(param, type(self).__name__)],
+                )
+            )
+            self._singles[param] = (table, param_lists, state)
+        table.run(commits_step=False)
+
+    def _place_of(self, param: Tensor) -> tuple[int, int]:
+        """Returns the group of a parameter and its position among all parameters."""
+        position = 0
+        for index, group in enumerate(self.param_groups):
+            for other in group["params"]:
+                if other is param:
+                    return index, position
+                position += 1
+        raise RuntimeError("a parameter with a hook of step_in_backward has left the optimizer")
+
+    def _make_table(self, selection: Selection) -> Table:
         if self._backend == "reference":
-            return self._make_reference_table(param_lists, steps, gradients)
+            return reference.ReferenceTable(
+                self.algorithm,
+                self._updates_of(selection),
+                self.schedule_buffer.step,
+                self._storage,
+            )
         table = ops.StepTable(
             backend=self._backend,
             algorithm=self.algorithm,
-            param_lists=param_lists,
-            state=self.state,
+            param_lists=selection.param_lists,
+            positions=selection.positions,
+            state=selection.state,
             state_names=self._table_names,
-            steps=steps,
+            steps=selection.steps,
             groups=self._groups,
             step=self.schedule_buffer.step,
             storage=self._storage,
         )
-        if not table.refresh(param_lists, self.state, gradients):
+        if not table.refresh(selection.param_lists, selection.state, selection.gradients):
             raise RuntimeError("a parameter or a state changed while the optimizer read it")
         return table
 
-    def _make_reference_table(
-        self,
-        param_lists: list[list[Tensor]],
-        steps: list[Tensor | None],
-        gradients: list[Tensor | None],
-    ) -> reference.ReferenceTable:
+    def _updates_of(self, selection: Selection) -> list[reference.TensorUpdate]:
         updates = []
-        rows = zip(steps, gradients, strict=True)
-        tensor = -1
-        for index, params in enumerate(param_lists):
+        rows = zip(selection.positions, selection.steps, selection.gradients, strict=True)
+        for index, params in enumerate(selection.param_lists):
             lr, hyper = self._learning_rates.current(index), self._written[index][1]
             for param in params:
-                step, grad = next(rows)
-                tensor += step is not None
+                position, step, grad = next(rows)
                 if step is None or grad is None:
                     continue
-                state, names = self.state.get(param, {}), self._table_names[index]
+                state, names = selection.state.get(param, {}), self._table_names[index]
                 updates.append(
-                    reference.TensorUpdate(param, grad, state, names, step, lr, hyper, tensor)
+                    reference.TensorUpdate(param, grad, state, names, step, lr, hyper, position)
                 )
-        step = self.schedule_buffer.step
-        return reference.ReferenceTable(self.algorithm, updates, step, self._storage)
+        return updates
 
     def _complete_state(self, param: Tensor, names: list[str]) -> bool:
         """Creates missing arrays and converts foreign ones; returns whether any was missing."""
         if not self._storage.arrays(param, names, "meta"):
             return False
-        return self._storage.complete(param, self.state[param], names)
+        return self._storage.complete(self._copies.get(param, param), self.state[param], names)
 
     def _any_gradient(self) -> bool:
         """Returns whether any gradient has an entry that is not zero; waits for the device."""

@@ -28,6 +28,11 @@ struct alignas(16) uint4 : on_host::Aligned<16> {
 
 inline void __threadfence() {}
 
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
 inline unsigned atomicAdd(unsigned* target, unsigned value) {
   const unsigned old = *target;
   *target += value;
