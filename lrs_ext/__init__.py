@@ -2,12 +2,30 @@
 
 from lrs_ext.autolrs.controller import AutoLRS
 from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.constructors import (
+    constant,
+    cosine,
+    delayed_linear,
+    exponential,
+    from_function,
+    from_values,
+    inverse_sqrt,
+    join,
+    linear,
+    one_cycle,
+    polynomial,
+    rex,
+    step_decay,
+    wsd,
+)
 from lrs_ext.optimizers import SGD, Adam, AdamW
-from lrs_ext.schedules import Schedule, constant, cosine, linear, rex
+from lrs_ext.profile_schedule import SAMPLING
+from lrs_ext.schedules import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAMPLING",
     "SGD",
     "Adam",
     "AdamW",
@@ -16,6 +34,16 @@ __all__ = [
     "ScheduleBuffer",
     "constant",
     "cosine",
+    "delayed_linear",
+    "exponential",
+    "from_function",
+    "from_values",
+    "inverse_sqrt",
+    "join",
     "linear",
+    "one_cycle",
+    "polynomial",
     "rex",
+    "step_decay",
+    "wsd",
 ]

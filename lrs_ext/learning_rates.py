@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops
-from lrs_ext.buffer import ScheduleBuffer, capacity_for
-from lrs_ext.schedules import Schedule, checked_learning_rate
+from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.number_checks import checked_learning_rate
+from lrs_ext.schedules import Schedule
 
 Group = dict[str, Any]
 
@@ -115,7 +116,7 @@ class LearningRates:
         schedule = self.buffer.schedules[index]
         source = self._sources[index] = _Source(self.buffer.rows[index], schedule)
         if schedule is not None:
-            source.value = ops.native_schedule(schedule).value
+            source.value = schedule.value_in_row()
             group["lr"] = source.scheduled = source.seen = source.value(self.step)
 
     def row(self, index: int) -> Tensor:
@@ -293,7 +294,7 @@ def check_learning_rate(lr: float | Tensor | Schedule) -> None:
 
 def _capacity(groups: list[Group]) -> int:
     schedules = [group["lr"] for group in groups if isinstance(group["lr"], Schedule)]
-    return max(map(capacity_for, schedules), default=1)
+    return max((schedule.capacity for schedule in schedules), default=1)
 
 
 def _is_zero(lr: float | Tensor | None) -> bool:
