@@ -18,7 +18,9 @@ from lrs_ext.constructors import (
     step_decay,
     wsd,
 )
+from lrs_ext.lr_scheduler import ScheduleLR
 from lrs_ext.optimizers import SGD, Adam, AdamW
+from lrs_ext.plateau import ReduceOnPlateau
 from lrs_ext.profile_schedule import SAMPLING
 from lrs_ext.schedules import Schedule
 
@@ -30,8 +32,10 @@ __all__ = [
     "Adam",
     "AdamW",
     "AutoLRS",
+    "ReduceOnPlateau",
     "Schedule",
     "ScheduleBuffer",
+    "ScheduleLR",
     "constant",
     "cosine",
     "delayed_linear",

@@ -135,7 +135,7 @@ def step_decay(
 
     Source: the schedule "50-75" of section 4.1 of arXiv 2107.04197.
 
-    >>> [round(x, 6) for x in step_decay(0.1, 8).values(0, 8)]
+    >>> step_decay(0.1, 8).values(0, 8).round(6).tolist()
     [0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     """
     own: dict[str, Parameter] = {"milestones": tuple(milestones), "gamma": gamma}
@@ -255,8 +255,8 @@ def wsd(
     Source: Hu et al., MiniCPM, arXiv 2404.06395; 1 - sqrt: Haegele et al., Scaling Laws and
     Compute-Optimal Training Beyond Fixed Training Durations, arXiv 2405.18392.
 
-    >>> wsd(1.0, 40).values(35, 41).tolist()
-    [1.0, 1.0, 0.5, 0.2928932188134524, 0.1339745962155614, 0.0]
+    >>> wsd(1.0, 40).values(35, 41).round(6).tolist()
+    [1.0, 1.0, 0.5, 0.292893, 0.133975, 0.0]
     """
     own: dict[str, Parameter] = {"decay": decay, "cooldown": cooldown}
     return _schedule("wsd", lr, total_steps, warmup_steps, min_lr, sampling, **own)

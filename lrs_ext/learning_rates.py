@@ -80,6 +80,27 @@ class LearningRates:
         if isinstance(source.seen, Tensor) and source.row is self.buffer.rows[index]:
             source.row.copy_(source.seen.detach().reshape(()), non_blocking=True)
 
+    def with_room_for(
+        self, groups: list[Group], schedule: Schedule, was_captured: bool
+    ) -> LearningRates:
+        """Returns these learning rates, or others in longer rows if theirs cannot hold `schedule`.
+
+        Making the new buffer waits for the device.
+
+        Raises:
+            RuntimeError: they would have to be longer, but a CUDA graph reads the present ones.
+        """
+        if schedule.capacity <= self.buffer.capacity:
+            return self
+        if was_captured:
+            raise RuntimeError(
+                f"{schedule!r} needs rows of {schedule.capacity} values, but a CUDA graph reads "
+                f"the present ones of {self.buffer.capacity}: make the optimizer anew, set the "
+                "schedule and capture again, or start with a schedule that is as long, such as "
+                f"lrs_ext.constant(lr, total_steps={schedule.capacity - 1})"
+            )
+        return self.rebuilt(groups, self.buffer.values.device, schedule.capacity)
+
     def _has_moved(self, index: int, lr: float | Tensor | None) -> bool:
         """Whether a tensor that the kernels read in place has got another memory."""
         row = self._sources[index].row

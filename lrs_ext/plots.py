@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -63,17 +63,10 @@ def plot_schedules(schedules: Mapping[str, Schedule], axes: Axes | None = None) 
     """
     if axes is None:
         axes = _figure(6.4, 3.6).add_subplot()
-    ends = [s.total_steps for s in schedules.values() if s.total_steps is not None]
-    for label, schedule in schedules.items():
-        steps = schedule.total_steps or max(ends, default=min(schedule.capacity + 1000, 10**6))
-        shown = np.unique(np.linspace(0, steps, MAX_POINTS + 1).astype(int))
-        values = [schedule(int(step)) for step in shown]
-        axes.step(shown, values, where="post", linewidth=1.5, label=label)
+    _draw(axes, schedules)
     axes.set(xlabel="update", ylabel="learning rate")
-    axes.set_ylim(bottom=0.0)
-    axes.margins(x=0.01)
     axes.legend(frameon=False, fontsize=8)
-    return axes.get_figure()
+    return cast("Figure", axes.figure)
 
 
 def plot_samplings(
@@ -93,13 +86,27 @@ def plot_samplings(
         {name: named_schedule(name, total_steps, sampling) for name in names}
         for sampling in samplings
     ]
-    figure = _figure(max(4.0 * len(panels), 6.4), 3.6)
+    figure = _figure(max(4.0 * len(panels), 6.4), 4.0)
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel, sampling in zip(grid, panels, samplings, strict=True):
-        plot_schedules(panel, axes)
+        _draw(axes, panel)
         axes.set(title=sampling if isinstance(sampling, str) else f"every {sampling} updates")
-        axes.label_outer()
+        axes.set(xlabel="update")
+    grid[0].set(ylabel="learning rate")
+    lines, labels = grid[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=5, frameon=False)
     return figure
+
+
+def _draw(axes: Axes, schedules: Mapping[str, Schedule]) -> None:
+    ends = [s.total_steps for s in schedules.values() if s.total_steps is not None]
+    for label, schedule in schedules.items():
+        steps = schedule.total_steps or max(ends, default=min(schedule.capacity + 1000, 10**6))
+        shown = np.unique(np.linspace(0, steps, MAX_POINTS + 1).astype(int))
+        values = [schedule(int(step)) for step in shown]
+        axes.step(shown, values, where="post", linewidth=1.5, label=label)
+    axes.set_ylim(bottom=0.0)
+    axes.margins(x=0.01)
 
 
 def _figure(width: float, height: float) -> Figure:
