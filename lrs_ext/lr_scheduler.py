@@ -29,7 +29,7 @@ class ScheduleLR(LRScheduler):
         last_epoch: the step to go on from, as in torch; -1 begins.
 
     Raises:
-        TypeError, ValueError: `schedule` is neither, or has a height of 0; a list has another length.
+        TypeError, ValueError: `schedule` is neither, has a height of 0, or the list does not fit.
 
     Warns:
         UserWarning: the height of a single schedule, unless 1, is that of no group.

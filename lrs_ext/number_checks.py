@@ -70,7 +70,7 @@ def checked_fractions(name: str, values: Any) -> tuple[float, ...]:
 
 def _float(name: str, value: Any) -> float:
     try:
-        if isinstance(value, (bool, np.bool_, str)):
+        if isinstance(value, (bool, np.bool_, str, np.complexfloating)):
             raise TypeError
         return float(value)
     except (TypeError, ValueError):

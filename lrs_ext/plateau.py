@@ -58,6 +58,7 @@ class ReduceOnPlateau:
             raise ValueError(f"mode {mode} is unknown!")
         if threshold_mode not in ("rel", "abs"):
             raise ValueError(f"threshold mode {threshold_mode} is unknown!")
+        self.optimizer = optimizer
         self.mode, self.threshold_mode = mode, threshold_mode
         self.factor = checked_real("factor", factor)
         if self.factor >= 1.0:

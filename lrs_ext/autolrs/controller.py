@@ -23,6 +23,7 @@ from lrs_ext.autolrs.shapes import Shapes
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
 from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
+from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
 from lrs_ext.schedules import Schedule
 
@@ -253,7 +254,7 @@ class AutoLRS:
         It is that of the first group, from the first update of the training; waits for the device.
         In "peak", where the training had to be rolled back, it begins with the peak that was too
         high. In "paper" it is `from_values`: warm-up and stages as they were trained, trials left
-        out, and the last stage to its end.
+        out, and the last stage to its end, as planned by now.
 
         Raises:
             RuntimeError: the last search has not ended.
