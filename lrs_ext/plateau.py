@@ -92,8 +92,17 @@ class ReduceOnPlateau:
         Raises:
             ValueError: it has more than one element, or a schedule is now in charge of a group.
             RuntimeError: the optimizer has other parameter groups than at the start.
+
+        >>> import lrs_ext
+        >>> opt = lrs_ext.SGD([torch.zeros(2, requires_grad=True)], lr=0.5)
+        >>> plateau = lrs_ext.ReduceOnPlateau(opt, factor=0.5, patience=1)
+        >>> for metric in (1.0, 1.0, 1.0, 1.0):
+        ...     plateau.step(torch.tensor(metric))
+        >>> opt.current_lr()
+        [0.25]
         """
-        metric = torch.as_tensor(metric)
+        if not isinstance(metric, Tensor):
+            metric = torch.tensor(metric, dtype=torch.float64)
         if metric.numel() != 1:
             raise ValueError(f"metric must have one element, got shape {tuple(metric.shape)}")
         lrs = self._groups.read()

@@ -188,3 +188,24 @@ def test_a_rolled_back_training_is_in_the_schedule_of_several_stages():
     run.run()
     values = run.auto.to_schedule().values(0, 20)
     assert values[-1] == values[0] / 2
+
+
+def test_any_profile_gives_the_shape():
+    auto = Training(schedule="wsd").auto
+    assert auto._shapes.schedule.profile == "wsd"
+    assert Training(schedule="one_cycle", warmup_steps=0).auto.phase == "search"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("sine", r"schedule must be one of \['constant', .*or a Schedule, got 'sine'"),
+        ("one_cycle", "warmup_steps must be 0 for one_cycle"),
+        (lrs_ext.from_values([0.1, 0.2]), "not a table or a join: from_values"),
+        (lrs_ext.join([lrs_ext.constant(0.1)], []), "not a table or a join: join"),
+        (lrs_ext.constant(0.0), "must have a positive lr"),
+    ],
+)
+def test_what_gives_no_shape_is_refused(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        Training(schedule=schedule)

@@ -48,8 +48,8 @@ class AutoLRS:
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
         preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
-        schedule: the shape to train with: a name ("rex", "linear", "cosine", "constant") or a
-            `Schedule`, whose height and length do not matter. "paper" ends with it.
+        schedule: the shape to train with: the name of a constructor ("rex", "linear", ...) or a
+            `Schedule` with a profile, whose height and length do not matter. "paper" ends with it.
         search_fraction: share of the budget that the trials of "peak" take, more in very short
             runs, less in very long ones: a trial has 4 to 150 updates.
         num_trials: in a stage; None is 8 for "peak" and 10 for "paper".
