@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -40,7 +41,12 @@ const std::map<std::string, lrs::Profile> kCooldowns = {
     {"exponential", lrs::Profile::kExponential}};
 
 const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
-                                                           {"adam", lrs::Algorithm::kAdam}};
+                                                           {"adam", lrs::Algorithm::kAdam},
+                                                           {"lion", lrs::Algorithm::kLion}};
+
+const std::map<std::string, lrs::StateType> kStateTypes = {{"float32", lrs::StateType::kFloat32},
+                                                           {"bfloat16", lrs::StateType::kBFloat16},
+                                                           {"block8", lrs::StateType::kBlock8}};
 
 const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"maximize", lrs::kMaximize},
@@ -141,12 +147,18 @@ lrs::TensorAccess make_tensor_access(const py::capsule& exchange_api,
 // A step that is ready to run: the live tensors, their chunks, and the addresses of the tables.
 class Step {
  public:
-  Step(const std::string& algorithm, lrs::StepTensors* tensors, int64_t chunk_elements)
+  Step(const std::string& algorithm, lrs::StepTensors* tensors, int64_t chunk_elements,
+       const std::string& state_type, bool rounds_stochastically)
       : tensors_(tensors), table_{} {
+    if (chunk_elements % lrs::kQuantBlock != 0) {
+      throw std::invalid_argument("a chunk must be a whole number of quantisation blocks");
+    }
     std::vector<int64_t> numels;
     for (const lrs::TensorEntry& entry : tensors->entries()) numels.push_back(entry.numel);
     lrs::build_chunks(numels, chunk_elements, &chunks_, &chunk_offsets_);
     table_.algorithm = at(kAlgorithms, algorithm);
+    table_.state_type = at(kStateTypes, state_type);
+    table_.rounds_stochastically = rounds_stochastically;
     table_.tensors = tensors->entries().data();
     table_.num_tensors = static_cast<int64_t>(numels.size());
     table_.chunks = chunks_.data();
@@ -164,6 +176,13 @@ class Step {
     table_.tensors = pointer<const lrs::TensorEntry>(tensors);
     table_.chunks = pointer<const lrs::Chunk>(chunks);
     table_.ticket = pointer<uint32_t>(ticket);
+  }
+
+  // Addresses of one float32 each, of the backend's kind; 0 where there is nothing to read.
+  void scale_gradients(uintptr_t loss_scale, uintptr_t found_inf, uintptr_t norm,
+                       uintptr_t max_norm) {
+    table_.scaling = {pointer<const float>(loss_scale), pointer<const float>(found_inf),
+                      pointer<const float>(norm), pointer<const float>(max_norm)};
   }
 
   py::array_t<int64_t> tensor_rows() const {
@@ -192,7 +211,22 @@ class Step {
     tensors_->release_gradients();
   }
 
+  void grad_norm_cpu(uintptr_t norm, int num_threads) {
+    const py::gil_scoped_release release;
+    sums_.resize(chunks_.size());
+    *pointer<float>(norm) =
+        lrs::grad_norm_cpu(table_, tensors_->gradients().data(), sums_.data(), num_threads);
+  }
+
 #ifdef LRS_WITH_CUDA
+  void grad_norm_cuda(uintptr_t sums, uintptr_t norm) const {
+    void* stream = tensors_->current_stream();
+    const py::gil_scoped_release release;
+    lrs::grad_norm_cuda(table_, chunk_offsets_.data(), tensors_->gradients().data(),
+                        pointer<double>(sums), pointer<float>(norm), tensors_->device_index(),
+                        stream);
+  }
+
   void run_cuda() const {
     void* stream = tensors_->current_stream();
     {
@@ -209,6 +243,7 @@ class Step {
   lrs::StepTable table_;
   std::vector<lrs::Chunk> chunks_;
   std::vector<int64_t> chunk_offsets_;
+  std::vector<double> sums_;  // scratch
 };
 
 // The ranges that the kernels visit, for tests: (begin, vector begin, vector end, end) per chunk.
@@ -261,25 +296,34 @@ PYBIND11_MODULE(_C, m) {
            "delete_handle"_a);
 
   py::class_<lrs::StepTensors>(m, "StepTensors")
-      .def(py::init<const lrs::TensorAccess&, const py::list&, const py::dict&, const py::list&,
-                    const py::list&>(),
+      .def(py::init([](const lrs::TensorAccess& access, const py::list& param_lists,
+                       const py::dict& state, const py::list& state_names, const py::list& steps,
+                       const std::string& state_type) {
+             return std::make_unique<lrs::StepTensors>(access, param_lists, state, state_names,
+                                                       steps, at(kStateTypes, state_type));
+           }),
            "access"_a, "param_lists"_a, "state"_a, "state_names"_a, "steps"_a,
-           py::keep_alive<1, 2>())
+           "state_type"_a = "float32", py::keep_alive<1, 2>())
       .def("refresh", &lrs::StepTensors::refresh, "param_lists"_a, "state"_a, "gradients"_a)
       .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients)
       .def("updated_params", &lrs::StepTensors::updated_params);
 
   py::class_<Step>(m, "Step")
-      .def(py::init<const std::string&, lrs::StepTensors*, int64_t>(), "algorithm"_a, "tensors"_a,
-           "chunk_elements"_a, py::keep_alive<1, 3>())
+      .def(py::init<const std::string&, lrs::StepTensors*, int64_t, const std::string&, bool>(),
+           "algorithm"_a, "tensors"_a, "chunk_elements"_a, "state_type"_a = "float32",
+           "rounds_stochastically"_a = false, py::keep_alive<1, 3>())
       .def("bind", &Step::bind, "groups"_a, "step"_a)
       .def("bind_device", &Step::bind_device, "tensors"_a, "chunks"_a, "ticket"_a)
+      .def("scale_gradients", &Step::scale_gradients, py::kw_only(), "loss_scale"_a, "found_inf"_a,
+           "norm"_a, "max_norm"_a)
       .def_property_readonly("tensor_rows", &Step::tensor_rows)
       .def_property_readonly("chunk_rows", &Step::chunk_rows)
       .def_property_readonly("gradient_addresses", &Step::gradient_addresses)
 #ifdef LRS_WITH_CUDA
       .def("run_cuda", &Step::run_cuda)
+      .def("grad_norm_cuda", &Step::grad_norm_cuda, "sums"_a, "norm"_a)
 #endif
+      .def("grad_norm_cpu", &Step::grad_norm_cpu, "norm"_a, "num_threads"_a)
       .def("run_cpu", &Step::run_cpu, "num_threads"_a);
 
   m.def(
@@ -313,6 +357,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_ranges", &chunk_ranges, "numel"_a, "chunk_elements"_a, "lane"_a, "addresses"_a,
         "bytes"_a);
   m.attr("group_bytes") = sizeof(lrs::Group);
+  m.attr("quant_block") = lrs::kQuantBlock;
   std::vector<std::string> profiles, cooldowns, algorithms;
   for (const auto& [name, profile] : kProfiles) profiles.push_back(name);
   for (const auto& [name, cooldown] : kCooldowns) cooldowns.push_back(name);

@@ -8,6 +8,7 @@ has_cuda: bool
 cuda_runtime_version: int
 cuda_architectures: str
 group_bytes: int
+quant_block: int
 profiles: list[str]
 cooldowns: list[str]
 algorithms: list[str]
@@ -53,6 +54,7 @@ class StepTensors:
         state: dict[Any, Any],
         state_names: list[Any],
         steps: list[Any],
+        state_type: str = "float32",
     ) -> None: ...
     def refresh(
         self, param_lists: list[Any], state: dict[Any, Any], gradients: list[Any] | None
@@ -62,9 +64,19 @@ class StepTensors:
     def updated_params(self) -> list[Any]: ...
 
 class Step:
-    def __init__(self, algorithm: str, tensors: StepTensors, chunk_elements: int) -> None: ...
+    def __init__(
+        self,
+        algorithm: str,
+        tensors: StepTensors,
+        chunk_elements: int,
+        state_type: str = "float32",
+        rounds_stochastically: bool = False,
+    ) -> None: ...
     def bind(self, groups: int, step: int) -> None: ...
     def bind_device(self, tensors: int, chunks: int, ticket: int) -> None: ...
+    def scale_gradients(
+        self, *, loss_scale: int, found_inf: int, norm: int, max_norm: int
+    ) -> None: ...
     @property
     def tensor_rows(self) -> NDArray[np.int64]: ...
     @property
@@ -73,6 +85,8 @@ class Step:
     def gradient_addresses(self) -> NDArray[np.int64]: ...
     def run_cpu(self, num_threads: int) -> None: ...
     def run_cuda(self) -> None: ...
+    def grad_norm_cpu(self, norm: int, num_threads: int) -> None: ...
+    def grad_norm_cuda(self, sums: int, norm: int) -> None: ...
 
 def write_group_cpu(
     target: int, lr: int, capacity: int, scale: float, hyper: Mapping[str, float]

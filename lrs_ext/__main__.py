@@ -66,7 +66,7 @@ def selfcheck() -> list[dict[str, Any]]:
         for backend in ops.BACKENDS:
             if backend == "reference" or ops.unavailable_reason(backend, device) is not None:
                 continue
-            for cls in (lrs_ext.SGD, lrs_ext.Adam, lrs_ext.AdamW):
+            for cls in (lrs_ext.SGD, lrs_ext.Adam, lrs_ext.AdamW, lrs_ext.Lion):
                 for dtype in ops.DTYPES:
                     got = _one_step(cls, backend, device, dtype)
                     want = _one_step(cls, "reference", device, dtype)

@@ -24,3 +24,8 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 def laid_out_as(param: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a copy of `source` with the device and the strides of `param`."""
     return torch.empty_like(param, dtype=dtype).copy_(source)
+
+
+def memory_order(tensor: Tensor) -> Tensor:
+    """Returns a dense tensor's elements in the order of memory: a view, shape (numel,)."""
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrs_ext import ops
 from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.host_copy import HostCopy
 from lrs_ext.number_checks import checked_learning_rate
 from lrs_ext.schedules import Schedule
 
@@ -53,6 +54,7 @@ class LearningRates:
         self.step = step
         self.buffer = ScheduleBuffer(len(groups), max(_capacity(groups), capacity), device)
         self.buffer.step.fill_(step)
+        self._skips: list[HostCopy] = []  # whether updates followed so far were skipped
         self._sources = [_Source(row) for row in self.buffer.rows]
         for index, group in enumerate(groups):
             lr = group["lr"]
@@ -149,9 +151,17 @@ class LearningRates:
         row = self._sources[index].row
         return self.buffer.current(index) if row is self.buffer.rows[index] else row.view(())
 
-    def advance(self, groups: list[Group]) -> None:
-        """Follows a committed update on the host."""
+    def advance(self, groups: list[Group], found_inf: Tensor | None = None) -> None:
+        """Follows an update on the host.
+
+        Args:
+            found_inf: if not 0, there was none; where that is only known later, so is the step.
+        """
         self.step += 1
+        if found_inf is not None:
+            self._skips.append(HostCopy(found_inf))
+        while self._skips and self._skips[0].is_here:
+            self.step -= self._skips.pop(0).read() != 0.0
         for source, group in zip(self._sources, groups, strict=True):
             if source.value is not None and group["lr"] is source.scheduled:
                 group["lr"] = source.scheduled = source.seen = source.value(self.step)
@@ -165,6 +175,7 @@ class LearningRates:
     def follow_device(self, groups: list[Group]) -> None:
         """Takes the position from the device, which alone knows of replayed and skipped updates."""
         host_step, self.step = self.step, int(self.buffer.step)
+        self._skips.clear()
         for index, group in enumerate(groups):
             self.sync(index, group)
             if self.step != host_step and self.schedule(index) is not None:
@@ -205,6 +216,7 @@ class LearningRates:
         if _capacity(groups) > self.buffer.capacity:
             return LearningRates(groups, self.buffer.values.device, step)
         self.step = step
+        self._skips.clear()
         self.buffer.step.fill_(step)
         for index, group in enumerate(groups):
             self.buffer.schedules[index] = None

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,9 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from lrs_ext.profile_schedule import ProfileSchedule
+    from lrs_ext.state_storage import Storage
 
+QUANT_BLOCK: int = _C.quant_block
 PROFILES: tuple[str, ...] = tuple(_C.profiles)
 COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
 # The parameter of a profile that the native code calls its shape.
@@ -247,18 +250,41 @@ class GroupTable:
             row.copy_(host)
 
 
+@dataclass(frozen=True)
+class GradScaling:
+    """What one step multiplies its gradients by: one-element float32 tensors on their device.
+
+    Attributes:
+        loss_scale: by which the loss was multiplied.
+        found_inf: if not 0, the step changes nothing.
+        norm, max_norm: of all gradients as they are stored, and the limit for the unscaled ones.
+    """
+
+    loss_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    norm: Tensor | None = None
+    max_norm: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.loss_scale, self.found_inf, self.norm, self.max_norm
+
+
+_UNSCALED = GradScaling()
+
+
 class StepTable:
     """One step over every tensor of every group: tables of addresses, ready to launch.
 
     Args:
         backend: "cpu", "cuda" or "triton".
-        algorithm: "sgd" or "adam".
+        algorithm: one of `_C.algorithms`.
         param_lists: the parameters of each group.
         state: the optimizer's state.
         state_names: for each group, the keys of the arrays that the update reads.
         steps: each parameter's step counter, or None if it has no state and takes no part.
         groups: the hyper-parameters.
         step: int64, 0-d: committed updates.
+        storage: how the states and bfloat16 parameters are kept.
     """
 
     def __init__(
@@ -272,20 +298,29 @@ class StepTable:
         steps: Sequence[Tensor | None],
         groups: GroupTable,
         step: Tensor,
+        storage: Storage,
     ) -> None:
         self.backend = backend
         self.algorithm = algorithm
         self.groups = groups
         self.step = step
         self._tensors = _C.StepTensors(
-            _tensor_access(), param_lists, state, state_names, list(steps)
+            _tensor_access(), param_lists, state, state_names, list(steps), storage.state_type
         )
         params = itertools.chain.from_iterable(param_lists)
         elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)
         self._chunk_elements = _CPU_CHUNK if backend == "cpu" else _gpu_chunk(elements)
-        self._native = _C.Step(algorithm, self._tensors, self._chunk_elements)
+        self._storage = storage
+        self._native = _C.Step(
+            algorithm,
+            self._tensors,
+            self._chunk_elements,
+            storage.state_type,
+            storage.stochastic_rounding,
+        )
         self._native.bind(groups.rows.data_ptr(), step.data_ptr())
         self._held: list[Tensor | None] | None = None  # gradients that only we keep alive
+        self._scaling: GradScaling | None = None  # of the last step
         if backend != "cpu":
             device = step.device
             self._rows = _to_device(self._native.tensor_rows, device)
@@ -317,8 +352,34 @@ class StepTable:
     def has_gradients(self) -> bool:
         return self._tensors.has_gradients
 
-    def run(self) -> None:
+    def grad_norm(self) -> Tensor:
+        """Returns the 2-norm of all gradients as they are stored: float32, 0-d, without waiting."""
+        norm = torch.empty((), dtype=torch.float32, device=self.step.device)
+        if self.backend == "cpu":
+            self._native.grad_norm_cpu(norm.data_ptr(), torch.get_num_threads())
+            return norm
+        sums = torch.empty(max(len(self._chunks), 1), dtype=torch.float64, device=norm.device)
+        if self.backend == "cuda":
+            self._native.grad_norm_cuda(sums.data_ptr(), norm.data_ptr())
+        else:
+            from lrs_ext import triton_norm
+
+            triton_norm.grad_norm(
+                tensors=self._rows,
+                chunks=self._chunks,
+                gradients=self._device_gradients(),
+                sums=sums,
+                norm=norm,
+                ticket=self._ticket,
+                chunk_elements=self._chunk_elements,
+            )
+        return norm
+
+    def run(self, scaling: GradScaling | None = None) -> None:
         """Updates every tensor that has a gradient and commits the step, without waiting."""
+        if scaling is not self._scaling:
+            self._scale(scaling or _UNSCALED)
+            self._scaling = scaling
         if self.backend == "cpu":
             self._native.run_cpu(torch.get_num_threads())
         elif self.backend == "cuda":
@@ -329,22 +390,45 @@ class StepTable:
         # Autograd refuses to go back through a graph whose parameters have changed since.
         torch.autograd.graph.increment_version(self._tensors.updated_params())
 
-    def _run_triton(self) -> None:
-        from lrs_ext import triton_kernels
+    def _scale(self, scaling: GradScaling) -> None:
+        for tensor in scaling.tensors():
+            if tensor is not None and (
+                tensor.dtype != torch.float32 or tensor.device != self.step.device
+            ):
+                raise RuntimeError(
+                    "a gradient's scale, overflow or norm must be float32 on the parameters' "
+                    f"device {self.step.device}, got {tensor.dtype} on {tensor.device}"
+                )
+        addresses = [0 if t is None else t.data_ptr() for t in scaling.tensors()]
+        self._native.scale_gradients(
+            loss_scale=addresses[0],
+            found_inf=addresses[1],
+            norm=addresses[2],
+            max_norm=addresses[3],
+        )
 
+    def _device_gradients(self) -> Tensor:
         addresses = self._native.gradient_addresses
         if not np.array_equal(addresses, self._addresses):
             self._addresses = addresses
             self._gradients = _to_device(addresses, self.step.device)
+        return self._gradients
+
+    def _run_triton(self) -> None:
+        from lrs_ext import triton_kernels
+
         triton_kernels.step(
             self.algorithm,
             tensors=self._rows,
             groups=self.groups.rows,
             chunks=self._chunks,
-            gradients=self._gradients,
+            gradients=self._device_gradients(),
             step=self.step,
             ticket=self._ticket,
+            scaling=(self._scaling or _UNSCALED).tensors(),
             chunk_elements=self._chunk_elements,
+            state_type=self._storage.state_type,
+            param_kind=self._storage.param_kind,
         )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrs_ext.autolrs.host_copy import HostCopy
 from lrs_ext.autolrs.rates import check_optimizer, usable_lr, warn_of_waiting
+from lrs_ext.host_copy import HostCopy
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 Group = dict[str, Any]

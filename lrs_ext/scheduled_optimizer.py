@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
 from lrs_ext import ops, reference
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tensors
+from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.learning_rates import (
     Group,
     LearningRates,
@@ -21,11 +23,11 @@ from lrs_ext.learning_rates import (
     saved_position,
 )
 from lrs_ext.schedules import Schedule
+from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import (
     check_numbers,
     check_params,
     checked_gradient,
-    checked_state,
     common_device,
 )
 
@@ -42,7 +44,17 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
+    # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
+    # lends the optimizer the attributes `grad_scale` and `found_inf`.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        backend: str | None,
+        storage: Storage | None = None,
+    ) -> None:
         if defaults["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`; use torch.optim")
         if defaults["fused"] and defaults["foreach"]:
@@ -50,6 +62,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         check_learning_rate(defaults["lr"])
         self._check(defaults)
         self._requested_backend = backend
+        self._storage = storage or Storage()
         self._counters: dict[Tensor, Tensor] = {}
         self._rates: LearningRates | None = None
         super().__init__(params, defaults)
@@ -142,6 +155,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check(self.param_groups[-1])
             common_device(_all_params(self.param_groups))
             check_params(self.param_groups[-1]["params"], type(self).__name__)
+            self._check_storage(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
@@ -165,23 +179,30 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._sync_groups()
-        param_lists = [group["params"] for group in self.param_groups]
-        table, had_state = self._table, bool(self.state)
-        if table is None or not table.refresh(param_lists, self.state):
-            table = self._prepare(param_lists)
-        if table is None or not table.has_gradients:
+        had_state = bool(self.state)
+        table = self._ready_table()
+        if table is None:
             return loss
-        if not had_state and self._learning_rates.zeroed_by_host and not _any_gradient(param_lists):
+        if not had_state and self._learning_rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             return loss
-        table.run()
+        found_inf = getattr(self, "found_inf", None)
+        table.run(self._scaling.take(getattr(self, "grad_scale", None), found_inf))
         self.committed_steps += 1
         if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
             self.was_captured = True
-        self._learning_rates.advance(self.param_groups)
+            self._learning_rates.advance(self.param_groups)
+        else:
+            self._learning_rates.advance(self.param_groups, found_inf)
         return loss
+
+    def clip_(self, max_norm: float | Tensor) -> Tensor:
+        """Limits the norm of the gradients in the next step; see `lrs_ext.clip_grad_norm_`."""
+        table = self._ready_table()
+        norm = torch.zeros((), device=self._device) if table is None else table.grad_norm()
+        self._scaling.clip(norm, max_norm)
+        return norm
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,6 +211,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         @functools.wraps(func)
         def step(self: ScheduledOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                return uncompiled_step(self, *args, **kwargs)
             is_watched = (
                 torch._C._autograd._profiler_enabled()
                 or self._optimizer_step_pre_hooks
@@ -199,6 +222,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             )
             return (hooked if is_watched else func)(self, *args, **kwargs)
 
+        # One launch is nothing to compile, and a graph would be tied to what a step changes.
+        uncompiled_step = _disable_dynamo(step)
         return step
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,10 +261,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Step counters, float32, 0-d, for which the state of `torch.optim` has no place."""
         return self._counters
 
-    def state_to_come(self) -> list[tuple[Tensor, list[str]]]:
-        """Returns each parameter with the names of the float32 arrays that are kept for it."""
+    def state_to_come(self) -> list[dict[str, Tensor]]:
+        """Returns what arrays are kept for each parameter, on the meta device."""
         return [
-            (param, self._state_names(group))
+            self._storage.arrays(param, self._state_names(group), "meta")
             for group in self.param_groups
             for param in group["params"]
         ]
@@ -284,6 +309,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = LearningRates(self.param_groups, self._device, step)
+        self._scaling = StepScaling()
         self.committed_steps, self.was_captured = 0, False
         self._forget_tables()
 
@@ -293,6 +319,21 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._written = _nothing_written(self.param_groups)
         self._table: Table | None = None
         self._table_names: list[list[str]] = []
+
+    def _check_storage(self, group: Group) -> None:
+        self._storage.check(group["params"], self._state_names(group))
+
+    def _ready_table(self) -> Table | None:
+        """Returns the table with what the host has changed and the gradients of the moment.
+
+        None if there are no gradients.
+        """
+        self._sync_groups()
+        param_lists = [group["params"] for group in self.param_groups]
+        table = self._table
+        if table is None or not table.refresh(param_lists, self.state):
+            table = self._prepare(param_lists)
+        return table if table is not None and table.has_gradients else None
 
     def _sync_groups(self) -> None:
         """Writes what has changed in `param_groups` since the last step to the device."""
@@ -335,7 +376,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for param in group_params:
                 known = param in self.state or param in self._counters
                 if known or gradients[len(steps)] is not None:
-                    steps.append(self._step_counter(param, self._complete_state(param, names)))
+                    is_new = self._complete_state(param, names)
+                    steps.append(self._step_counter(param, is_new))
                 else:
                     steps.append(None)
         table = self._table
@@ -360,6 +402,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             steps=steps,
             groups=self._groups,
             step=self.schedule_buffer.step,
+            storage=self._storage,
         )
         if not table.refresh(param_lists, self.state, gradients):
             raise RuntimeError("a parameter or a state changed while the optimizer read it")
@@ -373,31 +416,31 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     ) -> reference.ReferenceTable:
         updates = []
         rows = zip(steps, gradients, strict=True)
+        tensor = -1
         for index, params in enumerate(param_lists):
-            lr = self._learning_rates.current(index)
+            lr, hyper = self._learning_rates.current(index), self._written[index][1]
             for param in params:
                 step, grad = next(rows)
+                tensor += step is not None
                 if step is None or grad is None:
                     continue
-                state = {name: self.state[param][name] for name in self._table_names[index]}
+                state, names = self.state.get(param, {}), self._table_names[index]
                 updates.append(
-                    reference.TensorUpdate(param, grad, state, step, lr, self._written[index][1])
+                    reference.TensorUpdate(param, grad, state, names, step, lr, hyper, tensor)
                 )
-        return reference.ReferenceTable(self.algorithm, updates, self.schedule_buffer.step)
+        step = self.schedule_buffer.step
+        return reference.ReferenceTable(self.algorithm, updates, step, self._storage)
 
     def _complete_state(self, param: Tensor, names: list[str]) -> bool:
         """Creates missing arrays and converts foreign ones; returns whether any was missing."""
-        if not names:
+        if not self._storage.arrays(param, names, "meta"):
             return False
-        state = self.state[param]
-        is_new = False
-        for name in names:
-            if state.get(name) is None:
-                is_new = True
-                state[name] = torch.zeros_like(param, dtype=torch.float32)
-            else:
-                state[name] = checked_state(param, name, state[name])
-        return is_new
+        return self._storage.complete(param, self.state[param], names)
+
+    def _any_gradient(self) -> bool:
+        """Returns whether any gradient has an entry that is not zero; waits for the device."""
+        gradients = [param.grad for param in _all_params(self.param_groups)]
+        return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
     def _follow_params(self) -> None:
         """Moves everything to the device to which the parameters have been moved."""
@@ -420,6 +463,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return {
             **super().__getstate__(),
             "_requested_backend": self._requested_backend,
+            "_storage": self._storage,
             "_counters": self._counters,
             "_schedules": [rates.schedule(index) for index in range(len(self.param_groups))],
             "_schedule_step": rates.step,
@@ -446,7 +490,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             self._check(group)
-        states = {param: unwrap_state(param, saved) for param, saved in saved_state.items()}
+            self._check_storage(group)
+        states = {
+            param: unwrap_state(param, saved, self._storage) for param, saved in saved_state.items()
+        }
         updates = last_step(states)
         positions = [saved_position(group, updates) for group in groups]
         for param in [param for param in self.state if param not in states]:
@@ -471,9 +518,3 @@ def _all_params(groups: list[Group]) -> list[Tensor]:
 
 def _nothing_written(groups: list[Group]) -> list[tuple[Tensor | None, dict[str, float]]]:
     return [(None, {}) for _ in groups]
-
-
-def _any_gradient(param_lists: list[list[Tensor]]) -> bool:
-    """Returns whether any gradient has an entry that is not zero; waits for the device."""
-    gradients = [param.grad for params in param_lists for param in params]
-    return any(bool(gradient.any()) for gradient in gradients if gradient is not None)

@@ -90,7 +90,7 @@ def checked_gradient(param: Tensor, name: str) -> Tensor | None:
     return gradient
 
 
-def checked_state(param: Tensor, name: str, value: Any) -> Tensor:
+def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> Tensor:
     """Returns the array `value` of the state of `param` as the kernels need it.
 
     Raises:
@@ -102,10 +102,10 @@ def checked_state(param: Tensor, name: str, value: Any) -> Tensor:
             f"the state {name} has shape {found}, its parameter {tuple(param.shape)}: "
             "delete the parameter's state to start it anew"
         )
-    is_ready = value.dtype == torch.float32 and value.device == param.device
+    is_ready = value.dtype == dtype and value.device == param.device
     if is_ready and same_layout(value, param) and ops.has_memory(value):
         return value
-    return laid_out_as(param, value, torch.float32)
+    return laid_out_as(param, value, dtype)
 
 
 def check_numbers(hyper: Mapping[str, float]) -> None:

@@ -136,10 +136,25 @@ UPDATES = [
     UpdateRow("AdamW", {"weight_decay": 0.1, "amsgrad": True, "betas": (0.8, 0.6)}),
     UpdateRow("AdamW", {"weight_decay": 0.0, "maximize": True}),
     UpdateRow("AdamW", {"weight_decay": 0.1, "maximize": True, "amsgrad": True}),
+    UpdateRow("Lion"),
+    UpdateRow("Lion", {"weight_decay": 0.3, "betas": (0.95, 0.98)}),
+    UpdateRow("Lion", {"weight_decay": 0.1, "betas": (0.5, 0.0), "maximize": True}),
 ]
 # One row for each combination of states; for properties that do not depend on the options.
-STATE_UPDATES = [UPDATES[i] for i in (1, 4, 7, 15)]
-OPTIMIZERS = ["SGD", "Adam", "AdamW"]
+STATE_UPDATES = [UPDATES[i] for i in (1, 4, 7, 15, 19)]
+TORCH_OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those that torch.optim has too
+OPTIMIZERS = [*TORCH_OPTIMIZERS, "Lion"]
+
+# How states and bfloat16 parameters are kept, but for the default.
+STORAGES = [
+    {**({} if dtype == torch.float32 else {"state_dtype": dtype}), **kind}
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    for kind in ({}, {"master_weights": True}, {"stochastic_rounding": True})
+    if kind or dtype != torch.float32
+]
+# One row for each update and number of states that can be compressed.
+COMPRESSED_UPDATES = [UPDATES[0], UPDATES[5], *(row for row in UPDATES if row.name == "Lion")][:3]
+COMPRESSED_UPDATES.append(next(row for row in UPDATES if row.name == "AdamW"))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REFUSED_DTYPES = [torch.float64, torch.complex64, torch.int32]

@@ -180,4 +180,17 @@ def adamw(param, grad, state, *, weight_decay=0.01, **options):
     return adam(param, grad, state, **options)
 
 
-UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw}
+def lion(param, grad, state, *, lr, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
+    """Chen et al., arXiv 2302.06675, algorithm 2."""
+    beta1, beta2 = betas
+    exp_avg = state.get("exp_avg", torch.zeros_like(param))
+    grad = -grad if maximize else grad
+    direction = beta1 * exp_avg + (1 - beta1) * grad
+    new_state = {
+        "step": torch.tensor(float(state.get("step", 0.0)) + 1),
+        "exp_avg": beta2 * exp_avg + (1 - beta2) * grad,
+    }
+    return param - lr * (direction.sign() + weight_decay * param), new_state
+
+
+UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "Lion": lion}

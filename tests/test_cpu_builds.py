@@ -172,10 +172,16 @@ def test_storing_rounds_to_nearest_even(library, name):
 
 # Bits.
 
-STATES = {"sgd": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]}
+STATES = {
+    "sgd": ["momentum_buffer"],
+    "adam": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+    "lion": ["exp_avg"],
+}
+COUNTS = [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3), ("lion", 1)]
 HYPER = {
     "sgd": {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
     "adam": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1},
+    "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1},
 }
 
 
@@ -196,7 +202,7 @@ def updated(library, algorithm, names, dtype):
     rows, chunks = torch.from_numpy(step.tensor_rows), torch.from_numpy(step.chunk_rows)
     gradients, committed = torch.from_numpy(step.gradient_addresses), torch.tensor(1)
     library.step(
-        {"sgd": 0, "adam": 1}[algorithm],
+        {"sgd": 0, "adam": 1, "lion": 2}[algorithm],
         *map(pointer, (rows, groups.rows, chunks)),
         ctypes.c_int64(len(chunks)),
         ctypes.c_int64(CHUNK),
@@ -206,7 +212,7 @@ def updated(library, algorithm, names, dtype):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize(("algorithm", "count"), [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3)])
+@pytest.mark.parametrize(("algorithm", "count"), COUNTS)
 def test_every_build_gives_the_same_bits(builds, library, algorithm, count, dtype):
     names = STATES[algorithm][:count]
     param, states = updated(library, algorithm, names, dtype)
@@ -235,6 +241,6 @@ def test_the_compiler_vectorises_every_copy_of_the_element_loop(builds, isa):
         pytest.skip("only GCC's remarks are understood")
     wide = re.compile(rf"(\S+): optimized: loop vectorized using {VECTOR_BYTES[isa]} byte vectors")
     vectorised = wide.findall(remarks)
-    assert len(vectorised) >= len(cases.DTYPES) * 4  # two updates, each with two numbers of states
+    assert len(vectorised) >= len(cases.DTYPES) * len(COUNTS)
     missed = re.findall(r"(\S+): missed: couldn't vectorize loop", remarks)
     assert not set(vectorised) & set(missed)

@@ -95,7 +95,7 @@ def test_step_kernels_move_16_bytes_at_a_time_to_and_from_global_memory(kernels)
         _, code = kernels[name]
         moves = re.findall(r"\b(ld|st)\.(global\.)?(?:nc\.)?v4\.", code)
         for kind in ("ld", "st"):
-            # Three dtypes with two numbers of states.
-            assert moves.count((kind, "global.")) >= 6, (name, kind)
+            # Three dtypes with two numbers of states, or one.
+            assert moves.count((kind, "global.")) >= (3 if name == "lion" else 6), (name, kind)
             # Without knowing the memory space, the hardware has to find it out at each access.
             assert moves.count((kind, "")) == 0, (name, kind)

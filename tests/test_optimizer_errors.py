@@ -10,6 +10,7 @@ import lrs_ext
 
 optimizers = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 ADAMS = ["Adam", "AdamW"]
+WITH_BETAS = [*ADAMS, "Lion"]
 
 
 def leaf(shape=(7,), device="cpu", dtype=torch.float32):
@@ -37,17 +38,17 @@ WITH_TORCH = {
         ["SGD"],
         lambda a, b: ([a], {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
     ),
-    "nan lr": (ADAMS, lambda a, b: ([a], {"lr": float("nan")})),
-    "nan decay": (ADAMS, lambda a, b: ([a], {"weight_decay": float("nan")})),
+    "nan lr": (WITH_BETAS, lambda a, b: ([a], {"lr": float("nan")})),
+    "nan decay": (WITH_BETAS, lambda a, b: ([a], {"weight_decay": float("nan")})),
     "negative eps": (ADAMS, lambda a, b: ([a], {"eps": -1e-8})),
     "nan eps": (ADAMS, lambda a, b: ([a], {"eps": float("nan")})),
-    "beta1 of one": (ADAMS, lambda a, b: ([a], {"betas": (1.0, 0.9)})),
-    "beta2 of one": (ADAMS, lambda a, b: ([a], {"betas": (0.9, 1.0)})),
-    "negative beta1": (ADAMS, lambda a, b: ([a], {"betas": (-0.1, 0.9)})),
-    "nan beta2": (ADAMS, lambda a, b: ([a], {"betas": (0.9, float("nan"))})),
-    "one tensor beta": (ADAMS, lambda a, b: ([a], {"betas": (0.9, torch.tensor(0.99))})),
+    "beta1 of one": (WITH_BETAS, lambda a, b: ([a], {"betas": (1.0, 0.9)})),
+    "beta2 of one": (WITH_BETAS, lambda a, b: ([a], {"betas": (0.9, 1.0)})),
+    "negative beta1": (WITH_BETAS, lambda a, b: ([a], {"betas": (-0.1, 0.9)})),
+    "nan beta2": (WITH_BETAS, lambda a, b: ([a], {"betas": (0.9, float("nan"))})),
+    "one tensor beta": (WITH_BETAS, lambda a, b: ([a], {"betas": (0.9, torch.tensor(0.99))})),
     "tensor lr and foreach": (
-        ADAMS,
+        WITH_BETAS,
         lambda a, b: ([a], {"lr": torch.tensor(0.1), "foreach": True}),
     ),
     "differentiable and fused": (
@@ -63,7 +64,7 @@ def test_constructors_refuse_what_torch_refuses_in_its_words(name, mistake):
     arguments = WITH_TORCH[mistake][1]
     params, options = arguments(leaf(), leaf())
     with pytest.raises((TypeError, ValueError, RuntimeError)) as theirs:
-        getattr(torch.optim, name)(params, **options)
+        getattr(torch.optim, name, torch.optim.AdamW)(params, **options)
     with pytest.raises(theirs.type, match=re.escape(str(theirs.value))):
         getattr(lrs_ext, name)(params, **options)
 
@@ -248,7 +249,7 @@ class Run:
     def __init__(self, name, backend):
         torch.manual_seed(0)
         self.params = [leaf((n,), backend.device) for n in (5, 300, 7, 4)]
-        options = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
+        options = {"SGD": {"momentum": 0.9}, "AdamW": {"amsgrad": True}}.get(name, {})
         groups = [{"params": self.params[:2]}, {"params": self.params[2:], "lr": 0.02}]
         rex = lrs_ext.rex(0.1, 10)
         self.opt = getattr(lrs_ext, name)(groups, lr=rex, backend=backend.name, **options)
@@ -269,7 +270,7 @@ def equal(tensors, others):
     return all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
 @pytest.mark.parametrize("mistake", STEP_MISTAKES)
 def test_a_refused_step_changes_nothing(backend, name, mistake):
     error, message, make_mistake = STEP_MISTAKES[mistake]
@@ -294,7 +295,7 @@ def test_a_refused_step_changes_nothing(backend, name, mistake):
         assert run.opt.param_groups[0]["lr"] == spared.opt.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
 def test_a_refused_load_changes_nothing(backend, name):
     spared, run = Run(name, backend), Run(name, backend)
     fewer_groups, fewer_params = run.opt.state_dict(), run.opt.state_dict()

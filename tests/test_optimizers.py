@@ -7,6 +7,7 @@ import cases
 import pytest
 import reference
 import torch
+from plain_optimizers import plain_optimizer
 
 import lrs_ext
 from lrs_ext import _C
@@ -93,13 +94,13 @@ def set_gradients(params, skip=()):
 
 
 class Torch:
-    """The same parameters in torch.optim, stepped with the same gradients."""
+    """The same parameters in an optimizer of plain torch, stepped with the same gradients."""
 
     def __init__(self, row, params):
         self.params = params
         self.twins = [param.detach().clone() for param in params]
         options = {"lr": row.lr, "foreach": False} | row.options
-        self.opt = getattr(torch.optim, row.name)(self.twins, **options)
+        self.opt = plain_optimizer(row.name)(self.twins, **options)
 
     def step(self, opt, states=True):
         for param, twin in zip(self.params, self.twins, strict=True):
@@ -130,7 +131,7 @@ def test_every_public_and_every_native_update_has_rows_and_an_oracle():
 def test_the_oracle_agrees_with_torch_in_float64(row):
     params = [torch.randn(shape, dtype=torch.float64) for shape in cases.SHAPES]
     oracles = [(param.clone(), {}) for param in params]
-    opt = getattr(torch.optim, row.name)(params, lr=row.lr, foreach=False, **row.options)
+    opt = plain_optimizer(row.name)(params, lr=row.lr, foreach=False, **row.options)
     for _ in range(cases.STEPS):
         set_gradients(params)
         opt.step()
@@ -321,6 +322,7 @@ GROUPS = {
         {"weight_decay": 0.1, "decoupled_weight_decay": False, "amsgrad": True},
     ],
     "AdamW": [{}, {"weight_decay": 0.3}, {"amsgrad": True, "maximize": True}],
+    "Lion": [{}, {"weight_decay": 0.3}, {"betas": (0.5, 0.6), "maximize": True}],
 }
 
 
@@ -356,6 +358,7 @@ CHANGES = {
     ],
     "Adam": [{"weight_decay": 0.3}, {"betas": (0.5, 0.6)}, {"maximize": True}, {"eps": 0.1}],
     "AdamW": [{"weight_decay": 0.3}, {"betas": (0.5, 0.6)}, {"maximize": True}, {"eps": 0.1}],
+    "Lion": [{"weight_decay": 0.3}, {"betas": (0.5, 0.6)}, {"maximize": True}],
 }
 
 

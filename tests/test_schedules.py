@@ -6,7 +6,6 @@ import inspect
 import io
 import json
 import pickle
-import typing
 
 import cases
 import numpy as np
@@ -46,7 +45,7 @@ def public_constructors():
         name
         for name, function in functions.items()
         if inspect.isfunction(function)
-        and typing.get_type_hints(function).get("return") is lrs_ext.Schedule
+        and inspect.signature(function).return_annotation == "Schedule"
     }
 
 

@@ -111,6 +111,7 @@ class Group:
         columns = {
             "sgd": (self.momentum, self.dampening, self.nesterov, 0),
             "adam": (self.beta1, self.beta2, self.eps, self.decoupled),
+            "lion": (self.beta1, self.beta2, 0, 0),
         }
         hyper = (self.weight_decay, self.maximize, *columns[algorithm])
         doubles = torch.tensor((self.scale, *hyper), dtype=torch.float64)
@@ -173,8 +174,15 @@ def adam(param, grad, states, count, lr, group):
     return param - lr * corrected1 / (corrected2.sqrt() + group.eps), new_states
 
 
-EXPECTED = {"sgd": sgd, "adam": adam}
-NUM_STATES = {"sgd": (0, 1), "adam": (2, 3)}
+def lion(param, grad, states, count, lr, group):
+    grad = -grad if group.maximize else grad
+    direction = group.beta1 * states[0] + (1 - group.beta1) * grad
+    exp_avg = group.beta2 * states[0] + (1 - group.beta2) * grad
+    return param * (1 - lr * group.weight_decay) - lr * direction.sign(), [exp_avg]
+
+
+EXPECTED = {"sgd": sgd, "adam": adam, "lion": lion}
+NUM_STATES = {"sgd": (0, 1), "adam": (2, 3), "lion": (1,)}
 GROUPS = {
     "sgd": [
         Group(lrs=(0.02, 0.04), momentum=0.9, weight_decay=0.1),
@@ -187,6 +195,12 @@ GROUPS = {
         Group(lrs=(0.01,), scale=0.5, weight_decay=0.1, beta1=0.5, beta2=0.75, eps=1e-3),
         Group(lrs=(0.02, 0.01, 0.005, 0.001), maximize=True, beta1=0.0, beta2=0.0),
         Group(lrs=(0.02, 0.0), scale=2.0, weight_decay=0.2, decoupled=True, maximize=True),
+    ],
+    "lion": [
+        Group(lrs=(0.02, 0.01), weight_decay=0.1),
+        Group(lrs=(0.01,), scale=0.5, weight_decay=0.1, beta1=0.5, beta2=0.75),
+        Group(lrs=(0.02, 0.01, 0.005, 0.001), maximize=True, beta1=0.0, beta2=0.0),
+        Group(lrs=(0.02, 0.0), scale=2.0, weight_decay=0.2, maximize=True),
     ],
 }
 # Empty, one element, a piece and a bit, several chunks with a tail of pieces and single elements.
@@ -215,7 +229,7 @@ def matrix(algorithm):
     return entries, grad_shifts
 
 
-@pytest.mark.parametrize("algorithm", ["sgd", "adam"])
+@pytest.mark.parametrize("algorithm", NUM_STATES)
 def test_one_launch_updates_all_tensors(algorithm):
     entries, grad_shifts = matrix(algorithm)
     launch = Launcher(algorithm, GROUPS[algorithm], entries)
@@ -275,13 +289,21 @@ def test_amsgrad_keeps_nan():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("algorithm", ["sgd", "adam"])
+@pytest.mark.parametrize("algorithm", NUM_STATES)
 def test_no_decay_of_infinite_parameters(algorithm):
     states = [Array(torch.zeros(1)) for _ in range(max(NUM_STATES[algorithm]))]
     entry = Entry(Array(torch.tensor([math.inf])), states)
     Launcher(algorithm, [Group()], [entry])([Array(torch.ones(1))])
     assert_close(entry.param.values, [math.inf], EXACT)
     assert all(state.values.isfinite().all() for state in states)
+
+
+def test_the_sign_of_zero_is_zero_and_nan_stays():
+    entry = Entry(Array(torch.ones(4)), [Array(torch.zeros(4))])
+    Launcher("lion", [Group(lrs=(0.5,))], [entry])(
+        [Array(torch.tensor([0.0, -0.0, 3.0, math.nan]))]
+    )
+    assert_close(entry.param.values, [1.0, 1.0, 0.5, math.nan], EXACT)
 
 
 @triton.jit
@@ -299,12 +321,13 @@ def test_bias_corrections_are_double(beta, step):
     assert 1 - value.item() == pytest.approx(float(exact), rel=1e-9, abs=0)
 
 
-@pytest.mark.parametrize("algorithm", ["sgd", "adam"])
+@pytest.mark.parametrize("algorithm", NUM_STATES)
 def test_groups_are_those_of_the_native_core(algorithm):
     group = Group((0.1, 0.2), 3.0, True, 0.1, 0.2, 0.3, True, 0.4, 0.5, 0.6, True)
     hyper = {"weight_decay": 0.1, "maximize": 1.0} | {
         "sgd": {"momentum": 0.2, "dampening": 0.3, "nesterov": 1.0},
         "adam": {"beta1": 0.4, "beta2": 0.5, "eps": 0.6, "decoupled_weight_decay": 1.0},
+        "lion": {"beta1": 0.4, "beta2": 0.5},
     }[algorithm]
     row = torch.zeros(_C.group_bytes // 8, dtype=torch.int64)
     _C.write_group_cpu(row.data_ptr(), group.lr_values.data_ptr(), 2, group.scale, hyper)
@@ -341,6 +364,7 @@ ARGUMENTS = ["*i64", "*i64", "*i32", "*i64", "*i64", "*i32", "i32", "i32", *["co
 WIDE_ACCESSES = {
     "sgd": (2 * (2 + 3) + 2 * 2 * (2 + 1), 2 * (1 + 2) + 2 * 2 * (1 + 1)),
     "adam": ((4 + 5) + 2 * (2 + 3), (3 + 4) + 2 * (2 + 3)),
+    "lion": (2 * 3 + 2 * 2, 2 * 2 + 2 * 2),
 }
 
 

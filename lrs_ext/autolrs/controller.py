@@ -15,7 +15,6 @@ from lrs_ext.autolrs.batches import Tape
 from lrs_ext.autolrs.checks import check_loss, checked_bounds
 from lrs_ext.autolrs.guard import has_diverged
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
-from lrs_ext.autolrs.host_copy import HostCopy
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.rates import check_optimizer, group_ratios, rates_of
@@ -25,6 +24,7 @@ from lrs_ext.autolrs.step_watch import StepWatch
 from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
 from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
+from lrs_ext.host_copy import HostCopy
 from lrs_ext.schedules import Schedule
 
 if TYPE_CHECKING:
