@@ -21,10 +21,24 @@ namespace {
 namespace py = pybind11;
 using namespace pybind11::literals;
 
-const std::map<std::string, lrs::Profile> kProfiles = {{"constant", lrs::Profile::kConstant},
-                                                       {"linear", lrs::Profile::kLinear},
-                                                       {"cosine", lrs::Profile::kCosine},
-                                                       {"rex", lrs::Profile::kRex}};
+const std::map<std::string, lrs::Profile> kProfiles = {
+    {"constant", lrs::Profile::kConstant},
+    {"linear", lrs::Profile::kLinear},
+    {"cosine", lrs::Profile::kCosine},
+    {"rex", lrs::Profile::kRex},
+    {"exponential", lrs::Profile::kExponential},
+    {"step_decay", lrs::Profile::kStepDecay},
+    {"delayed_linear", lrs::Profile::kDelayedLinear},
+    {"polynomial", lrs::Profile::kPolynomial},
+    {"one_cycle", lrs::Profile::kOneCycle},
+    {"wsd", lrs::Profile::kWarmupStableDecay},
+    {"inverse_sqrt", lrs::Profile::kInverseSqrt}};
+
+const std::map<std::string, lrs::Profile> kCooldowns = {
+    {"sqrt", lrs::Profile::kOneMinusSqrt},
+    {"linear", lrs::Profile::kLinear},
+    {"cosine", lrs::Profile::kCosine},
+    {"exponential", lrs::Profile::kExponential}};
 
 const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
                                                            {"adam", lrs::Algorithm::kAdam},
@@ -59,49 +73,55 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A schedule that owns its sample points.
+// A schedule that owns its sample points and, behind them, its milestones.
 class Schedule {
  public:
   Schedule(const std::string& profile, double lr, double min_lr, int64_t total_steps,
-           int64_t warmup_steps, int64_t sampling, const std::vector<double>& fractions, double d)
-      : spec_{at(kProfiles, profile),
-              lr,
-              min_lr,
-              total_steps,
-              warmup_steps,
-              sampling,
-              nullptr,
-              0,
-              d} {
-    for (const double fraction : fractions) {
-      sample_points_.push_back(lrs::sample_point(fraction, total_steps - warmup_steps));
+           int64_t warmup_steps, int64_t sampling, const std::vector<double>& fractions,
+           double shape, const std::vector<double>& milestones, const std::string& cooldown)
+      : spec_{} {
+    spec_.profile = at(kProfiles, profile);
+    spec_.lr = lr;
+    spec_.min_lr = min_lr;
+    spec_.total_steps = total_steps;
+    spec_.warmup_steps = warmup_steps;
+    spec_.sampling = sampling;
+    spec_.num_sample_points = static_cast<int64_t>(fractions.size());
+    spec_.shape = shape;
+    spec_.num_milestones = static_cast<int64_t>(milestones.size());
+    spec_.cooldown = at(kCooldowns, cooldown);
+    for (const auto* shares : {&fractions, &milestones}) {
+      for (const double share : *shares) {
+        points_.push_back(lrs::sample_point(share, total_steps - warmup_steps));
+      }
     }
   }
 
-  lrs::ScheduleSpec spec() const {
+  // With a copy of `points()`, which may be on a device.
+  lrs::ScheduleSpec spec(const int64_t* points) const {
     lrs::ScheduleSpec spec = spec_;
-    if (!sample_points_.empty()) spec.sample_points = sample_points_.data();
-    spec.num_sample_points = static_cast<int64_t>(sample_points_.size());
+    if (spec.num_sample_points > 0) spec.sample_points = points;
+    spec.milestones = points + spec.num_sample_points;
     return spec;
   }
 
-  double value(int64_t step) const { return lrs::schedule_value(spec(), step); }
+  double value(int64_t step) const { return lrs::schedule_value(spec(points_.data()), step); }
 
   py::array_t<double> values(int64_t start, int64_t stop) const {
     py::array_t<double> values(stop - start);
-    lrs::fill_schedule(spec(), start, stop - start, values.mutable_data());
+    lrs::fill_schedule(spec(points_.data()), start, stop - start, values.mutable_data());
     return values;
   }
 
   void fill_cpu(uintptr_t target, int64_t count) const {
-    lrs::fill_schedule(spec(), 0, count, pointer<float>(target));
+    lrs::fill_schedule(spec(points_.data()), 0, count, pointer<float>(target));
   }
 
-  const std::vector<int64_t>& sample_points() const { return sample_points_; }
+  const std::vector<int64_t>& points() const { return points_; }
 
  private:
   lrs::ScheduleSpec spec_;
-  std::vector<int64_t> sample_points_;
+  std::vector<int64_t> points_;
 };
 
 lrs::Group make_group(uintptr_t lr, int64_t capacity, double scale,
@@ -264,27 +284,24 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Schedule>(m, "Schedule")
       .def(py::init<const std::string&, double, double, int64_t, int64_t, int64_t,
-                    const std::vector<double>&, double>(),
+                    const std::vector<double>&, double, const std::vector<double>&,
+                    const std::string&>(),
            py::kw_only(), "profile"_a, "lr"_a, "min_lr"_a, "total_steps"_a, "warmup_steps"_a,
-           "sampling"_a, "fractions"_a, "d"_a)
+           "sampling"_a, "fractions"_a, "shape"_a, "milestones"_a, "cooldown"_a)
       .def("value", &Schedule::value, "step"_a)
       .def("values", &Schedule::values, "start"_a, "stop"_a)
       .def("fill_cpu", &Schedule::fill_cpu, "target"_a, "count"_a)
 #ifdef LRS_WITH_CUDA
       .def(
           "fill_cuda",
-          [](const Schedule& schedule, uintptr_t target, int64_t count, uintptr_t sample_points,
+          [](const Schedule& schedule, uintptr_t target, int64_t count, uintptr_t points,
              int device, uintptr_t stream) {
-            lrs::ScheduleSpec spec = schedule.spec();
-            if (spec.sample_points != nullptr) {
-              spec.sample_points = pointer<const int64_t>(sample_points);
-            }
-            lrs::fill_schedule_cuda(spec, count, pointer<float>(target), device,
-                                    pointer<void>(stream));
+            lrs::fill_schedule_cuda(schedule.spec(pointer<const int64_t>(points)), count,
+                                    pointer<float>(target), device, pointer<void>(stream));
           },
-          py::kw_only(), "target"_a, "count"_a, "sample_points"_a, "device"_a, "stream"_a)
+          py::kw_only(), "target"_a, "count"_a, "points"_a, "device"_a, "stream"_a)
 #endif
-      .def_property_readonly("sample_points", &Schedule::sample_points);
+      .def_property_readonly("points", &Schedule::points);
 
   py::class_<lrs::TensorAccess>(m, "TensorAccess")
       .def(py::init(&make_tensor_access), "exchange_api"_a, "make_handles"_a, "data_pointer"_a,
@@ -356,9 +373,11 @@ PYBIND11_MODULE(_C, m) {
         "bytes"_a);
   m.attr("group_bytes") = sizeof(lrs::Group);
   m.attr("quant_block") = lrs::kQuantBlock;
-  std::vector<std::string> profiles, algorithms;
+  std::vector<std::string> profiles, cooldowns, algorithms;
   for (const auto& [name, profile] : kProfiles) profiles.push_back(name);
+  for (const auto& [name, cooldown] : kCooldowns) cooldowns.push_back(name);
   for (const auto& [name, algorithm] : kAlgorithms) algorithms.push_back(name);
   m.attr("profiles") = profiles;
+  m.attr("cooldowns") = cooldowns;
   m.attr("algorithms") = algorithms;
 }

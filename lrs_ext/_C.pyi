@@ -10,6 +10,7 @@ cuda_architectures: str
 group_bytes: int
 quant_block: int
 profiles: list[str]
+cooldowns: list[str]
 algorithms: list[str]
 
 class Schedule:
@@ -23,16 +24,18 @@ class Schedule:
         warmup_steps: int,
         sampling: int,
         fractions: Sequence[float],
-        d: float,
+        shape: float,
+        milestones: Sequence[float],
+        cooldown: str,
     ) -> None: ...
     def value(self, step: int) -> float: ...
     def values(self, start: int, stop: int) -> NDArray[np.float64]: ...
     def fill_cpu(self, target: int, count: int) -> None: ...
     def fill_cuda(
-        self, *, target: int, count: int, sample_points: int, device: int, stream: int
+        self, *, target: int, count: int, points: int, device: int, stream: int
     ) -> None: ...
     @property
-    def sample_points(self) -> list[int]: ...
+    def points(self) -> list[int]: ...
 
 class TensorAccess:
     def __init__(

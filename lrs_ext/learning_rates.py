@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops
-from lrs_ext.buffer import ScheduleBuffer, capacity_for
+from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.host_copy import HostCopy
-from lrs_ext.schedules import Schedule, checked_learning_rate
+from lrs_ext.number_checks import checked_learning_rate
+from lrs_ext.schedules import Schedule
 
 Group = dict[str, Any]
 
@@ -81,6 +82,27 @@ class LearningRates:
         if isinstance(source.seen, Tensor) and source.row is self.buffer.rows[index]:
             source.row.copy_(source.seen.detach().reshape(()), non_blocking=True)
 
+    def with_room_for(
+        self, groups: list[Group], schedule: Schedule, was_captured: bool
+    ) -> LearningRates:
+        """Returns these learning rates, or others in longer rows if theirs cannot hold `schedule`.
+
+        Making the new buffer waits for the device.
+
+        Raises:
+            RuntimeError: they would have to be longer, but a CUDA graph reads the present ones.
+        """
+        if schedule.capacity <= self.buffer.capacity:
+            return self
+        if was_captured:
+            raise RuntimeError(
+                f"{schedule!r} needs rows of {schedule.capacity} values, but a CUDA graph reads "
+                f"the present ones of {self.buffer.capacity}: make the optimizer anew, set the "
+                "schedule and capture again, or start with a schedule that is as long, such as "
+                f"lrs_ext.constant(lr, total_steps={schedule.capacity - 1})"
+            )
+        return self.rebuilt(groups, self.buffer.values.device, schedule.capacity)
+
     def _has_moved(self, index: int, lr: float | Tensor | None) -> bool:
         """Whether a tensor that the kernels read in place has got another memory."""
         row = self._sources[index].row
@@ -117,7 +139,7 @@ class LearningRates:
         schedule = self.buffer.schedules[index]
         source = self._sources[index] = _Source(self.buffer.rows[index], schedule)
         if schedule is not None:
-            source.value = ops.native_schedule(schedule).value
+            source.value = schedule.value_in_row()
             group["lr"] = source.scheduled = source.seen = source.value(self.step)
 
     def row(self, index: int) -> Tensor:
@@ -305,7 +327,7 @@ def check_learning_rate(lr: float | Tensor | Schedule) -> None:
 
 def _capacity(groups: list[Group]) -> int:
     schedules = [group["lr"] for group in groups if isinstance(group["lr"], Schedule)]
-    return max(map(capacity_for, schedules), default=1)
+    return max((schedule.capacity for schedule in schedules), default=1)
 
 
 def _is_zero(lr: float | Tensor | None) -> bool:

@@ -25,11 +25,14 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from lrs_ext.schedules import Schedule
+    from lrs_ext.profile_schedule import ProfileSchedule
     from lrs_ext.state_storage import Storage
 
 QUANT_BLOCK: int = _C.quant_block
 PROFILES: tuple[str, ...] = tuple(_C.profiles)
+COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
+# The parameter of a profile that the native code calls its shape.
+_SHAPES = ("d", "gamma", "delay", "power", "low", "decay")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,32 +143,35 @@ def build_info() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def native_schedule(schedule: Schedule) -> _C.Schedule:
+def native_schedule(schedule: ProfileSchedule) -> _C.Schedule:
     """Returns the native twin of `schedule`: value(step), values(start, stop), fills."""
     sampling = schedule.sampling
+    parameters: dict[str, Any] = dict(schedule.parameters)
     return _C.Schedule(
         profile=schedule.profile,
         lr=schedule.lr,
         min_lr=schedule.min_lr,
         total_steps=-1 if schedule.total_steps is None else schedule.total_steps,
         warmup_steps=schedule.warmup_steps,
-        sampling=1 if isinstance(sampling, tuple) else sampling,
+        sampling=sampling if isinstance(sampling, int) else 1,
         fractions=sampling if isinstance(sampling, tuple) else (),
-        d=schedule.d,
+        shape=next((parameters[name] for name in _SHAPES if name in parameters), 0.0),
+        milestones=parameters.get("milestones", ()),
+        cooldown=parameters.get("cooldown", COOLDOWNS[0]),
     )
 
 
-def fill_schedule(target: Tensor, schedule: Schedule) -> None:
+def fill_schedule(target: Tensor, schedule: ProfileSchedule) -> None:
     """Writes the values of updates 0, 1, ... to `target`, float32, contiguous, 1-d."""
     native = native_schedule(schedule)
     if target.device.type == "cpu":
         native.fill_cpu(target.data_ptr(), target.numel())
     elif _cuda_unavailable_reason(target.device.type) is None:
-        points = _to_device(np.array(native.sample_points, dtype=np.int64), target.device)
+        points = _to_device(np.array(native.points, dtype=np.int64), target.device)
         native.fill_cuda(
             target=target.data_ptr(),
             count=target.numel(),
-            sample_points=points.data_ptr(),
+            points=points.data_ptr(),
             device=target.device.index,
             stream=torch.cuda.current_stream(target.device).cuda_stream,
         )
@@ -173,6 +179,13 @@ def fill_schedule(target: Tensor, schedule: Schedule) -> None:
         host = torch.empty(target.shape, dtype=target.dtype)
         native.fill_cpu(host.data_ptr(), host.numel())
         target.copy_(host)
+
+
+def fill_values(target: Tensor, values: NDArray[np.float64]) -> None:
+    """Writes `values` to `target`, float32, 1-d, without waiting; the rest gets the last one."""
+    count = min(len(values), target.numel())
+    target[:count].copy_(_to_device(values[:count].astype(np.float32), target.device))
+    target[count:].fill_(float(values[-1]))
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from lrs_ext.learning_rates import (
     check_learning_rate,
     saved_position,
 )
+from lrs_ext.schedules import Schedule
 from lrs_ext.state_storage import Storage
 from lrs_ext.step_hooks import watched_step
 from lrs_ext.step_parts import Part, Selection, StridedPart, Table
@@ -109,6 +110,38 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def current_lr(self) -> list[float]:
         """Returns what the next update of each group will use; waits for the device."""
         return [float(self.lr_tensor(index)) for index in range(len(self.param_groups))]
+
+    def set_schedule(self, schedule: Schedule, group: int | None = None) -> None:
+        """Puts another schedule in charge from the current step on, in one group or in all.
+
+        A schedule is a function of the absolute step: ``rex(3e-4, total_steps=20_000)`` set at
+        step 5,000 goes on with its value at 5,000, which is how a run gets a longer budget. Rows
+        are rewritten in place, also under a captured CUDA graph; where they are too short, the
+        buffer is replaced by a longer one.
+
+        Raises:
+            TypeError: it is no schedule.
+            IndexError: there is no such group.
+            RuntimeError: the rows are too short and a CUDA graph reads them.
+
+        >>> import lrs_ext
+        >>> opt = lrs_ext.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+        >>> opt.set_schedule(lrs_ext.rex(0.3, total_steps=100))
+        >>> opt.param_groups[0]["lr"]
+        0.3
+        """
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"set_schedule takes a Schedule, got {schedule!r}")
+        indices = range(len(self.param_groups)) if group is None else [group]
+        if group is not None and not 0 <= group < len(self.param_groups):
+            raise IndexError(f"group {group} is not one of {len(self.param_groups)} groups")
+        present = self._learning_rates
+        self._rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
+        if self._rates is not present:
+            self._forget_tables()
+        for index in indices:
+            self.schedule_buffer.fill_(index, schedule)
+        self._sync_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; the schedules go on where they are.
@@ -271,8 +304,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             if rates.schedule(index) is not None or isinstance(group["lr"], Tensor):
                 raise ValueError(
-                    f"the learning rate of group {index} is a schedule or a tensor, which AutoLRS "
-                    "would overwrite: give the optimizer a float"
+                    f"the learning rate of group {index} is a schedule or a tensor, which would be "
+                    "overwritten: give the optimizer a float"
                 )
         if rates.buffer.capacity < capacity:
             self._rates = rates.rebuilt(self.param_groups, self._device, capacity)

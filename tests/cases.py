@@ -55,7 +55,7 @@ class ScheduleRow:
 
 # Boundaries worth a row: no warm-up, only warm-up, one update, sampling that does not divide the
 # budget, a sampling interval longer than the budget, fractions whose product is not an integer in
-# floating point.
+# floating point; for each profile its defaults and every parameter of its own.
 SCHEDULES = [
     ScheduleRow("rex", 3e-4, 100),
     ScheduleRow("rex", 3e-4, 100, {"d": 0.0}),
@@ -75,6 +75,29 @@ SCHEDULES = [
     ScheduleRow("linear", 0.1, 37, {"warmup_steps": 5, "sampling": (0.5, 0.75)}),
     ScheduleRow("cosine", 3e-4, 1000),
     ScheduleRow("cosine", 3e-4, 1000, {"warmup_steps": 100, "min_lr": 3e-5, "sampling": 9}),
+    ScheduleRow("exponential", 0.3, 100),
+    ScheduleRow("exponential", 0.3, 90, {"gamma": -4.6, "warmup_steps": 7, "min_lr": 0.01}),
+    ScheduleRow("step_decay", 0.1, 100),
+    ScheduleRow(
+        "step_decay", 0.1, 113, {"milestones": (1 / 3, 2 / 3), "gamma": 0.5, "warmup_steps": 13}
+    ),
+    ScheduleRow("step_decay", 0.1, 100, {"milestones": (0.07, 0.29, 0.58), "sampling": (0.5,)}),
+    ScheduleRow("step_decay", 0.1, 10, {"milestones": (0.30000000000000004,), "min_lr": 0.01}),
+    ScheduleRow("step_decay", 0.1, 8, {"milestones": (0.5,), "gamma": 0.0, "warmup_steps": 8}),
+    ScheduleRow("delayed_linear", 0.1, 100),
+    ScheduleRow("delayed_linear", 0.1, 110, {"delay": 0.75, "warmup_steps": 10, "min_lr": 0.02}),
+    ScheduleRow("polynomial", 0.1, 100),
+    ScheduleRow("polynomial", 0.1, 100, {"power": 2.5, "warmup_steps": 9, "sampling": 4}),
+    ScheduleRow("one_cycle", 0.1, 100),
+    ScheduleRow("one_cycle", 0.1, 101, {"low": 0.04, "min_lr": 0.01, "momentum": (0.8, 0.9)}),
+    ScheduleRow("one_cycle", 0.1, 100, {"low": 0.0, "sampling": (0.25, 0.5, 0.75)}),
+    ScheduleRow("wsd", 0.1, 100),
+    ScheduleRow("wsd", 0.1, 120, {"decay": 0.35, "cooldown": "sqrt", "warmup_steps": 20}),
+    ScheduleRow("wsd", 0.1, 100, {"decay": 1 / 3, "cooldown": "linear", "min_lr": 0.01}),
+    ScheduleRow("wsd", 0.1, 100, {"decay": 0.2, "cooldown": "cosine", "sampling": 3}),
+    ScheduleRow("wsd", 0.1, 100, {"decay": 1.0, "cooldown": "exponential"}),
+    ScheduleRow("inverse_sqrt", 0.1, None, {"warmup_steps": 10, "capacity": 60}),
+    ScheduleRow("inverse_sqrt", 0.1, None, {"warmup_steps": 1, "min_lr": 0.01, "sampling": 5}),
     ScheduleRow("constant", 0.1, None),
     ScheduleRow("constant", 0.1, None, {"warmup_steps": 4}),
     ScheduleRow("constant", 0.1, 20, {"warmup_steps": 4}),
