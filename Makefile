@@ -7,8 +7,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
-CXX_SOURCES := $(NATIVE) $(wildcard tests/*.cpp)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+CXX_SOURCES := $(NATIVE) $(wildcard tests/*.cpp tests/cuda_on_host/*)
 
 .PHONY: install train test lint format bench gpu-report clean
 

@@ -23,6 +23,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "SGD": ({}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     "Adam": ({}, {"amsgrad": True, "weight_decay": 0.1}),
     "AdamW": ({}, {"amsgrad": True, "maximize": True}),
+    "Lion": ({}, {"weight_decay": 0.1, "maximize": True}),
+    "LAMB": ({}, {"weight_decay": 0.0, "always_adapt": False, "maximize": True}),
 }
 
 

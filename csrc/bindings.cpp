@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -20,13 +21,33 @@ namespace {
 namespace py = pybind11;
 using namespace pybind11::literals;
 
-const std::map<std::string, lrs::Profile> kProfiles = {{"constant", lrs::Profile::kConstant},
-                                                       {"linear", lrs::Profile::kLinear},
-                                                       {"cosine", lrs::Profile::kCosine},
-                                                       {"rex", lrs::Profile::kRex}};
+const std::map<std::string, lrs::Profile> kProfiles = {
+    {"constant", lrs::Profile::kConstant},
+    {"linear", lrs::Profile::kLinear},
+    {"cosine", lrs::Profile::kCosine},
+    {"rex", lrs::Profile::kRex},
+    {"exponential", lrs::Profile::kExponential},
+    {"step_decay", lrs::Profile::kStepDecay},
+    {"delayed_linear", lrs::Profile::kDelayedLinear},
+    {"polynomial", lrs::Profile::kPolynomial},
+    {"one_cycle", lrs::Profile::kOneCycle},
+    {"wsd", lrs::Profile::kWarmupStableDecay},
+    {"inverse_sqrt", lrs::Profile::kInverseSqrt}};
+
+const std::map<std::string, lrs::Profile> kCooldowns = {
+    {"sqrt", lrs::Profile::kOneMinusSqrt},
+    {"linear", lrs::Profile::kLinear},
+    {"cosine", lrs::Profile::kCosine},
+    {"exponential", lrs::Profile::kExponential}};
 
 const std::map<std::string, lrs::Algorithm> kAlgorithms = {{"sgd", lrs::Algorithm::kSGD},
-                                                           {"adam", lrs::Algorithm::kAdam}};
+                                                           {"adam", lrs::Algorithm::kAdam},
+                                                           {"lion", lrs::Algorithm::kLion},
+                                                           {"lamb", lrs::Algorithm::kLAMB}};
+
+const std::map<std::string, lrs::StateType> kStateTypes = {{"float32", lrs::StateType::kFloat32},
+                                                           {"bfloat16", lrs::StateType::kBFloat16},
+                                                           {"block8", lrs::StateType::kBlock8}};
 
 const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"maximize", lrs::kMaximize},
@@ -34,6 +55,8 @@ const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"beta2", lrs::kBeta2},
                                            {"eps", lrs::kEps},
                                            {"decoupled_weight_decay", lrs::kDecoupled},
+                                           {"always_adapt", lrs::kAlwaysAdapt},
+                                           {"bias_correction", lrs::kBiasCorrection},
                                            {"momentum", lrs::kMomentum},
                                            {"dampening", lrs::kDampening},
                                            {"nesterov", lrs::kNesterov}};
@@ -50,49 +73,55 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A schedule that owns its sample points.
+// A schedule that owns its sample points and, behind them, its milestones.
 class Schedule {
  public:
   Schedule(const std::string& profile, double lr, double min_lr, int64_t total_steps,
-           int64_t warmup_steps, int64_t sampling, const std::vector<double>& fractions, double d)
-      : spec_{at(kProfiles, profile),
-              lr,
-              min_lr,
-              total_steps,
-              warmup_steps,
-              sampling,
-              nullptr,
-              0,
-              d} {
-    for (const double fraction : fractions) {
-      sample_points_.push_back(lrs::sample_point(fraction, total_steps - warmup_steps));
+           int64_t warmup_steps, int64_t sampling, const std::vector<double>& fractions,
+           double shape, const std::vector<double>& milestones, const std::string& cooldown)
+      : spec_{} {
+    spec_.profile = at(kProfiles, profile);
+    spec_.lr = lr;
+    spec_.min_lr = min_lr;
+    spec_.total_steps = total_steps;
+    spec_.warmup_steps = warmup_steps;
+    spec_.sampling = sampling;
+    spec_.num_sample_points = static_cast<int64_t>(fractions.size());
+    spec_.shape = shape;
+    spec_.num_milestones = static_cast<int64_t>(milestones.size());
+    spec_.cooldown = at(kCooldowns, cooldown);
+    for (const auto* shares : {&fractions, &milestones}) {
+      for (const double share : *shares) {
+        points_.push_back(lrs::sample_point(share, total_steps - warmup_steps));
+      }
     }
   }
 
-  lrs::ScheduleSpec spec() const {
+  // With a copy of `points()`, which may be on a device.
+  lrs::ScheduleSpec spec(const int64_t* points) const {
     lrs::ScheduleSpec spec = spec_;
-    if (!sample_points_.empty()) spec.sample_points = sample_points_.data();
-    spec.num_sample_points = static_cast<int64_t>(sample_points_.size());
+    if (spec.num_sample_points > 0) spec.sample_points = points;
+    spec.milestones = points + spec.num_sample_points;
     return spec;
   }
 
-  double value(int64_t step) const { return lrs::schedule_value(spec(), step); }
+  double value(int64_t step) const { return lrs::schedule_value(spec(points_.data()), step); }
 
   py::array_t<double> values(int64_t start, int64_t stop) const {
     py::array_t<double> values(stop - start);
-    lrs::fill_schedule(spec(), start, stop - start, values.mutable_data());
+    lrs::fill_schedule(spec(points_.data()), start, stop - start, values.mutable_data());
     return values;
   }
 
   void fill_cpu(uintptr_t target, int64_t count) const {
-    lrs::fill_schedule(spec(), 0, count, pointer<float>(target));
+    lrs::fill_schedule(spec(points_.data()), 0, count, pointer<float>(target));
   }
 
-  const std::vector<int64_t>& sample_points() const { return sample_points_; }
+  const std::vector<int64_t>& points() const { return points_; }
 
  private:
   lrs::ScheduleSpec spec_;
-  std::vector<int64_t> sample_points_;
+  std::vector<int64_t> points_;
 };
 
 lrs::Group make_group(uintptr_t lr, int64_t capacity, double scale,
@@ -121,12 +150,18 @@ lrs::TensorAccess make_tensor_access(const py::capsule& exchange_api,
 // A step that is ready to run: the live tensors, their chunks, and the addresses of the tables.
 class Step {
  public:
-  Step(const std::string& algorithm, lrs::StepTensors* tensors, int64_t chunk_elements)
+  Step(const std::string& algorithm, lrs::StepTensors* tensors, int64_t chunk_elements,
+       const std::string& state_type, bool rounds_stochastically)
       : tensors_(tensors), table_{} {
+    if (chunk_elements % lrs::kQuantBlock != 0) {
+      throw std::invalid_argument("a chunk must be a whole number of quantisation blocks");
+    }
     std::vector<int64_t> numels;
     for (const lrs::TensorEntry& entry : tensors->entries()) numels.push_back(entry.numel);
     lrs::build_chunks(numels, chunk_elements, &chunks_, &chunk_offsets_);
     table_.algorithm = at(kAlgorithms, algorithm);
+    table_.state_type = at(kStateTypes, state_type);
+    table_.rounds_stochastically = rounds_stochastically;
     table_.tensors = tensors->entries().data();
     table_.num_tensors = static_cast<int64_t>(numels.size());
     table_.chunks = chunks_.data();
@@ -139,11 +174,24 @@ class Step {
     table_.step = pointer<int64_t>(step);
   }
 
+  // Gives LAMB room for two doubles per chunk and then per tensor, on the parameters' device.
+  void bind_squares(uintptr_t squares) {
+    table_.chunk_squares = pointer<lrs::Squares>(squares);
+    table_.tensor_squares = table_.chunk_squares + table_.num_chunks;
+  }
+
   // Points the table to copies of its parts in device memory.
   void bind_device(uintptr_t tensors, uintptr_t chunks, uintptr_t ticket) {
     table_.tensors = pointer<const lrs::TensorEntry>(tensors);
     table_.chunks = pointer<const lrs::Chunk>(chunks);
     table_.ticket = pointer<uint32_t>(ticket);
+  }
+
+  // Addresses of one float32 each, of the backend's kind; 0 where there is nothing to read.
+  void scale_gradients(uintptr_t loss_scale, uintptr_t found_inf, uintptr_t norm,
+                       uintptr_t max_norm) {
+    table_.scaling = {pointer<const float>(loss_scale), pointer<const float>(found_inf),
+                      pointer<const float>(norm), pointer<const float>(max_norm)};
   }
 
   py::array_t<int64_t> tensor_rows() const {
@@ -164,7 +212,9 @@ class Step {
                                 reinterpret_cast<const int64_t*>(gradients.data()));
   }
 
-  void run_cpu(int num_threads) const {
+  // `commits_step`: whether the schedules advance.
+  void run_cpu(int num_threads, bool commits_step) {
+    table_.commits_step = commits_step;
     {
       const py::gil_scoped_release release;
       lrs::step_cpu(table_, tensors_->gradients().data(), num_threads);
@@ -172,8 +222,24 @@ class Step {
     tensors_->release_gradients();
   }
 
+  void grad_norm_cpu(uintptr_t norm, int num_threads) {
+    const py::gil_scoped_release release;
+    sums_.resize(chunks_.size());
+    *pointer<float>(norm) =
+        lrs::grad_norm_cpu(table_, tensors_->gradients().data(), sums_.data(), num_threads);
+  }
+
 #ifdef LRS_WITH_CUDA
-  void run_cuda() const {
+  void grad_norm_cuda(uintptr_t sums, uintptr_t norm) const {
+    void* stream = tensors_->current_stream();
+    const py::gil_scoped_release release;
+    lrs::grad_norm_cuda(table_, chunk_offsets_.data(), tensors_->gradients().data(),
+                        pointer<double>(sums), pointer<float>(norm), tensors_->device_index(),
+                        stream);
+  }
+
+  void run_cuda(bool commits_step) {
+    table_.commits_step = commits_step;
     void* stream = tensors_->current_stream();
     {
       const py::gil_scoped_release release;  // a launch waits while the queue is full
@@ -189,6 +255,7 @@ class Step {
   lrs::StepTable table_;
   std::vector<lrs::Chunk> chunks_;
   std::vector<int64_t> chunk_offsets_;
+  std::vector<double> sums_;  // scratch
 };
 
 // The ranges that the kernels visit, for tests: (begin, vector begin, vector end, end) per chunk.
@@ -217,53 +284,62 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Schedule>(m, "Schedule")
       .def(py::init<const std::string&, double, double, int64_t, int64_t, int64_t,
-                    const std::vector<double>&, double>(),
+                    const std::vector<double>&, double, const std::vector<double>&,
+                    const std::string&>(),
            py::kw_only(), "profile"_a, "lr"_a, "min_lr"_a, "total_steps"_a, "warmup_steps"_a,
-           "sampling"_a, "fractions"_a, "d"_a)
+           "sampling"_a, "fractions"_a, "shape"_a, "milestones"_a, "cooldown"_a)
       .def("value", &Schedule::value, "step"_a)
       .def("values", &Schedule::values, "start"_a, "stop"_a)
       .def("fill_cpu", &Schedule::fill_cpu, "target"_a, "count"_a)
 #ifdef LRS_WITH_CUDA
       .def(
           "fill_cuda",
-          [](const Schedule& schedule, uintptr_t target, int64_t count, uintptr_t sample_points,
+          [](const Schedule& schedule, uintptr_t target, int64_t count, uintptr_t points,
              int device, uintptr_t stream) {
-            lrs::ScheduleSpec spec = schedule.spec();
-            if (spec.sample_points != nullptr) {
-              spec.sample_points = pointer<const int64_t>(sample_points);
-            }
-            lrs::fill_schedule_cuda(spec, count, pointer<float>(target), device,
-                                    pointer<void>(stream));
+            lrs::fill_schedule_cuda(schedule.spec(pointer<const int64_t>(points)), count,
+                                    pointer<float>(target), device, pointer<void>(stream));
           },
-          py::kw_only(), "target"_a, "count"_a, "sample_points"_a, "device"_a, "stream"_a)
+          py::kw_only(), "target"_a, "count"_a, "points"_a, "device"_a, "stream"_a)
 #endif
-      .def_property_readonly("sample_points", &Schedule::sample_points);
+      .def_property_readonly("points", &Schedule::points);
 
   py::class_<lrs::TensorAccess>(m, "TensorAccess")
       .def(py::init(&make_tensor_access), "exchange_api"_a, "make_handles"_a, "data_pointer"_a,
            "delete_handle"_a);
 
   py::class_<lrs::StepTensors>(m, "StepTensors")
-      .def(py::init<const lrs::TensorAccess&, const py::list&, const py::dict&, const py::list&,
-                    const py::list&>(),
+      .def(py::init([](const lrs::TensorAccess& access, const py::list& param_lists,
+                       const py::dict& state, const py::list& state_names, const py::list& steps,
+                       const std::string& state_type, const std::vector<int64_t>& positions) {
+             return std::make_unique<lrs::StepTensors>(access, param_lists, state, state_names,
+                                                       steps, at(kStateTypes, state_type),
+                                                       positions);
+           }),
            "access"_a, "param_lists"_a, "state"_a, "state_names"_a, "steps"_a,
+           "state_type"_a = "float32", "positions"_a = std::vector<int64_t>(),
            py::keep_alive<1, 2>())
       .def("refresh", &lrs::StepTensors::refresh, "param_lists"_a, "state"_a, "gradients"_a)
       .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients)
       .def("updated_params", &lrs::StepTensors::updated_params);
 
   py::class_<Step>(m, "Step")
-      .def(py::init<const std::string&, lrs::StepTensors*, int64_t>(), "algorithm"_a, "tensors"_a,
-           "chunk_elements"_a, py::keep_alive<1, 3>())
+      .def(py::init<const std::string&, lrs::StepTensors*, int64_t, const std::string&, bool>(),
+           "algorithm"_a, "tensors"_a, "chunk_elements"_a, "state_type"_a = "float32",
+           "rounds_stochastically"_a = false, py::keep_alive<1, 3>())
       .def("bind", &Step::bind, "groups"_a, "step"_a)
+      .def("bind_squares", &Step::bind_squares, "squares"_a)
       .def("bind_device", &Step::bind_device, "tensors"_a, "chunks"_a, "ticket"_a)
+      .def("scale_gradients", &Step::scale_gradients, py::kw_only(), "loss_scale"_a, "found_inf"_a,
+           "norm"_a, "max_norm"_a)
       .def_property_readonly("tensor_rows", &Step::tensor_rows)
       .def_property_readonly("chunk_rows", &Step::chunk_rows)
       .def_property_readonly("gradient_addresses", &Step::gradient_addresses)
 #ifdef LRS_WITH_CUDA
-      .def("run_cuda", &Step::run_cuda)
+      .def("run_cuda", &Step::run_cuda, "commits_step"_a = true)
+      .def("grad_norm_cuda", &Step::grad_norm_cuda, "sums"_a, "norm"_a)
 #endif
-      .def("run_cpu", &Step::run_cpu, "num_threads"_a);
+      .def("grad_norm_cpu", &Step::grad_norm_cpu, "norm"_a, "num_threads"_a)
+      .def("run_cpu", &Step::run_cpu, "num_threads"_a, "commits_step"_a = true);
 
   m.def(
       "write_group_cpu",
@@ -296,9 +372,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_ranges", &chunk_ranges, "numel"_a, "chunk_elements"_a, "lane"_a, "addresses"_a,
         "bytes"_a);
   m.attr("group_bytes") = sizeof(lrs::Group);
-  std::vector<std::string> profiles, algorithms;
+  m.attr("quant_block") = lrs::kQuantBlock;
+  std::vector<std::string> profiles, cooldowns, algorithms;
   for (const auto& [name, profile] : kProfiles) profiles.push_back(name);
+  for (const auto& [name, cooldown] : kCooldowns) cooldowns.push_back(name);
   for (const auto& [name, algorithm] : kAlgorithms) algorithms.push_back(name);
   m.attr("profiles") = profiles;
+  m.attr("cooldowns") = cooldowns;
   m.attr("algorithms") = algorithms;
 }

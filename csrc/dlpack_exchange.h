@@ -18,6 +18,8 @@ struct DataType {
   uint8_t bits;
   uint16_t lanes;
 };
+constexpr uint8_t kInt = 0;
+constexpr uint8_t kUInt = 1;
 constexpr uint8_t kFloat = 2;
 constexpr uint8_t kBFloat = 4;
 

@@ -10,7 +10,22 @@
 
 namespace lrs {
 
-enum class Profile : int32_t { kConstant, kLinear, kCosine, kRex };
+enum class Profile : int32_t {
+  kConstant,
+  kLinear,
+  kCosine,
+  kRex,
+  kExponential,
+  kStepDecay,
+  kDelayedLinear,
+  kPolynomial,
+  kOneCycle,
+  kWarmupStableDecay,
+  kInverseSqrt,
+  kOneMinusSqrt,
+};
+
+constexpr double kCooldownGamma = -3.0;  // of the exponential cool-down, as of the profile
 
 // A schedule in plain numbers. `total_steps` < 0 means that it has no end.
 struct ScheduleSpec {
@@ -22,40 +37,84 @@ struct ScheduleSpec {
   int64_t sampling;              // the profile is sampled at every `sampling`-th update
   const int64_t* sample_points;  // or, if not null, at update 0 and at these increasing updates
   int64_t num_sample_points;
-  double d;  // kRex: 0.5 is the paper's curve, 0 is linear
+  double shape;               // the profile's own number, see `curve_value` and `profile_value`
+  const int64_t* milestones;  // kStepDecay: increasing updates
+  int64_t num_milestones;
+  Profile cooldown;  // kWarmupStableDecay: a profile of `curve_value`
 };
 
 inline namespace LRS_ISA {
 
-// f(p), p in [0, 1]; f(0) = 1.
-LRS_HOST_DEVICE double profile_value(const ScheduleSpec& schedule, double progress) {
-  switch (schedule.profile) {
+// f(p), p in [0, 1], of the profiles that are one formula of the progress.
+LRS_HOST_DEVICE double curve_value(Profile profile, double shape, double progress) {
+  switch (profile) {
     case Profile::kLinear:
       return 1.0 - progress;
     case Profile::kCosine:
       return 0.5 * (1.0 + cos(3.14159265358979323846 * progress));
     case Profile::kRex:
-      // arXiv 2107.04197, section 4.1, with d for its 1/2.
-      return (1.0 - progress) / (1.0 - schedule.d * progress);
-    case Profile::kConstant:
-      break;
+      // arXiv 2107.04197, section 4.1, with d = `shape` for its 1/2.
+      return (1.0 - progress) / (1.0 - shape * progress);
+    case Profile::kExponential:  // gamma = `shape`
+      return exp(shape * progress);
+    case Profile::kDelayedLinear:  // delay = `shape`
+      return progress <= shape ? 1.0 : (1.0 - progress) / (1.0 - shape);
+    case Profile::kPolynomial:  // power = `shape`
+      return pow(1.0 - progress, shape);
+    case Profile::kOneCycle:  // `shape` at the ends, 1 in the middle
+      return shape + (1.0 - shape) * (1.0 - fabs(1.0 - 2.0 * progress));
+    case Profile::kOneMinusSqrt:
+      return 1.0 - sqrt(progress);
+    default:
+      return 1.0;
   }
-  return 1.0;
 }
 
-// The last update at or before `update` at which the profile is sampled.
-LRS_HOST_DEVICE int64_t sampled_update(const ScheduleSpec& schedule, int64_t update) {
-  if (schedule.sample_points == nullptr) return update - update % schedule.sampling;
-  int64_t first = 0, last = schedule.num_sample_points;  // first point past `update` is in between
+// How many of the increasing `points` are at or before `update`.
+LRS_HOST_DEVICE int64_t points_passed(const int64_t* points, int64_t count, int64_t update) {
+  int64_t first = 0, last = count;  // the first point past `update` is in between
   while (first < last) {
     const int64_t middle = (first + last) / 2;
-    if (schedule.sample_points[middle] <= update) {
+    if (points[middle] <= update) {
       first = middle + 1;
     } else {
       last = middle;
     }
   }
-  return first == 0 ? 0 : schedule.sample_points[first - 1];
+  return first;
+}
+
+// The last update at or before `update` at which the profile is sampled.
+LRS_HOST_DEVICE int64_t sampled_update(const ScheduleSpec& schedule, int64_t update) {
+  if (schedule.sample_points == nullptr) {
+    return schedule.sampling == 1 ? update : update - update % schedule.sampling;
+  }
+  const int64_t passed = points_passed(schedule.sample_points, schedule.num_sample_points, update);
+  return passed == 0 ? 0 : schedule.sample_points[passed - 1];
+}
+
+// f at the update number `update` after the warm-up, from 0.
+LRS_HOST_DEVICE double profile_value(const ScheduleSpec& schedule, int64_t update) {
+  if (schedule.profile == Profile::kConstant) return 1.0;
+  if (schedule.profile == Profile::kInverseSqrt) {
+    const auto warmup = static_cast<double>(schedule.warmup_steps);
+    return sqrt(warmup / (warmup + static_cast<double>(sampled_update(schedule, update)) + 1.0));
+  }
+  const int64_t budget = schedule.total_steps - schedule.warmup_steps;
+  const bool has_ended = update >= budget;
+  const int64_t sampled = has_ended ? budget : sampled_update(schedule, update);
+  if (schedule.profile == Profile::kStepDecay) {  // gamma = `shape`
+    return pow(schedule.shape, static_cast<double>(points_passed(
+                                   schedule.milestones, schedule.num_milestones, sampled)));
+  }
+  const double progress =
+      has_ended ? 1.0 : static_cast<double>(sampled) / static_cast<double>(budget);
+  if (schedule.profile == Profile::kWarmupStableDecay) {  // the cool-down's share = `shape`
+    const double cooled = 1.0 - (1.0 - progress) / schedule.shape;
+    // What is 0 but for rounding is 0: the square root would show it.
+    return cooled < 1e-12 ? 1.0 : curve_value(schedule.cooldown, kCooldownGamma, cooled);
+  }
+  return curve_value(schedule.profile, schedule.shape, progress);
 }
 
 // The learning rate of update `step`. Boundaries: the warm-up ends at `lr` exactly, the next update
@@ -65,15 +124,7 @@ LRS_HOST_DEVICE double schedule_value(const ScheduleSpec& schedule, int64_t step
     const double ramp = static_cast<double>(step + 1) / static_cast<double>(schedule.warmup_steps);
     return schedule.lr * ramp;
   }
-  double progress = 0.0;
-  if (schedule.total_steps >= 0) {
-    const int64_t update = step - schedule.warmup_steps;
-    const int64_t budget = schedule.total_steps - schedule.warmup_steps;
-    progress = update >= budget ? 1.0
-                                : static_cast<double>(sampled_update(schedule, update)) /
-                                      static_cast<double>(budget);
-  }
-  const double f = profile_value(schedule, progress);
+  const double f = profile_value(schedule, step - schedule.warmup_steps);
   return f * schedule.lr + (1.0 - f) * schedule.min_lr;
 }
 

@@ -2,6 +2,9 @@
 
 #include <omp.h>
 
+#include <algorithm>
+#include <cmath>
+
 namespace lrs {
 namespace {
 
@@ -10,7 +13,8 @@ constexpr int64_t kSerialElements = 32768;
 
 struct InstructionSet {
   const char* name;
-  void (*step_chunks)(const StepTable&, const void* const*, int64_t, int64_t);
+  ChunkLoop *step_chunks, *lamb_moments, *lamb_params;
+  SquareLoop* square_chunks;
 };
 
 InstructionSet best_instruction_set() {
@@ -19,13 +23,15 @@ InstructionSet best_instruction_set() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma")) {
-    return {"avx512", avx512::step_chunks};
+    return {"avx512", avx512::step_chunks, avx512::lamb_moments, avx512::lamb_params,
+            avx512::square_chunks};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {"avx2", avx2::step_chunks};
+    return {"avx2", avx2::step_chunks, avx2::lamb_moments, avx2::lamb_params, avx2::square_chunks};
   }
 #endif
-  return {"baseline", baseline::step_chunks};
+  return {"baseline", baseline::step_chunks, baseline::lamb_moments, baseline::lamb_params,
+          baseline::square_chunks};
 }
 
 const InstructionSet& instruction_set() {
@@ -33,11 +39,46 @@ const InstructionSet& instruction_set() {
   return set;
 }
 
+// The elements that have a gradient, -1 if no tensor has one.
+int64_t count_elements(const StepTable& table, const void* const* gradients) {
+  int64_t elements = -1;
+  for (int64_t i = 0; i < table.num_tensors; ++i) {
+    if (gradients[i] == nullptr) continue;
+    elements = (elements < 0 ? 0 : elements) + table.tensors[i].numel;
+  }
+  return elements;
+}
+
+// Calls body(first, last) for contiguous parts of the chunks, one a thread.
+template <typename Body>
+void split_chunks(const StepTable& table, int64_t elements, int num_threads, const Body& body) {
+  if (num_threads <= 1 || elements <= kSerialElements) {
+    body(0, table.num_chunks);
+    return;
+  }
+#pragma omp parallel num_threads(num_threads)
+  {
+    const int64_t thread = omp_get_thread_num();
+    const int64_t threads = omp_get_num_threads();
+    body(table.num_chunks * thread / threads, table.num_chunks * (thread + 1) / threads);
+  }
+}
+
+// Adds up what the first pass of LAMB has left for each chunk, in order.
+void sum_squares(const StepTable& table) {
+  std::fill(table.tensor_squares, table.tensor_squares + table.num_tensors, Squares{});
+  for (int64_t i = 0; i < table.num_chunks; ++i) {
+    Squares& tensor = table.tensor_squares[table.chunks[i].tensor];
+    tensor.param += table.chunk_squares[i].param;
+    tensor.direction += table.chunk_squares[i].direction;
+  }
+}
+
 void commit(const StepTable& table, const void* const* gradients) {
   for (int64_t i = 0; i < table.num_tensors; ++i) {
     if (gradients[i] != nullptr) *table.tensors[i].step += 1.0f;
   }
-  *table.step += 1;
+  if (table.commits_step) *table.step += 1;
 }
 
 }  // namespace
@@ -45,27 +86,31 @@ void commit(const StepTable& table, const void* const* gradients) {
 std::string cpu_instruction_set() { return instruction_set().name; }
 
 void step_cpu(const StepTable& table, const void* const* gradients, int num_threads) {
-  const auto step_chunks = instruction_set().step_chunks;
-  int64_t elements = 0;
-  bool has_gradient = false;
-  for (int64_t i = 0; i < table.num_tensors; ++i) {
-    if (gradients[i] == nullptr) continue;
-    has_gradient = true;
-    elements += table.tensors[i].numel;
-  }
-  if (!has_gradient) return;
-  if (num_threads <= 1 || elements <= kSerialElements) {
-    step_chunks(table, gradients, 0, table.num_chunks);
+  const int64_t elements = count_elements(table, gradients);
+  if (elements < 0 || is_skipped(table.scaling)) return;
+  const auto visit_chunks = [&](ChunkLoop* loop) {
+    split_chunks(table, elements, num_threads,
+                 [&](int64_t first, int64_t last) { loop(table, gradients, first, last); });
+  };
+  if (table.algorithm == Algorithm::kLAMB) {
+    visit_chunks(instruction_set().lamb_moments);
+    sum_squares(table);
+    visit_chunks(instruction_set().lamb_params);
   } else {
-#pragma omp parallel num_threads(num_threads)
-    {
-      const int64_t thread = omp_get_thread_num();
-      const int64_t threads = omp_get_num_threads();
-      step_chunks(table, gradients, table.num_chunks * thread / threads,
-                  table.num_chunks * (thread + 1) / threads);
-    }
+    visit_chunks(instruction_set().step_chunks);
   }
   commit(table, gradients);
+}
+
+float grad_norm_cpu(const StepTable& table, const void* const* gradients, double* sums,
+                    int num_threads) {
+  const auto square_chunks = instruction_set().square_chunks;
+  split_chunks(
+      table, count_elements(table, gradients), num_threads,
+      [&](int64_t first, int64_t last) { square_chunks(table, gradients, first, last, sums); });
+  double sum = 0.0;
+  for (int64_t i = 0; i < table.num_chunks; ++i) sum += sums[i];
+  return static_cast<float>(std::sqrt(sum));
 }
 
 }  // namespace lrs

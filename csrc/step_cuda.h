@@ -12,6 +12,12 @@ namespace lrs {
 void step_cuda(const StepTable& table, const int64_t* chunk_offsets, const void* const* gradients,
                int device, void* stream);
 
+// Writes the 2-norm of all gradients as they are stored to `norm`, in as many launches. `sums` has
+// room for one number per chunk.
+void grad_norm_cuda(const StepTable& table, const int64_t* chunk_offsets,
+                    const void* const* gradients, double* sums, float* norm, int device,
+                    void* stream);
+
 // Writes the first `count` values of a schedule to device memory. Its sample points are there too.
 void fill_schedule_cuda(const ScheduleSpec& schedule, int64_t count, float* values, int device,
                         void* stream);

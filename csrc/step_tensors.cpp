@@ -9,6 +9,10 @@ namespace {
 // Stands for the address of an empty gradient: null means that there is none.
 const void* const kEmptyGradient = reinterpret_cast<const void*>(16);
 
+// Keys of a parameter's state.
+constexpr const char* kScaleSuffix = "_scale";
+constexpr const char* kRemainder = "master_remainder";
+
 // Between two steps everything has left the cache, and the checks are mostly waiting for memory:
 // it is asked for what they will need that many parameters later.
 constexpr size_t kAhead = 4;
@@ -44,13 +48,31 @@ DType dtype_of(const dlpack::Tensor& tensor) {
   throw std::invalid_argument("parameters must be float32, bfloat16 or float16");
 }
 
-// The address of a state, which must be `count` float32 values on the parameter's device.
-float* floats(const dlpack::Tensor& tensor, const dlpack::Device& device, int64_t count) {
-  if (dtype_of(tensor) != DType::kFloat32 || !same(tensor.device, device) ||
+// The address of an array that goes with a parameter: `count` elements on its device.
+void* array(const dlpack::Tensor& tensor, uint8_t code, uint8_t bits, const dlpack::Device& device,
+            int64_t count) {
+  if (tensor.dtype.code != code || tensor.dtype.bits != bits || !same(tensor.device, device) ||
       numel(tensor) != count) {
-    throw std::invalid_argument("a state must be float32, of its parameter's size and device");
+    throw std::invalid_argument("a state has not the dtype, device or size that the update needs");
   }
-  return static_cast<float*>(tensor.data);
+  return tensor.data;
+}
+
+float* floats(const dlpack::Tensor& tensor, const dlpack::Device& device, int64_t count) {
+  return static_cast<float*>(array(tensor, dlpack::kFloat, 32, device, count));
+}
+
+void* states(StateType type, const dlpack::Tensor& tensor, const dlpack::Device& device,
+             int64_t count) {
+  switch (type) {
+    case StateType::kBFloat16:
+      return array(tensor, dlpack::kBFloat, 16, device, count);
+    case StateType::kBlock8:
+      return array(tensor, dlpack::kUInt, 8, device, count);
+    case StateType::kFloat32:
+      break;
+  }
+  return floats(tensor, device, count);
 }
 
 // The C function behind the attribute `grad` of a tensor, which saves its look-up at every step.
@@ -63,7 +85,8 @@ PyGetSetDef* plain_getter(const py::handle& tensor) {
 }  // namespace
 
 StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists,
-                         const py::dict& state, const py::list& state_names, const py::list& steps)
+                         const py::dict& state, const py::list& state_names, const py::list& steps,
+                         StateType state_type, const std::vector<int64_t>& positions)
     : access_(access), state_(state) {
   py::list held;
   std::vector<const void*> held_addresses;
@@ -79,6 +102,8 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
   size_t position = 0;
   for (size_t group = 0; group < param_lists.size(); ++group) {
     for (const py::handle& param : py::reinterpret_borrow<py::list>(param_lists[group])) {
+      const int64_t in_optimizer =
+          positions.empty() ? static_cast<int64_t>(position) : positions.at(position);
       const py::object step = steps[position++];
       const bool takes_part = !step.is_none();
       const size_t addresses_begin = held_addresses.size();
@@ -94,12 +119,27 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       entry.param = tensor.data;
       entry.numel = numel(tensor);
       entry.group = static_cast<int64_t>(group);
+      entry.position = in_optimizer;
       entry.dtype = dtype_of(tensor);
+      if (entry.dtype == DType::kFloat16 && state_type != StateType::kFloat32) {
+        throw std::invalid_argument("float16 parameters need float32 states");
+      }
       if (state.contains(param)) {
         const py::dict param_state = state[param];
         size_t index = 0;
         for (const py::handle& name : py::reinterpret_borrow<py::list>(state_names[group])) {
-          entry.states[index++] = floats(hold(param_state[name]), tensor.device, entry.numel);
+          entry.states[index] =
+              states(state_type, hold(param_state[name]), tensor.device, entry.numel);
+          if (state_type == StateType::kBlock8) {
+            const py::object scale = param_state[py::str(name) + py::str(kScaleSuffix)];
+            entry.scales[index] =
+                floats(hold(scale), tensor.device, num_chunks_of(entry.numel, kQuantBlock));
+          }
+          ++index;
+        }
+        if (param_state.contains(kRemainder)) {
+          entry.remainder = static_cast<int16_t*>(
+              array(hold(param_state[kRemainder]), dlpack::kInt, 16, tensor.device, entry.numel));
         }
       }
       entry.step = floats(hold(step), tensor.device, 1);

@@ -17,11 +17,15 @@ namespace lrs {
 class StepTensors {
  public:
   // `param_lists` and `state_names` have one list per group: its parameters, and the keys under
-  // which `state` keeps the arrays that the update reads. `steps` has the step counter of each
+  // which `state` keeps the arrays that the update reads, of the given type. Block-quantised ones
+  // have their scales under the same key with the suffix "_scale"; the low halves of a split
+  // parameter are under "master_remainder". `steps` has the step counter of each
   // parameter in order, or None for one that takes no part because it has no state yet.
+  // `positions` are those of the parameters in the optimizer, 0, 1, ... if it is empty.
   // `access` outlives the object.
   StepTensors(const TensorAccess& access, const py::list& param_lists, const py::dict& state,
-              const py::list& state_names, const py::list& steps);
+              const py::list& state_names, const py::list& steps, StateType state_type,
+              const std::vector<int64_t>& positions);
 
   // Collects the gradients. False if anything but the gradients' addresses has changed since the
   // table was built, or a gradient is not laid out as its parameter. `gradients`, if not None,

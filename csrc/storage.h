@@ -1,13 +1,13 @@
 // Storage types: how an element is kept in memory. Arithmetic is float32 whatever the storage.
 #pragma once
 
+#include <cstring>
+
 #include "host_device.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#else
-#include <cstring>
 #endif
 
 namespace lrs {
@@ -15,7 +15,24 @@ namespace lrs {
 // Values are the codes of the device table.
 enum class DType : int64_t { kFloat32, kBFloat16, kFloat16 };
 
+// How an optimizer keeps its states.
+enum class StateType : int32_t { kFloat32, kBFloat16, kBlock8 };
+
+inline constexpr int kQuantBlock = 128;  // elements that share a scale
+
 inline namespace LRS_ISA {
+
+LRS_HOST_DEVICE float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+LRS_HOST_DEVICE uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 
 #if defined(__CUDACC__)
 
@@ -30,6 +47,11 @@ LRS_HOST_DEVICE void store(float& target, float value) { target = value; }
 LRS_HOST_DEVICE void store(BFloat16& target, float value) { target = __float2bfloat16_rn(value); }
 LRS_HOST_DEVICE void store(Float16& target, float value) { target = __float2half_rn(value); }
 
+LRS_HOST_DEVICE uint16_t bits_of(BFloat16 value) { return __bfloat16_as_ushort(value); }
+LRS_HOST_DEVICE BFloat16 bfloat16_of(uint32_t bits) {
+  return __ushort_as_bfloat16(static_cast<uint16_t>(bits));
+}
+
 #else
 
 struct BFloat16 {
@@ -39,17 +61,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-LRS_HOST_DEVICE float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-LRS_HOST_DEVICE uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
+LRS_HOST_DEVICE uint16_t bits_of(BFloat16 value) { return value.bits; }
+LRS_HOST_DEVICE BFloat16 bfloat16_of(uint32_t bits) { return {static_cast<uint16_t>(bits)}; }
 
 LRS_HOST_DEVICE float load(float value) { return value; }
 
@@ -90,6 +103,72 @@ LRS_HOST_DEVICE void store(Float16& target, float value) {
 }
 
 #endif
+
+LRS_HOST_DEVICE bool is_nan_bits(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
+
+// Rounds up with the probability that is the discarded part: right on average. `random` has 16
+// random bits.
+LRS_HOST_DEVICE void store_stochastic(BFloat16& target, float value, uint32_t random) {
+  const uint32_t bits = to_bits(value);
+  target = bfloat16_of(is_nan_bits(bits) ? 0x7fffu : (bits + random) >> 16);
+}
+
+// A float32 in two halves: a bfloat16, to nearest with ties away from zero, and the low 16 bits,
+// whose sign says which way the rounding went. Nothing is lost.
+LRS_HOST_DEVICE float join(BFloat16 high, int16_t low) {
+  return from_bits((uint32_t{bits_of(high)} << 16) + static_cast<uint32_t>(int32_t{low}));
+}
+
+LRS_HOST_DEVICE void split(float value, BFloat16& high, int16_t& low) {
+  const uint32_t bits = is_nan_bits(to_bits(value)) ? 0x7fc00000u : to_bits(value);
+  high = bfloat16_of((bits + 0x8000u) >> 16);
+  low = static_cast<int16_t>(bits & 0xffffu);
+}
+
+// 8-bit floats for numbers in [-1, 1] that are shares of the largest one in their block: 4 bits of
+// exponent down to 2^-15, the rest mantissa, 0 is 0. They round stochastically: a moving average
+// that moves by less than a rounding step each time would otherwise never move. `random` has 8
+// random bits, whose last place stands for a half.
+
+// Sign, exponent and 3 bits of mantissa.
+LRS_HOST_DEVICE uint8_t encode_signed(float share, uint32_t random) {
+  constexpr int32_t kBias = (127 << 3) - 127;  // the code of 1 is 127
+  const uint32_t bits = to_bits(share);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  int32_t code = static_cast<int32_t>((magnitude + (random << 12) + 0x800u) >> 20) - kBias;
+  code = code < 0 ? 0 : code;
+  code = code > 127 ? 127 : code;
+  return static_cast<uint8_t>((bits >> 24 & 0x80u) | static_cast<uint32_t>(code));
+}
+
+LRS_HOST_DEVICE float decode_signed(uint8_t code) {
+  const uint32_t magnitude = code & 0x7fu;
+  const uint32_t bits = magnitude == 0 ? 0u : (magnitude + ((127 << 3) - 127)) << 20;
+  return from_bits(bits | (code & 0x80u) << 24);
+}
+
+// Exponent and 4 bits of mantissa, for roots of second moments. What is not 0 stays so: it divides.
+LRS_HOST_DEVICE uint8_t encode_root(float share, uint32_t random) {
+  constexpr int32_t kBias = (127 << 4) - 255;  // the code of 1 is 255
+  const uint32_t bits = to_bits(share);
+  int32_t code = static_cast<int32_t>((bits + (random << 11) + 0x400u) >> 19) - kBias;
+  const int32_t least = share > 0.0f ? 1 : 0;
+  code = code < least ? least : code;
+  code = code > 255 ? 255 : code;
+  return static_cast<uint8_t>(code);
+}
+
+LRS_HOST_DEVICE float decode_root(uint8_t code) {
+  return from_bits(code == 0 ? 0u : (uint32_t{code} + ((127 << 4) - 255)) << 19);
+}
+
+// The scale of a block whose largest magnitude has the given bits, and by what its numbers become
+// shares. Blocks whose reciprocal would overflow are flushed to 0; nan and infinity poison theirs.
+LRS_HOST_DEVICE float block_scale(uint32_t magnitude) {
+  return magnitude < 0x03800000u ? 0.0f : from_bits(magnitude);  // 2^-120
+}
+
+LRS_HOST_DEVICE float share_factor(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
 }  // namespace LRS_ISA
 }  // namespace lrs

@@ -15,11 +15,14 @@ namespace lrs {
 // A parameter and its states, all of the same `numel` and memory order.
 struct TensorEntry {
   void* param;
-  float* states[kMaxStates];  // null where the update has fewer
+  void* states[kMaxStates];   // null where the update has fewer
+  float* scales[kMaxStates];  // one per kQuantBlock elements, if the states are block-quantised
+  int16_t* remainder;         // the low halves of split parameters, or null
   float* step;                // updates that this tensor has had
   int64_t numel;
   int64_t group;
-  DType dtype;  // of the parameter and its gradient
+  DType dtype;       // of the parameter and its gradient
+  int64_t position;  // among all parameters of the optimizer
 };
 
 // A parameter group. Its learning rate is lr[min(step, capacity - 1)] * scale.
@@ -35,17 +38,36 @@ struct Chunk {
   int32_t index;  // of the chunk within the tensor
 };
 
+// Sums of squares over a chunk or a tensor, of LAMB.
+struct Squares {
+  double param, direction;
+};
+
+// What a step reads besides its table, if it is there: null where it is not.
+struct GradScaling {
+  const float* loss_scale;  // by which the loss, and so every gradient, was multiplied
+  const float* found_inf;   // if not 0, the step changes nothing
+  const float* norm;        // of all gradients as they are stored, to be clipped
+  const float* max_norm;    // for the norm of the unscaled gradients
+};
+
 // Everything a step needs but the gradients. Pointers are host or device pointers, by backend.
 struct StepTable {
   Algorithm algorithm;
+  StateType state_type;
+  bool rounds_stochastically;  // parameters that are bfloat16 and not split
   const TensorEntry* tensors;
   int64_t num_tensors;
   const Group* groups;
   const Chunk* chunks;
   int64_t num_chunks;
   int64_t chunk_elements;
-  int64_t* step;     // committed updates: the position in the schedules
-  uint32_t* ticket;  // CUDA: blocks that have finished, 0 between steps
+  int64_t* step;             // committed updates: the position in the schedules
+  bool commits_step = true;  // whether it advances by this step
+  uint32_t* ticket;  // CUDA: blocks that have finished, 0 between steps; LAMB: then per tensor
+  GradScaling scaling;
+  Squares* chunk_squares;  // LAMB: what its first pass leaves to the second
+  Squares* tensor_squares;
 };
 
 struct Range {
@@ -87,6 +109,23 @@ LRS_HOST_DEVICE Range vector_range(Range range, int64_t lane, const uint64_t (&a
 LRS_HOST_DEVICE double learning_rate(const Group& group, int64_t step) {
   const int64_t last = group.capacity - 1;
   return static_cast<double>(group.lr[step < last ? step : last]) * group.scale;
+}
+
+LRS_HOST_DEVICE bool is_skipped(const GradScaling& scaling) {
+  return scaling.found_inf != nullptr && *scaling.found_inf != 0.0f;
+}
+
+// What gradients are multiplied by: the loss scale is undone, and their norm clipped in the way of
+// torch.nn.utils.clip_grad_norm_, where nan stays nan.
+LRS_HOST_DEVICE double grad_scale(const GradScaling& scaling) {
+  double scale = 1.0;
+  if (scaling.loss_scale != nullptr) scale = 1.0 / static_cast<double>(*scaling.loss_scale);
+  if (scaling.norm != nullptr) {
+    const double norm = static_cast<double>(*scaling.norm) * scale;
+    const double clip = static_cast<double>(*scaling.max_norm) / (norm + 1e-6);
+    scale *= clip >= 1.0 ? 1.0 : clip;
+  }
+  return scale;
 }
 
 }  // namespace LRS_ISA

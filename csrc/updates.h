@@ -1,5 +1,5 @@
 // Updates: the rule that moves one element. Each is written once here and compiled into the CPU
-// loop and the CUDA kernel.
+// loop and the CUDA kernel. LAMB's, which needs two passes, is in lamb.h.
 //
 // An update folds its hyper-parameters into float coefficients once per tensor and step, in double,
 // and then treats elements one by one in float32, in the order of operations of torch.optim. How
@@ -13,23 +13,26 @@
 
 namespace lrs {
 
-// Which columns of a group's `hyper` an update reads. kMaximize and kWeightDecay serve both.
+// Which columns of a group's `hyper` an update reads. kMaximize and kWeightDecay serve all.
 enum Hyper : int32_t {
   kWeightDecay,
   kMaximize,  // 0 or 1
   kBeta1,
   kBeta2,
   kEps,
-  kDecoupled,  // 0 or 1: AdamW's weight decay
+  kDecoupled,                    // 0 or 1: AdamW's weight decay
+  kAlwaysAdapt,                  // 0 or 1: LAMB's trust ratio without weight decay too
+  kBiasCorrection = kDecoupled,  // 0 or 1: LAMB's
   kMomentum = kBeta1,
   kDampening = kBeta2,
   kNesterov = kEps,  // 0 or 1
-  kNumHyper = kDecoupled + 1
+  kNumHyper = kAlwaysAdapt + 1
 };
 
-enum class Algorithm : int32_t { kSGD, kAdam };
+enum class Algorithm : int32_t { kSGD, kAdam, kLion, kLAMB };
 
-inline constexpr int kMaxStates = 3;  // of any update
+inline constexpr int kMaxStates = 3;            // of any update
+inline constexpr int kMaxCompressedStates = 2;  // that are not float32
 
 inline namespace LRS_ISA {
 
@@ -37,13 +40,15 @@ inline namespace LRS_ISA {
 struct SGD {
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;  // momentum_buffer
+  static constexpr int kRootState = -1;
 
-  float grad_sign, weight_decay, lr, momentum, grad_share, nesterov;
+  float grad_factor, weight_decay, lr, momentum, grad_share, nesterov;
 
   // `step` counts this update: 1 is the first, whose momentum buffer becomes the gradient itself.
-  static LRS_HOST_DEVICE SGD fold(const double* hyper, double lr, double step) {
+  // `grad_scale` multiplies the gradients.
+  static LRS_HOST_DEVICE SGD fold(const double* hyper, double lr, double step, double grad_scale) {
     SGD update;
-    update.grad_sign = hyper[kMaximize] != 0.0 ? -1.0f : 1.0f;
+    update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
     update.weight_decay = static_cast<float>(hyper[kWeightDecay]);
     update.lr = static_cast<float>(lr);
     update.momentum = static_cast<float>(hyper[kMomentum]);
@@ -54,7 +59,7 @@ struct SGD {
 
   template <int kNumStates>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
-    grad *= grad_sign;
+    grad *= grad_factor;
     grad = weight_decay != 0.0f ? grad + weight_decay * param : grad;
     if constexpr (kNumStates == 1) {
       float& momentum_buffer = state[0];
@@ -70,16 +75,17 @@ struct SGD {
 struct Adam {
   static constexpr int kMinStates = 2;  // exp_avg, exp_avg_sq
   static constexpr int kMaxStates = 3;  // max_exp_avg_sq
+  static constexpr int kRootState = 1;  // the mean of squares, if any; only its root is used
 
-  float grad_sign, coupled_decay, param_share, beta1, beta2, grad_share1, grad_share2, step_size,
+  float grad_factor, coupled_decay, param_share, beta1, beta2, grad_share1, grad_share2, step_size,
       denominator_scale, eps;
 
-  static LRS_HOST_DEVICE Adam fold(const double* hyper, double lr, double step) {
+  static LRS_HOST_DEVICE Adam fold(const double* hyper, double lr, double step, double grad_scale) {
     const bool decoupled = hyper[kDecoupled] != 0.0;
     const double bias_correction1 = 1.0 - pow(hyper[kBeta1], step);
     const double bias_correction2 = 1.0 - pow(hyper[kBeta2], step);
     Adam update;
-    update.grad_sign = hyper[kMaximize] != 0.0 ? -1.0f : 1.0f;
+    update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
     update.coupled_decay = decoupled ? 0.0f : static_cast<float>(hyper[kWeightDecay]);
     update.param_share = decoupled ? static_cast<float>(1.0 - lr * hyper[kWeightDecay]) : 1.0f;
     update.beta1 = static_cast<float>(hyper[kBeta1]);
@@ -96,7 +102,7 @@ struct Adam {
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
     float& exp_avg = state[0];
     float& exp_avg_sq = state[1];
-    grad *= grad_sign;
+    grad *= grad_factor;
     grad = coupled_decay != 0.0f ? grad + coupled_decay * param : grad;
     param *= param_share;
     exp_avg = beta1 * exp_avg + grad_share1 * grad;
@@ -111,6 +117,40 @@ struct Adam {
     }
     const float denominator = sqrtf(second_moment) * denominator_scale + eps;
     param -= step_size * (exp_avg / denominator);
+  }
+};
+
+// Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023, arXiv 2302.06675,
+// algorithm 2.
+struct Lion {
+  static constexpr int kMinStates = 1;  // exp_avg
+  static constexpr int kMaxStates = 1;
+  static constexpr int kRootState = -1;
+
+  float grad_factor, param_share, lr, beta1, beta2, grad_share1, grad_share2;
+
+  static LRS_HOST_DEVICE Lion fold(const double* hyper, double lr, double, double grad_scale) {
+    Lion update;
+    update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
+    update.param_share = static_cast<float>(1.0 - lr * hyper[kWeightDecay]);
+    update.lr = static_cast<float>(lr);
+    update.beta1 = static_cast<float>(hyper[kBeta1]);
+    update.beta2 = static_cast<float>(hyper[kBeta2]);
+    update.grad_share1 = static_cast<float>(1.0 - hyper[kBeta1]);
+    update.grad_share2 = static_cast<float>(1.0 - hyper[kBeta2]);
+    return update;
+  }
+
+  template <int kNumStates>
+  LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
+    float& exp_avg = state[0];
+    grad *= grad_factor;
+    const float direction = beta1 * exp_avg + grad_share1 * grad;
+    // The sign of 0 is 0; that of nan stays nan.
+    const float negative_or_zero = direction < 0.0f ? -1.0f : direction;
+    const float sign = direction > 0.0f ? 1.0f : negative_or_zero;
+    param = param * param_share - lr * sign;
+    exp_avg = beta2 * exp_avg + grad_share2 * grad;
   }
 };
 

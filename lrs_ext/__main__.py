@@ -1,4 +1,4 @@
-"""Commands: ``python -m lrs_ext info`` and ``python -m lrs_ext selfcheck``."""
+"""Commands: ``python -m lrs_ext info``, ``selfcheck`` and ``plot``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def selfcheck() -> list[dict[str, Any]]:
         for backend in ops.BACKENDS:
             if backend == "reference" or ops.unavailable_reason(backend, device) is not None:
                 continue
-            for cls in (lrs_ext.SGD, lrs_ext.Adam, lrs_ext.AdamW):
+            for cls in (lrs_ext.SGD, lrs_ext.Adam, lrs_ext.AdamW, lrs_ext.Lion, lrs_ext.LAMB):
                 for dtype in ops.DTYPES:
                     got = _one_step(cls, backend, device, dtype)
                     want = _one_step(cls, "reference", device, dtype)
@@ -130,6 +130,18 @@ def _print_selfcheck() -> bool:
     return all(row["ok"] for row in rows)
 
 
+def _plot(options: argparse.Namespace) -> int:
+    from lrs_ext.plots import plot_samplings
+
+    samplings = [int(text) if text.isdecimal() else text for text in options.sampling]
+    try:
+        plot_samplings(options.names, samplings, options.steps).savefig(options.out, dpi=150)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"python -m lrs_ext plot: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m lrs_ext", description=__doc__)
@@ -137,11 +149,23 @@ def main(arguments: list[str] | None = None) -> int:
     info_parser = commands.add_parser("info", help="versions, devices and backends")
     info_parser.add_argument("--json", action="store_true", help="print one JSON object")
     commands.add_parser("selfcheck", help="one step of each backend against the reference")
+    plot_parser = commands.add_parser("plot", help="curves of schedules, side by side")
+    plot_parser.add_argument("names", nargs="+", metavar="NAME", help="rex, linear, cosine, ...")
+    plot_parser.add_argument(
+        "--sampling",
+        nargs="+",
+        default=["every iteration"],
+        help=f"a panel each: {', '.join(lrs_ext.SAMPLING)}, or a number".replace("%", "%%"),
+    )
+    plot_parser.add_argument("--steps", type=int, default=1000, help="the budget (default 1000)")
+    plot_parser.add_argument("--out", required=True, metavar="FILE", help="lr.png, lr.svg, ...")
     options = parser.parse_args(arguments)
     if options.command == "info" and options.json:
         print(json.dumps(info(), indent=2))
     elif options.command == "info":
         _print_info()
+    elif options.command == "plot":
+        return _plot(options)
     else:
         return 0 if _print_selfcheck() else 1
     return 0

@@ -8,8 +8,8 @@ import operator
 import torch
 from torch import Tensor
 
-from lrs_ext import ops
-from lrs_ext.schedules import Schedule, checked_learning_rate
+from lrs_ext.number_checks import checked_learning_rate
+from lrs_ext.schedules import Schedule
 
 
 class ScheduleBuffer:
@@ -53,13 +53,13 @@ class ScheduleBuffer:
             ValueError: the row is too short to hold the schedule and the value after its end.
         """
         target = self._row(row)
-        if capacity_for(schedule) > self.capacity:
+        if schedule.capacity > self.capacity:
             raise ValueError(
-                f"a schedule of total_steps={schedule.total_steps}, "
-                f"warmup_steps={schedule.warmup_steps} needs a capacity of "
-                f"{capacity_for(schedule)}, got {self.capacity}: make a larger ScheduleBuffer"
+                f"a schedule of total_steps={schedule.total_steps} needs a capacity of "
+                f"{schedule.capacity}, got {self.capacity}: make a larger ScheduleBuffer, or give "
+                "the optimizer the schedule with set_schedule"
             )
-        ops.fill_schedule(target, schedule)
+        schedule.fill_(target)
         self.schedules[row] = copy.copy(schedule)
         return self
 
@@ -106,9 +106,3 @@ class ScheduleBuffer:
         if not 0 <= row < len(self.rows):
             raise IndexError(f"row {row} is not in a buffer of {len(self.rows)} rows")
         return self.rows[row]
-
-
-def capacity_for(schedule: Schedule) -> int:
-    """Returns the length of the shortest row that holds `schedule` for ever."""
-    end = schedule.warmup_steps if schedule.total_steps is None else schedule.total_steps
-    return end + 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrs_ext.layout import laid_out_as
+from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import step_counter
 
 
@@ -32,7 +32,7 @@ def wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
     return {**state_dict, "state": wrapped}
 
 
-def unwrap_state(param: Any, saved: Any) -> Any:
+def unwrap_state(param: Any, saved: Any, storage: Storage) -> Any:
     """Returns the loaded state of one parameter in new tensors, as the kernels need it.
 
     Raises:
@@ -40,21 +40,16 @@ def unwrap_state(param: Any, saved: Any) -> Any:
     """
     if not isinstance(param, Tensor) or not isinstance(saved, dict):
         return saved
-    state = {}
-    for name, value in saved.items():
-        tensor = value.tensor if isinstance(value, Wrapped) else value
+    unwrapped = {n: v.tensor if isinstance(v, Wrapped) else v for n, v in saved.items()}
+    state, arrays = {}, {}
+    for name, value in unwrapped.items():
         if name == "step":
-            state[name] = step_counter(param, tensor).clone()
-        elif isinstance(tensor, Tensor):
-            if tensor.shape != param.shape:
-                raise ValueError(
-                    f"the loaded {name} has shape {tuple(tensor.shape)}, its parameter "
-                    f"{tuple(param.shape)}: the checkpoint belongs to another model"
-                )
-            state[name] = laid_out_as(param, tensor, torch.float32)
-        elif tensor is not None:
-            state[name] = tensor
-    return state
+            state[name] = step_counter(param, value).clone()
+        elif isinstance(value, Tensor):
+            arrays[name] = value
+        elif value is not None:
+            state[name] = value
+    return state | storage.loaded(param, arrays)
 
 
 def last_step(states: dict[Any, Any]) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,36 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 def laid_out_as(param: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a copy of `source` with the device and the strides of `param`."""
     return torch.empty_like(param, dtype=dtype).copy_(source)
+
+
+def memory_order(tensor: Tensor) -> Tensor:
+    """Returns a dense tensor's elements in the order of memory: a view, shape (numel,)."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Returns whether two elements of a strided tensor may share memory."""
+    sizes = sorted((t, n) for n, t in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    reach = 1  # of the dimensions with smaller strides
+    for stride, size in sizes:
+        if stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def dense_copies(
+    tensors: Iterable[Tensor], present: Mapping[Tensor, Tensor]
+) -> dict[Tensor, Tensor]:
+    """Returns a dense tensor like each that has gaps between its elements, from `present` if there.
+
+    The values are not copied.
+    """
+    copies = {}
+    for tensor in tensors:
+        if is_dense(tensor):
+            continue
+        copy, like = present.get(tensor), torch.empty_like(tensor, requires_grad=False)
+        is_new = copy is None or (copy.dtype, copy.device) != (like.dtype, like.device)
+        copies[tensor] = like if copy is None or is_new or not same_layout(copy, like) else copy
+    return copies

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops
-from lrs_ext.buffer import ScheduleBuffer, capacity_for
-from lrs_ext.schedules import Schedule, checked_learning_rate
+from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.host_copy import HostCopy
+from lrs_ext.number_checks import checked_learning_rate
+from lrs_ext.schedules import Schedule
 
 Group = dict[str, Any]
 
@@ -52,6 +54,7 @@ class LearningRates:
         self.step = step
         self.buffer = ScheduleBuffer(len(groups), max(_capacity(groups), capacity), device)
         self.buffer.step.fill_(step)
+        self._skips: list[HostCopy] = []  # whether updates followed so far were skipped
         self._sources = [_Source(row) for row in self.buffer.rows]
         for index, group in enumerate(groups):
             lr = group["lr"]
@@ -78,6 +81,27 @@ class LearningRates:
             self._take(source, index, group)
         if isinstance(source.seen, Tensor) and source.row is self.buffer.rows[index]:
             source.row.copy_(source.seen.detach().reshape(()), non_blocking=True)
+
+    def with_room_for(
+        self, groups: list[Group], schedule: Schedule, was_captured: bool
+    ) -> LearningRates:
+        """Returns these learning rates, or others in longer rows if theirs cannot hold `schedule`.
+
+        Making the new buffer waits for the device.
+
+        Raises:
+            RuntimeError: they would have to be longer, but a CUDA graph reads the present ones.
+        """
+        if schedule.capacity <= self.buffer.capacity:
+            return self
+        if was_captured:
+            raise RuntimeError(
+                f"{schedule!r} needs rows of {schedule.capacity} values, but a CUDA graph reads "
+                f"the present ones of {self.buffer.capacity}: make the optimizer anew, set the "
+                "schedule and capture again, or start with a schedule that is as long, such as "
+                f"lrs_ext.constant(lr, total_steps={schedule.capacity - 1})"
+            )
+        return self.rebuilt(groups, self.buffer.values.device, schedule.capacity)
 
     def _has_moved(self, index: int, lr: float | Tensor | None) -> bool:
         """Whether a tensor that the kernels read in place has got another memory."""
@@ -115,7 +139,7 @@ class LearningRates:
         schedule = self.buffer.schedules[index]
         source = self._sources[index] = _Source(self.buffer.rows[index], schedule)
         if schedule is not None:
-            source.value = ops.native_schedule(schedule).value
+            source.value = schedule.value_in_row()
             group["lr"] = source.scheduled = source.seen = source.value(self.step)
 
     def row(self, index: int) -> Tensor:
@@ -127,9 +151,17 @@ class LearningRates:
         row = self._sources[index].row
         return self.buffer.current(index) if row is self.buffer.rows[index] else row.view(())
 
-    def advance(self, groups: list[Group]) -> None:
-        """Follows a committed update on the host."""
+    def advance(self, groups: list[Group], found_inf: Tensor | None = None) -> None:
+        """Follows an update on the host.
+
+        Args:
+            found_inf: if not 0, there was none; where that is only known later, so is the step.
+        """
         self.step += 1
+        if found_inf is not None:
+            self._skips.append(HostCopy(found_inf))
+        while self._skips and self._skips[0].is_here:
+            self.step -= self._skips.pop(0).read() != 0.0
         for source, group in zip(self._sources, groups, strict=True):
             if source.value is not None and group["lr"] is source.scheduled:
                 group["lr"] = source.scheduled = source.seen = source.value(self.step)
@@ -143,6 +175,7 @@ class LearningRates:
     def follow_device(self, groups: list[Group]) -> None:
         """Takes the position from the device, which alone knows of replayed and skipped updates."""
         host_step, self.step = self.step, int(self.buffer.step)
+        self._skips.clear()
         for index, group in enumerate(groups):
             self.sync(index, group)
             if self.step != host_step and self.schedule(index) is not None:
@@ -183,6 +216,7 @@ class LearningRates:
         if _capacity(groups) > self.buffer.capacity:
             return LearningRates(groups, self.buffer.values.device, step)
         self.step = step
+        self._skips.clear()
         self.buffer.step.fill_(step)
         for index, group in enumerate(groups):
             self.buffer.schedules[index] = None
@@ -293,7 +327,7 @@ def check_learning_rate(lr: float | Tensor | Schedule) -> None:
 
 def _capacity(groups: list[Group]) -> int:
     schedules = [group["lr"] for group in groups if isinstance(group["lr"], Schedule)]
-    return max(map(capacity_for, schedules), default=1)
+    return max((schedule.capacity for schedule in schedules), default=1)
 
 
 def _is_zero(lr: float | Tensor | None) -> bool:

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +25,14 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from lrs_ext.schedules import Schedule
+    from lrs_ext.profile_schedule import ProfileSchedule
+    from lrs_ext.state_storage import Storage
 
+QUANT_BLOCK: int = _C.quant_block
 PROFILES: tuple[str, ...] = tuple(_C.profiles)
+COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
+# The parameter of a profile that the native code calls its shape.
+_SHAPES = ("d", "gamma", "delay", "power", "low", "decay")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -137,32 +143,35 @@ def build_info() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def native_schedule(schedule: Schedule) -> _C.Schedule:
+def native_schedule(schedule: ProfileSchedule) -> _C.Schedule:
     """Returns the native twin of `schedule`: value(step), values(start, stop), fills."""
     sampling = schedule.sampling
+    parameters: dict[str, Any] = dict(schedule.parameters)
     return _C.Schedule(
         profile=schedule.profile,
         lr=schedule.lr,
         min_lr=schedule.min_lr,
         total_steps=-1 if schedule.total_steps is None else schedule.total_steps,
         warmup_steps=schedule.warmup_steps,
-        sampling=1 if isinstance(sampling, tuple) else sampling,
+        sampling=sampling if isinstance(sampling, int) else 1,
         fractions=sampling if isinstance(sampling, tuple) else (),
-        d=schedule.d,
+        shape=next((parameters[name] for name in _SHAPES if name in parameters), 0.0),
+        milestones=parameters.get("milestones", ()),
+        cooldown=parameters.get("cooldown", COOLDOWNS[0]),
     )
 
 
-def fill_schedule(target: Tensor, schedule: Schedule) -> None:
+def fill_schedule(target: Tensor, schedule: ProfileSchedule) -> None:
     """Writes the values of updates 0, 1, ... to `target`, float32, contiguous, 1-d."""
     native = native_schedule(schedule)
     if target.device.type == "cpu":
         native.fill_cpu(target.data_ptr(), target.numel())
     elif _cuda_unavailable_reason(target.device.type) is None:
-        points = _to_device(np.array(native.sample_points, dtype=np.int64), target.device)
+        points = _to_device(np.array(native.points, dtype=np.int64), target.device)
         native.fill_cuda(
             target=target.data_ptr(),
             count=target.numel(),
-            sample_points=points.data_ptr(),
+            points=points.data_ptr(),
             device=target.device.index,
             stream=torch.cuda.current_stream(target.device).cuda_stream,
         )
@@ -170,6 +179,13 @@ def fill_schedule(target: Tensor, schedule: Schedule) -> None:
         host = torch.empty(target.shape, dtype=target.dtype)
         native.fill_cpu(host.data_ptr(), host.numel())
         target.copy_(host)
+
+
+def fill_values(target: Tensor, values: NDArray[np.float64]) -> None:
+    """Writes `values` to `target`, float32, 1-d, without waiting; the rest gets the last one."""
+    count = min(len(values), target.numel())
+    target[:count].copy_(_to_device(values[:count].astype(np.float32), target.device))
+    target[count:].fill_(float(values[-1]))
 
 
 @functools.cache
@@ -234,18 +250,42 @@ class GroupTable:
             row.copy_(host)
 
 
+@dataclass(frozen=True)
+class GradScaling:
+    """What one step multiplies its gradients by: one-element float32 tensors on their device.
+
+    Attributes:
+        loss_scale: by which the loss was multiplied.
+        found_inf: if not 0, the step changes nothing.
+        norm, max_norm: of all gradients as they are stored, and the limit for the unscaled ones.
+    """
+
+    loss_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    norm: Tensor | None = None
+    max_norm: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.loss_scale, self.found_inf, self.norm, self.max_norm
+
+
+_UNSCALED = GradScaling()
+
+
 class StepTable:
     """One step over every tensor of every group: tables of addresses, ready to launch.
 
     Args:
         backend: "cpu", "cuda" or "triton".
-        algorithm: "sgd" or "adam".
+        algorithm: one of `_C.algorithms`.
         param_lists: the parameters of each group.
+        positions: of the parameters, in order, among all of the optimizer.
         state: the optimizer's state.
         state_names: for each group, the keys of the arrays that the update reads.
         steps: each parameter's step counter, or None if it has no state and takes no part.
         groups: the hyper-parameters.
         step: int64, 0-d: committed updates.
+        storage: how the states and bfloat16 parameters are kept.
     """
 
     def __init__(
@@ -254,30 +294,54 @@ class StepTable:
         backend: str,
         algorithm: str,
         param_lists: list[list[Tensor]],
+        positions: list[int],
         state: dict[Tensor, dict[str, Any]],
         state_names: list[list[str]],
         steps: Sequence[Tensor | None],
         groups: GroupTable,
         step: Tensor,
+        storage: Storage,
     ) -> None:
         self.backend = backend
         self.algorithm = algorithm
         self.groups = groups
         self.step = step
         self._tensors = _C.StepTensors(
-            _tensor_access(), param_lists, state, state_names, list(steps)
+            _tensor_access(),
+            param_lists,
+            state,
+            state_names,
+            list(steps),
+            storage.state_type,
+            positions,
         )
         params = itertools.chain.from_iterable(param_lists)
         elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)
         self._chunk_elements = _CPU_CHUNK if backend == "cpu" else _gpu_chunk(elements)
-        self._native = _C.Step(algorithm, self._tensors, self._chunk_elements)
+        self._storage = storage
+        self._native = _C.Step(
+            algorithm,
+            self._tensors,
+            self._chunk_elements,
+            storage.state_type,
+            storage.stochastic_rounding,
+        )
         self._native.bind(groups.rows.data_ptr(), step.data_ptr())
         self._held: list[Tensor | None] | None = None  # gradients that only we keep alive
+        self._scaling: GradScaling | None = None  # of the last step
+        tickets = 1
+        if algorithm == "lamb":
+            chunks, tensors = len(self._native.chunk_rows), len(self._native.tensor_rows)
+            self._squares = torch.zeros(
+                chunks + tensors, 2, dtype=torch.float64, device=step.device
+            )
+            self._native.bind_squares(self._squares.data_ptr())
+            tickets += tensors
         if backend != "cpu":
             device = step.device
             self._rows = _to_device(self._native.tensor_rows, device)
             self._chunks = _to_device(self._native.chunk_rows, device)
-            self._ticket = torch.zeros(1, dtype=torch.int32, device=device)
+            self._ticket = torch.zeros(tickets, dtype=torch.int32, device=device)
             self._native.bind_device(
                 self._rows.data_ptr(), self._chunks.data_ptr(), self._ticket.data_ptr()
             )
@@ -304,35 +368,95 @@ class StepTable:
     def has_gradients(self) -> bool:
         return self._tensors.has_gradients
 
-    def run(self) -> None:
-        """Updates every tensor that has a gradient and commits the step, without waiting."""
+    def grad_norm(self) -> Tensor:
+        """Returns the 2-norm of all gradients as they are stored: float32, 0-d, without waiting."""
+        norm = torch.empty((), dtype=torch.float32, device=self.step.device)
         if self.backend == "cpu":
-            self._native.run_cpu(torch.get_num_threads())
-        elif self.backend == "cuda":
-            self._native.run_cuda()
+            self._native.grad_norm_cpu(norm.data_ptr(), torch.get_num_threads())
+            return norm
+        sums = torch.empty(max(len(self._chunks), 1), dtype=torch.float64, device=norm.device)
+        if self.backend == "cuda":
+            self._native.grad_norm_cuda(sums.data_ptr(), norm.data_ptr())
         else:
-            self._run_triton()
+            from lrs_ext import triton_norm
+
+            triton_norm.grad_norm(
+                tensors=self._rows,
+                chunks=self._chunks,
+                gradients=self._device_gradients(),
+                sums=sums,
+                norm=norm,
+                ticket=self._ticket,
+                chunk_elements=self._chunk_elements,
+            )
+        return norm
+
+    def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
+        """Updates every tensor that has a gradient, without waiting.
+
+        Args:
+            commits_step: whether the schedules advance.
+        """
+        if scaling is not self._scaling:
+            self._scale(scaling or _UNSCALED)
+            self._scaling = scaling
+        if self.backend == "cpu":
+            self._native.run_cpu(torch.get_num_threads(), commits_step)
+        elif self.backend == "cuda":
+            self._native.run_cuda(commits_step)
+        else:
+            self._run_triton(commits_step)
         self._held = None
         # Autograd refuses to go back through a graph whose parameters have changed since.
         torch.autograd.graph.increment_version(self._tensors.updated_params())
 
-    def _run_triton(self) -> None:
-        from lrs_ext import triton_kernels
+    def _scale(self, scaling: GradScaling) -> None:
+        for tensor in scaling.tensors():
+            if tensor is not None and (
+                tensor.dtype != torch.float32 or tensor.device != self.step.device
+            ):
+                raise RuntimeError(
+                    "a gradient's scale, overflow or norm must be float32 on the parameters' "
+                    f"device {self.step.device}, got {tensor.dtype} on {tensor.device}"
+                )
+        addresses = [0 if t is None else t.data_ptr() for t in scaling.tensors()]
+        self._native.scale_gradients(
+            loss_scale=addresses[0],
+            found_inf=addresses[1],
+            norm=addresses[2],
+            max_norm=addresses[3],
+        )
 
+    def _device_gradients(self) -> Tensor:
         addresses = self._native.gradient_addresses
         if not np.array_equal(addresses, self._addresses):
             self._addresses = addresses
             self._gradients = _to_device(addresses, self.step.device)
-        triton_kernels.step(
-            self.algorithm,
-            tensors=self._rows,
-            groups=self.groups.rows,
-            chunks=self._chunks,
-            gradients=self._gradients,
-            step=self.step,
-            ticket=self._ticket,
-            chunk_elements=self._chunk_elements,
-        )
+        return self._gradients
+
+    def _run_triton(self, commits_step: bool) -> None:
+        from lrs_ext import triton_kernels, triton_lamb
+
+        tables: dict[str, Any] = {
+            "tensors": self._rows,
+            "groups": self.groups.rows,
+            "chunks": self._chunks,
+            "gradients": self._device_gradients(),
+            "step": self.step,
+            "ticket": self._ticket,
+            "scaling": (self._scaling or _UNSCALED).tensors(),
+            "chunk_elements": self._chunk_elements,
+            "commits_step": commits_step,
+        }
+        if self.algorithm == "lamb":
+            triton_lamb.step(**tables, squares=self._squares)
+        else:
+            triton_kernels.step(
+                self.algorithm,
+                **tables,
+                state_type=self._storage.state_type,
+                param_kind=self._storage.param_kind,
+            )
 
 
 def _gpu_chunk(elements: int) -> int:

@@ -12,6 +12,7 @@ from lrs_ext import ops
 from lrs_ext.learning_rates import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.schedules import Schedule
+from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import step_counter
 
 LearningRate = float | Tensor | Schedule
@@ -62,6 +63,9 @@ class SGD(ScheduledOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,7 +78,8 @@ class SGD(ScheduledOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend)
+        storage = Storage(state_dtype, master_weights, stochastic_rounding)
+        super().__init__(params, defaults, backend, storage)
 
     def _check(self, group: Group) -> None:
         if not group["momentum"] >= 0.0:
@@ -164,11 +169,11 @@ class Adam(ScheduledOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
-        if isinstance(lr, Tensor) and foreach and not capturable:
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True"
-            )
+        check_tensor_lr(lr, foreach, capturable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -182,24 +187,13 @@ class Adam(ScheduledOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, backend)
+        storage = Storage(state_dtype, master_weights, stochastic_rounding)
+        super().__init__(params, defaults, backend, storage)
 
     def _check(self, group: Group) -> None:
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        betas = group["betas"]
-        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-            raise ValueError("betas must be either both floats or both Tensors")
-        for index, beta in enumerate(betas):
-            if isinstance(beta, Tensor) and beta.numel() != 1:
-                raise ValueError(f"Tensor betas[{index}] must be 1-element")
-            if isinstance(beta, Tensor) and group["foreach"] and not group["capturable"]:
-                raise ValueError(
-                    f"betas[{index}] as a Tensor is not supported for capturable=False and "
-                    "foreach=True"
-                )
-            if not 0.0 <= float(beta) < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {index}: {float(beta)}")
+        check_betas(group)
         if not group["weight_decay"] >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
@@ -208,7 +202,7 @@ class Adam(ScheduledOptimizer):
         return [*names, "max_exp_avg_sq"] if group["amsgrad"] else names
 
     def _hyper(self, group: Group) -> dict[str, float]:
-        beta1, beta2 = map(_number, group["betas"])
+        beta1, beta2 = map(number, group["betas"])
         return {
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
@@ -219,10 +213,7 @@ class Adam(ScheduledOptimizer):
         }
 
     def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
-        state = self.state[param]
-        counter = step_counter(param, state.get("step", 0.0))
-        state["step"] = counter
-        return counter
+        return counter_in_state(self.state[param], param)
 
 
 class AdamW(Adam):
@@ -257,6 +248,9 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -272,10 +266,127 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             backend=backend,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
         )
 
 
-def _number(value: float | Tensor) -> float:
+class Lion(ScheduledOptimizer):
+    """Lion: the sign of a momentum, of which it keeps one array.
+
+    ``p = p (1 - lr * weight_decay) - lr * sign(b1 m + (1 - b1) g)``, ``m = b2 m + (1 - b2) g``.
+    The sign of 0 is 0, and nan stays nan, where `torch.sign` would make it 0. Arithmetic and states
+    are float32 whatever the dtype of the parameters.
+
+    Args:
+        params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
+        lr: a float, a one-element tensor or a `Schedule`, here or in a group; the paper advises a
+            third to a tenth of AdamW's, with a weight decay as many times larger.
+        betas, weight_decay, maximize: as in `torch.optim.AdamW`; the decay is decoupled.
+        foreach, capturable, differentiable, fused: accepted for compatibility; every step is fused.
+        backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `torch.optim.AdamW` for the same mistake.
+
+    Source: Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023,
+    arXiv 2302.06675, algorithm 2.
+
+    >>> import torch, lrs_ext
+    >>> p = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+    >>> opt = lrs_ext.Lion([p], lr=lrs_ext.linear(0.25, total_steps=2))
+    >>> p.grad = torch.tensor([3.0, 0.0, -0.01])
+    >>> opt.step()
+    >>> p.tolist(), opt.current_lr()
+    ([0.75, 1.0, 1.25], [0.125])
+    """
+
+    algorithm = "lion"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: LearningRate = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        check_tensor_lr(lr, foreach, capturable)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        storage = Storage(state_dtype, master_weights, stochastic_rounding)
+        super().__init__(params, defaults, backend, storage)
+
+    def _check(self, group: Group) -> None:
+        check_betas(group)
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+    def _state_names(self, group: Group) -> list[str]:
+        return ["exp_avg"]
+
+    def _hyper(self, group: Group) -> dict[str, float]:
+        beta1, beta2 = map(number, group["betas"])
+        return {
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+            "beta1": beta1,
+            "beta2": beta2,
+        }
+
+    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
+        # The update needs no count; a checkpoint does, to say how far it has come.
+        return counter_in_state(self.state[param], param)
+
+
+def check_tensor_lr(lr: LearningRate, foreach: bool | None, capturable: bool) -> None:
+    """Raises ValueError for a tensor where `torch.optim.Adam` does not take one."""
+    if isinstance(lr, Tensor) and foreach and not capturable:
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+
+
+def check_betas(group: Group) -> None:
+    """Raises ValueError for betas out of range, in the words of `torch.optim.Adam`."""
+    betas = group["betas"]
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for index, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{index}] must be 1-element")
+        if isinstance(beta, Tensor) and group["foreach"] and not group["capturable"]:
+            raise ValueError(
+                f"betas[{index}] as a Tensor is not supported for capturable=False and foreach=True"
+            )
+        if not 0.0 <= float(beta) < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {float(beta)}")
+
+
+def counter_in_state(state: dict[str, Any], param: Tensor) -> Tensor:
+    """Returns the parameter's step counter, which its state keeps as in `torch.optim.Adam`."""
+    counter = step_counter(param, state.get("step", 0.0))
+    state["step"] = counter
+    return counter
+
+
+def number(value: float | Tensor) -> float:
     """Returns `value` as a float; waits for the device if it is a tensor there."""
     if not isinstance(value, Tensor):
         return value

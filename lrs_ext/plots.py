@@ -1,14 +1,17 @@
-"""Pictures of what AutoLRS did. Needs matplotlib: pip install lrs_ext[plot]."""
+"""Pictures of schedules and of what AutoLRS did. Needs matplotlib: pip install lrs_ext[plot]."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from lrs_ext.autolrs.forecast import forecast
 from lrs_ext.autolrs.history import History, Stage
+from lrs_ext.constructors import named_schedule
+from lrs_ext.schedules import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 TRAIN, TRIAL, CHOICE = "#0b6bcb", "#e8590c", "#2b8a3e"
 MAX_STAGES = 6  # panels; of more stages, the last ones are shown
 FORECAST_POINTS = 40
+MAX_POINTS = 2000  # of a schedule's curve
 
 
 def plot_history(history: History) -> Figure:
@@ -29,15 +33,11 @@ def plot_history(history: History) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: needs no display
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install lrs_ext[plot]") from error
     searched = [stage for stage in history.stages if len(stage.posterior_mean)][-MAX_STAGES:]
     with_forecasts = any(stage.horizon for stage in searched)
     columns = max(len(searched), 1)
     rows = 2 + bool(searched) + with_forecasts
-    figure = Figure(figsize=(max(8.0, 3.2 * columns), 2.6 * rows), layout="constrained")
+    figure = _figure(max(8.0, 3.2 * columns), 2.6 * rows)
     grid = figure.add_gridspec(rows, columns)
     rates = figure.add_subplot(grid[0, :])
     _plot_learning_rates(rates, history)
@@ -48,6 +48,73 @@ def plot_history(history: History) -> Figure:
         if with_forecasts:
             _plot_forecasts(figure.add_subplot(grid[3, column]), stage)
     return figure
+
+
+def plot_schedules(schedules: Mapping[str, Schedule], axes: Axes | None = None) -> Figure:
+    """Returns a Figure: each schedule's learning rate over its updates.
+
+    Args:
+        schedules: by label; one without an end is drawn as far as the longest of the others, and
+            alone as far as 1,000 updates or the end of its warm-up.
+        axes: where to draw instead of in a new figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if axes is None:
+        axes = _figure(6.4, 3.6).add_subplot()
+    _draw(axes, schedules)
+    axes.set(xlabel="update", ylabel="learning rate")
+    axes.legend(frameon=False, fontsize=8)
+    return cast("Figure", axes.figure)
+
+
+def plot_samplings(
+    names: Sequence[str], samplings: Sequence[str | int], total_steps: int = 1000
+) -> Figure:
+    """Returns a Figure: one panel a sampling rate, side by side, with the named schedules in each.
+
+    Args:
+        names: of constructors with a budget, or `constant`; see `named_schedule`.
+        samplings: names of `SAMPLING` or numbers of updates.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no such schedule or sampling.
+    """
+    panels = [
+        {name: named_schedule(name, total_steps, sampling) for name in names}
+        for sampling in samplings
+    ]
+    figure = _figure(max(4.0 * len(panels), 6.4), 4.0)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel, sampling in zip(grid, panels, samplings, strict=True):
+        _draw(axes, panel)
+        axes.set(title=sampling if isinstance(sampling, str) else f"every {sampling} updates")
+        axes.set(xlabel="update")
+    grid[0].set(ylabel="learning rate")
+    lines, labels = grid[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def _draw(axes: Axes, schedules: Mapping[str, Schedule]) -> None:
+    ends = [s.total_steps for s in schedules.values() if s.total_steps is not None]
+    for label, schedule in schedules.items():
+        steps = schedule.total_steps or max(ends, default=min(schedule.capacity + 1000, 10**6))
+        shown = np.unique(np.linspace(0, steps, MAX_POINTS + 1).astype(int))
+        values = [schedule(int(step)) for step in shown]
+        axes.step(shown, values, where="post", linewidth=1.5, label=label)
+    axes.set_ylim(bottom=0.0)
+    axes.margins(x=0.01)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure  # without pyplot: needs no display
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install lrs_ext[plot]") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _trials(history: History) -> list[tuple[int, int]]:

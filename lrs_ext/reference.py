@@ -3,7 +3,7 @@
 Arithmetic is float32 with double coefficients, as in the kernels.
 
 Args of both functions, for one parameter:
-    param: the parameter, any supported dtype; updated in place.
+    param: the parameter, float32; updated in place.
     grad: its gradient.
     state: its float32 arrays by name, updated in place.
     step: float64, 0-d: which update of this parameter it is, from 1.
@@ -15,9 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lrs_ext import ops
+from lrs_ext.block_codes import random_words
+from lrs_ext.state_storage import Storage, unpacked, unpacked_param
 
 Hyper = Mapping[str, float]
 
@@ -76,37 +81,94 @@ def adam(
     param.copy_(value - (lr / bias_correction1).float() * (exp_avg / denominator))
 
 
-UPDATES: Mapping[str, Callable[..., None]] = {"sgd": sgd, "adam": adam}
+def lion(
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    step: Tensor,
+    lr: Tensor,
+    hyper: Hyper,
+) -> None:
+    """Updates one parameter as algorithm 2 of Chen et al., arXiv 2302.06675."""
+    value, grad = _prepare(param, grad, hyper)
+    exp_avg = state["exp_avg"]
+    direction = hyper["beta1"] * exp_avg + (1.0 - hyper["beta1"]) * grad
+    sign = torch.where(direction.isnan(), direction, direction.sign())  # torch's sign of nan is 0
+    value = value * (1.0 - lr * hyper["weight_decay"]).float()
+    exp_avg.mul_(hyper["beta2"]).add_(grad, alpha=1.0 - hyper["beta2"])
+    param.copy_(value - lr.float() * sign)
+
+
+def lamb(
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    step: Tensor,
+    lr: Tensor,
+    hyper: Hyper,
+) -> None:
+    """Updates one parameter as algorithm 2 of You et al., arXiv 1904.00962."""
+    value, grad = _prepare(param, grad, hyper)
+    beta1, beta2, weight_decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
+    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    exp_avg.lerp_(grad, 1.0 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    if not hyper["bias_correction"]:
+        beta1 = beta2 = 0.0
+    bias_correction1 = 1.0 - beta1**step
+    bias_correction2 = 1.0 - beta2**step
+    denominator = exp_avg_sq.sqrt() / bias_correction2.sqrt().float() + hyper["eps"]
+    direction = exp_avg / denominator / bias_correction1.float()
+    if weight_decay != 0.0:
+        direction = direction + weight_decay * value
+    if hyper["always_adapt"] or weight_decay != 0.0:
+        param_norm, direction_norm = (x.double().norm() for x in (value, direction))
+        has_ratio = (param_norm != 0.0) & (direction_norm != 0.0)
+        lr = lr * torch.where(has_ratio, param_norm / direction_norm, 1.0)
+    param.copy_(value - lr.float() * direction)
+
+
+UPDATES: Mapping[str, Callable[..., None]] = {"sgd": sgd, "adam": adam, "lion": lion, "lamb": lamb}
 
 
 @dataclass(frozen=True)
 class TensorUpdate:
     """What one update of one parameter needs; see the top of the module.
 
-    `step` is the parameter's counter, float32, before the update; `lr` is float32.
+    `state` holds the arrays as they are kept, of which the update reads `names`; `step` is the
+    parameter's counter, float32, before the update; `lr` is float32; `position` is the
+    parameter's among all of the optimizer.
     """
 
     param: Tensor
     grad: Tensor
-    state: Mapping[str, Tensor]
+    state: dict[str, Any]
+    names: Sequence[str]
     step: Tensor
     lr: Tensor
     hyper: Hyper
+    position: int
 
 
 class ReferenceTable:
     """One step, with the interface of `lrs_ext.ops.StepTable`; it is made anew for every step.
 
     Args:
-        algorithm: "sgd" or "adam".
+        algorithm: a key of `UPDATES`.
         updates: one for each parameter that has a gradient.
         step: int64, 0-d: committed updates.
+        storage: how the states and bfloat16 parameters are kept.
     """
 
     has_gradients = True
 
-    def __init__(self, algorithm: str, updates: Sequence[TensorUpdate], step: Tensor) -> None:
+    def __init__(
+        self, algorithm: str, updates: Sequence[TensorUpdate], step: Tensor, storage: Storage
+    ) -> None:
         self._update = UPDATES[algorithm]
+        self._storage = storage
         self._updates = updates
         self._step = step
 
@@ -114,18 +176,51 @@ class ReferenceTable:
         return False
 
     @torch.no_grad()
-    def run(self) -> None:
+    def grad_norm(self) -> Tensor:
+        """Returns the 2-norm of all gradients as they are stored."""
+        squares = [item.grad.double().square().sum() for item in self._updates]
+        return torch.stack(squares).sum().sqrt().float()
+
+    @torch.no_grad()
+    def run(self, scaling: ops.GradScaling | None = None, commits_step: bool = True) -> None:
+        scaling = scaling or ops.GradScaling()
+        written = [self._step]
+        for item in self._updates:
+            arrays = [value for value in item.state.values() if isinstance(value, Tensor)]
+            written += [item.param, item.step, *arrays]
+        before = [] if scaling.found_inf is None else [tensor.clone() for tensor in written]
+        scale = _grad_scale(scaling)
         for item in self._updates:
             item.step.add_(1.0)
+            value = unpacked_param(item.param, item.state)
+            state = unpacked(item.state, item.names)
             self._update(
-                item.param,
-                item.grad,
-                item.state,
+                value,
+                item.grad if scale is None else item.grad.float() * scale,
+                state,
                 step=item.step.double(),
                 lr=item.lr.double(),
                 hyper=item.hyper,
             )
-        self._step.add_(1)
+            random = random_words(self._step, item.position, value.numel())
+            self._storage.pack(item.param, item.state, value, state, random)
+        if commits_step:
+            self._step.add_(1)
+        if scaling.found_inf is not None:
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(torch.where(scaling.found_inf != 0.0, old, tensor))
+
+
+def _grad_scale(scaling: ops.GradScaling) -> Tensor | None:
+    """Returns what gradients are multiplied by, float32, None for 1."""
+    scale = None
+    if scaling.loss_scale is not None:
+        scale = 1.0 / scaling.loss_scale.double()
+    if scaling.norm is not None and scaling.max_norm is not None:
+        norm = scaling.norm.double() * (1.0 if scale is None else scale)
+        clip = (scaling.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = clip if scale is None else clip * scale
+    return None if scale is None else scale.float()
 
 
 def _prepare(param: Tensor, grad: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:

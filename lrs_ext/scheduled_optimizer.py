@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
 from lrs_ext import ops, reference
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tensors
+from lrs_ext.grad_scaling import StepScaling
+from lrs_ext.gradient_release import GradientRelease
+from lrs_ext.layout import dense_copies, is_dense
 from lrs_ext.learning_rates import (
     Group,
     LearningRates,
     check_learning_rate,
     saved_position,
 )
+from lrs_ext.schedules import Schedule
+from lrs_ext.state_storage import Storage
+from lrs_ext.step_hooks import watched_step
+from lrs_ext.step_parts import Part, Selection, StridedPart, Table
 from lrs_ext.tensor_checks import (
     check_numbers,
     check_params,
     checked_gradient,
-    checked_state,
     common_device,
 )
-
-Table = ops.StepTable | reference.ReferenceTable
 
 
 class ScheduledOptimizer(torch.optim.Optimizer):
@@ -40,8 +42,19 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     algorithm: ClassVar[str]
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
+    _released: GradientRelease
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
+    # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
+    # lends the optimizer the attributes `grad_scale` and `found_inf`.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        backend: str | None,
+        storage: Storage | None = None,
+    ) -> None:
         if defaults["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`; use torch.optim")
         if defaults["fused"] and defaults["foreach"]:
@@ -49,6 +62,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         check_learning_rate(defaults["lr"])
         self._check(defaults)
         self._requested_backend = backend
+        self._storage = storage or Storage()
         self._counters: dict[Tensor, Tensor] = {}
         self._rates: LearningRates | None = None
         super().__init__(params, defaults)
@@ -97,6 +111,38 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Returns what the next update of each group will use; waits for the device."""
         return [float(self.lr_tensor(index)) for index in range(len(self.param_groups))]
 
+    def set_schedule(self, schedule: Schedule, group: int | None = None) -> None:
+        """Puts another schedule in charge from the current step on, in one group or in all.
+
+        A schedule is a function of the absolute step: ``rex(3e-4, total_steps=20_000)`` set at
+        step 5,000 goes on with its value at 5,000, which is how a run gets a longer budget. Rows
+        are rewritten in place, also under a captured CUDA graph; where they are too short, the
+        buffer is replaced by a longer one.
+
+        Raises:
+            TypeError: it is no schedule.
+            IndexError: there is no such group.
+            RuntimeError: the rows are too short and a CUDA graph reads them.
+
+        >>> import lrs_ext
+        >>> opt = lrs_ext.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+        >>> opt.set_schedule(lrs_ext.rex(0.3, total_steps=100))
+        >>> opt.param_groups[0]["lr"]
+        0.3
+        """
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"set_schedule takes a Schedule, got {schedule!r}")
+        indices = range(len(self.param_groups)) if group is None else [group]
+        if group is not None and not 0 <= group < len(self.param_groups):
+            raise IndexError(f"group {group} is not one of {len(self.param_groups)} groups")
+        present = self._learning_rates
+        self._rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
+        if self._rates is not present:
+            self._forget_tables()
+        for index in indices:
+            self.schedule_buffer.fill_(index, schedule)
+        self._sync_groups()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; the schedules go on where they are.
 
@@ -109,6 +155,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check(self.param_groups[-1])
             common_device(_all_params(self.param_groups))
             check_params(self.param_groups[-1]["params"], type(self).__name__)
+            self._check_storage(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
@@ -132,41 +179,77 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._sync_groups()
-        param_lists = [group["params"] for group in self.param_groups]
-        table, had_state = self._table, bool(self.state)
-        if table is None or not table.refresh(param_lists, self.state):
-            table = self._prepare(param_lists)
-        if table is None or not table.has_gradients:
+        had_state = bool(self.state)
+        parts = self._ready_parts()
+        has_released = self._released.finish()
+        if not parts and not has_released:
             return loss
-        if not had_state and self._learning_rates.zeroed_by_host and not _any_gradient(param_lists):
+        if not had_state and self._learning_rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             return loss
-        table.run()
+        found_inf = getattr(self, "found_inf", None)
+        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
+        if self._released.is_in_force and scaling is not None:
+            raise RuntimeError(
+                "gradients released in the backward pass can no longer be unscaled or clipped: use "
+                "bfloat16 without a GradScaler, or step() without step_in_backward()"
+            )
+        for part in parts:
+            part.run(scaling, commits_step=part is parts[-1])
+        if not parts:
+            self.schedule_buffer.step.add_(1)
         self.committed_steps += 1
         if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
             self.was_captured = True
-        self._learning_rates.advance(self.param_groups)
+            self._learning_rates.advance(self.param_groups)
+        else:
+            self._learning_rates.advance(self.param_groups, found_inf)
         return loss
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps `step` as in torch, but only where a profiler or a hook is there to notice."""
-        hooked = torch.optim.Optimizer.profile_hook_step(func)
+    def step_in_backward(self) -> GradientRelease:
+        """Updates each parameter in the backward pass, as soon as its gradient is there.
 
-        @functools.wraps(func)
-        def step(self: ScheduledOptimizer, *args: Any, **kwargs: Any) -> Any:
-            is_watched = (
-                torch._C._autograd._profiler_enabled()
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or optimizer._global_optimizer_pre_hooks
-                or optimizer._global_optimizer_post_hooks
+        The gradient is then freed, so that there are never many of them. `step()` after each
+        backward pass advances the schedule, which is the same for all parameters until then, and
+        updates what has a gradient left. There is one launch a parameter.
+
+        Returns:
+            A handle; its `remove()` ends this.
+
+        Raises:
+            RuntimeError: it is in force already.
+
+        >>> import torch, lrs_ext
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = lrs_ext.AdamW(model.parameters(), lr=lrs_ext.rex(0.1, total_steps=10))
+        >>> handle = opt.step_in_backward()
+        >>> model(torch.ones(2)).sum().backward()
+        >>> opt.step()
+        >>> model.weight.grad is None, int(opt.schedule_buffer.step)
+        (True, 1)
+        """
+        if self._released.is_in_force:
+            raise RuntimeError("step_in_backward is in force already: remove() its handle first")
+        dense = [p for p in _all_params(self.param_groups) if p.requires_grad and is_dense(p)]
+        self._released = GradientRelease(dense, self._update_one)
+        return self._released
+
+    def clip_(self, max_norm: float | Tensor) -> Tensor:
+        """Limits the norm of the gradients in the next step; see `lrs_ext.clip_grad_norm_`."""
+        if self._released.is_in_force:
+            raise RuntimeError(
+                "gradients released in the backward pass cannot be clipped together: take "
+                "step_in_backward() back by remove()"
             )
-            return (hooked if is_watched else func)(self, *args, **kwargs)
+        norms = [part.grad_norm() for part in self._ready_parts()]
+        norm = torch.zeros((), device=self._device) if not norms else norms[0]
+        if len(norms) > 1:
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        self._scaling.clip(norm, max_norm)
+        return norm
 
-        return step
+    profile_hook_step = staticmethod(watched_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as in torch; each group also has its schedule and position.
@@ -203,10 +286,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Step counters, float32, 0-d, for which the state of `torch.optim` has no place."""
         return self._counters
 
-    def state_to_come(self) -> list[tuple[Tensor, list[str]]]:
-        """Returns each parameter with the names of the float32 arrays that are kept for it."""
+    def state_to_come(self) -> list[dict[str, Tensor]]:
+        """Returns what arrays are kept for each parameter, on the meta device."""
         return [
-            (param, self._state_names(group))
+            self._storage.arrays(param, self._state_names(group), "meta")
             for group in self.param_groups
             for param in group["params"]
         ]
@@ -221,8 +304,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             if rates.schedule(index) is not None or isinstance(group["lr"], Tensor):
                 raise ValueError(
-                    f"the learning rate of group {index} is a schedule or a tensor, which AutoLRS "
-                    "would overwrite: give the optimizer a float"
+                    f"the learning rate of group {index} is a schedule or a tensor, which would be "
+                    "overwritten: give the optimizer a float"
                 )
         if rates.buffer.capacity < capacity:
             self._rates = rates.rebuilt(self.param_groups, self._device, capacity)
@@ -251,6 +334,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = LearningRates(self.param_groups, self._device, step)
+        self._scaling = StepScaling()
+        self._released = GradientRelease((), self._update_one)
         self.committed_steps, self.was_captured = 0, False
         self._forget_tables()
 
@@ -260,6 +345,22 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._written = _nothing_written(self.param_groups)
         self._table: Table | None = None
         self._table_names: list[list[str]] = []
+        self._copies: dict[Tensor, Tensor] = {}  # dense ones, of parameters with gaps
+        self._singles: dict[Tensor, Any] = {}  # tables of step_in_backward
+
+    def _check_storage(self, group: Group) -> None:
+        self._storage.check(group["params"], self._state_names(group))
+
+    def _ready_parts(self) -> list[Part]:
+        """Returns what a step launches: parts with what the host has changed and with gradients."""
+        self._sync_groups()
+        table = self._table
+        param_lists = [group["params"] for group in self.param_groups]
+        if self._copies or table is None or not table.refresh(param_lists, self.state):
+            parts = self._prepare(param_lists)
+        else:
+            parts = [table]
+        return [part for part in parts if part.has_gradients]
 
     def _sync_groups(self) -> None:
         """Writes what has changed in `param_groups` since the last step to the device."""
@@ -282,89 +383,133 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if names != self._table_names:
             self._table_names = names
             self._table = None
+            self._singles.clear()
 
     @torch.no_grad()
-    def _prepare(self, param_lists: list[list[Tensor]]) -> Table | None:
-        """Brings the table up to date, with states for parameters that have their first gradient.
+    def _prepare(self, param_lists: list[list[Tensor]]) -> list[Part]:
+        """Brings the parts up to date, with states for parameters that have their first gradient.
 
-        Everything is checked before anything is changed. Returns None if there is nothing to do.
+        Everything is checked before anything is changed. Returns nothing if there is nothing to do.
         """
         for params in param_lists:
             check_params(params, type(self).__name__)
         params = _all_params(self.param_groups)
         gradients = [checked_gradient(param, type(self).__name__) for param in params]
         if all(gradient is None for gradient in gradients):
-            return None
+            return []
         if common_device(params) != self._device:
             self._follow_params()
+        self._copies = dense_copies(params, self._copies)
         steps: list[Tensor | None] = []
         for names, group_params in zip(self._table_names, param_lists, strict=True):
             for param in group_params:
                 known = param in self.state or param in self._counters
                 if known or gradients[len(steps)] is not None:
-                    steps.append(self._step_counter(param, self._complete_state(param, names)))
+                    is_new = self._complete_state(param, names)
+                    steps.append(self._step_counter(param, is_new))
                 else:
                     steps.append(None)
+        positions = list(range(len(params)))
+        every = Selection(param_lists, positions, self.state, steps, gradients)
+        if not self._copies:
+            return [self._refreshed_table(every)]
+        strided = every.only(lambda param: param in self._copies)
+        dense = every.only(lambda param: param not in self._copies)
+        return [
+            self._refreshed_table(dense),
+            StridedPart(strided, self._copies, self._make_table),
+        ]
+
+    def _refreshed_table(self, selection: Selection) -> Table:
         table = self._table
-        if table is None or not table.refresh(param_lists, self.state, gradients):
-            table = self._table = self._make_table(param_lists, steps, gradients)
+        refreshed = (selection.param_lists, selection.state, selection.gradients)
+        if table is None or not table.refresh(*refreshed):
+            table = self._table = self._make_table(selection)
         return table
 
-    def _make_table(
-        self,
-        param_lists: list[list[Tensor]],
-        steps: list[Tensor | None],
-        gradients: list[Tensor | None],
-    ) -> Table:
+    @torch.no_grad()
+    def _update_one(self, param: Tensor) -> None:
+        """Updates one dense parameter from its gradient, without advancing the schedule."""
+        self._sync_groups()
+        table, param_lists, state = self._singles.get(param, (None, [], {}))
+        is_ready = state.get(param) is self.state.get(param)
+        if table is None or not is_ready or not table.refresh(param_lists, state):
+            check_params([param], type(self).__name__)
+            index, position = self._place_of(param)
+            is_new = self._complete_state(param, self._table_names[index])
+            param_lists = [[param] if i == index else [] for i in range(len(self.param_groups))]
+            state = {param: self.state[param]} if param in self.state else {}
+            table = self._make_table(
+                Selection(
+                    param_lists,
+                    [position],
+                    state,
+                    [self._step_counter(param, is_new)],
+                    [checked_gradient(param, type(self).__name__)],
+                )
+            )
+            self._singles[param] = (table, param_lists, state)
+        table.run(commits_step=False)
+
+    def _place_of(self, param: Tensor) -> tuple[int, int]:
+        """Returns the group of a parameter and its position among all parameters."""
+        position = 0
+        for index, group in enumerate(self.param_groups):
+            for other in group["params"]:
+                if other is param:
+                    return index, position
+                position += 1
+        raise RuntimeError("a parameter with a hook of step_in_backward has left the optimizer")
+
+    def _make_table(self, selection: Selection) -> Table:
         if self._backend == "reference":
-            return self._make_reference_table(param_lists, steps, gradients)
+            return reference.ReferenceTable(
+                self.algorithm,
+                self._updates_of(selection),
+                self.schedule_buffer.step,
+                self._storage,
+            )
         table = ops.StepTable(
             backend=self._backend,
             algorithm=self.algorithm,
-            param_lists=param_lists,
-            state=self.state,
+            param_lists=selection.param_lists,
+            positions=selection.positions,
+            state=selection.state,
             state_names=self._table_names,
-            steps=steps,
+            steps=selection.steps,
             groups=self._groups,
             step=self.schedule_buffer.step,
+            storage=self._storage,
         )
-        if not table.refresh(param_lists, self.state, gradients):
+        if not table.refresh(selection.param_lists, selection.state, selection.gradients):
             raise RuntimeError("a parameter or a state changed while the optimizer read it")
         return table
 
-    def _make_reference_table(
-        self,
-        param_lists: list[list[Tensor]],
-        steps: list[Tensor | None],
-        gradients: list[Tensor | None],
-    ) -> reference.ReferenceTable:
+    def _updates_of(self, selection: Selection) -> list[reference.TensorUpdate]:
         updates = []
-        rows = zip(steps, gradients, strict=True)
-        for index, params in enumerate(param_lists):
-            lr = self._learning_rates.current(index)
+        rows = zip(selection.positions, selection.steps, selection.gradients, strict=True)
+        for index, params in enumerate(selection.param_lists):
+            lr, hyper = self._learning_rates.current(index), self._written[index][1]
             for param in params:
-                step, grad = next(rows)
+                position, step, grad = next(rows)
                 if step is None or grad is None:
                     continue
-                state = {name: self.state[param][name] for name in self._table_names[index]}
+                state, names = selection.state.get(param, {}), self._table_names[index]
                 updates.append(
-                    reference.TensorUpdate(param, grad, state, step, lr, self._written[index][1])
+                    reference.TensorUpdate(param, grad, state, names, step, lr, hyper, position)
                 )
-        return reference.ReferenceTable(self.algorithm, updates, self.schedule_buffer.step)
+        return updates
 
     def _complete_state(self, param: Tensor, names: list[str]) -> bool:
         """Creates missing arrays and converts foreign ones; returns whether any was missing."""
-        if not names:
+        if not self._storage.arrays(param, names, "meta"):
             return False
-        state = self.state[param]
-        is_new = False
-        for name in names:
-            if state.get(name) is None:
-                is_new = True
-                state[name] = torch.zeros_like(param, dtype=torch.float32)
-            else:
-                state[name] = checked_state(param, name, state[name])
-        return is_new
+        return self._storage.complete(self._copies.get(param, param), self.state[param], names)
+
+    def _any_gradient(self) -> bool:
+        """Returns whether any gradient has an entry that is not zero; waits for the device."""
+        gradients = [param.grad for param in _all_params(self.param_groups)]
+        return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
     def _follow_params(self) -> None:
         """Moves everything to the device to which the parameters have been moved."""
@@ -387,6 +532,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return {
             **super().__getstate__(),
             "_requested_backend": self._requested_backend,
+            "_storage": self._storage,
             "_counters": self._counters,
             "_schedules": [rates.schedule(index) for index in range(len(self.param_groups))],
             "_schedule_step": rates.step,
@@ -413,7 +559,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             self._check(group)
-        states = {param: unwrap_state(param, saved) for param, saved in saved_state.items()}
+            self._check_storage(group)
+        states = {
+            param: unwrap_state(param, saved, self._storage) for param, saved in saved_state.items()
+        }
         updates = last_step(states)
         positions = [saved_position(group, updates) for group in groups]
         for param in [param for param in self.state if param not in states]:
@@ -438,9 +587,3 @@ def _all_params(groups: list[Group]) -> list[Tensor]:
 
 def _nothing_written(groups: list[Group]) -> list[tuple[Tensor | None, dict[str, float]]]:
     return [(None, {}) for _ in groups]
-
-
-def _any_gradient(param_lists: list[list[Tensor]]) -> bool:
-    """Returns whether any gradient has an entry that is not zero; waits for the device."""
-    gradients = [param.grad for params in param_lists for param in params]
-    return any(bool(gradient.any()) for gradient in gradients if gradient is not None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lrs_ext import ops
-from lrs_ext.layout import is_dense, laid_out_as, same_layout
+from lrs_ext.layout import is_dense, laid_out_as, may_overlap, same_layout
 
 
 def check_params(params: list[Tensor], name: str) -> None:
@@ -27,10 +27,10 @@ def check_params(params: list[Tensor], name: str) -> None:
                 f"{name} requires all the params to be floating point Tensors of float32, "
                 f"bfloat16 or float16, got {param.dtype}: use torch.optim for it"
             )
-        if not is_dense(param) or param.is_neg():
+        if may_overlap(param) or param.is_neg():
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} is a view "
-                "with gaps, overlaps or signs of its own: make it with .contiguous()"
+                "with overlaps or signs of its own: make it with .contiguous()"
             )
         if not ops.has_memory(param):
             raise RuntimeError(
@@ -85,12 +85,12 @@ def checked_gradient(param: Tensor, name: str) -> Tensor | None:
             f"a gradient of shape {tuple(gradient.shape)} has no memory: its storage was resized; "
             "set it to None to leave its parameter out"
         )
-    if gradient.is_neg() or not same_layout(gradient, param):
+    if gradient.is_neg() or not same_layout(gradient, param) or not is_dense(param):
         return laid_out_as(param, gradient, gradient.dtype)
     return gradient
 
 
-def checked_state(param: Tensor, name: str, value: Any) -> Tensor:
+def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> Tensor:
     """Returns the array `value` of the state of `param` as the kernels need it.
 
     Raises:
@@ -102,10 +102,10 @@ def checked_state(param: Tensor, name: str, value: Any) -> Tensor:
             f"the state {name} has shape {found}, its parameter {tuple(param.shape)}: "
             "delete the parameter's state to start it anew"
         )
-    is_ready = value.dtype == torch.float32 and value.device == param.device
+    is_ready = value.dtype == dtype and value.device == param.device
     if is_ready and same_layout(value, param) and ops.has_memory(value):
         return value
-    return laid_out_as(param, value, torch.float32)
+    return laid_out_as(param, value, dtype)
 
 
 def check_numbers(hyper: Mapping[str, float]) -> None:

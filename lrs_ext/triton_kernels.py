@@ -13,14 +13,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrs_ext.triton_storage import (
+    BFLOAT16_STATE,
+    BLOCK8_STATE,
+    FLOAT32_STATE,
+    NEAREST,
+    QUANT_BLOCK,
+    SPLIT,
+    STOCHASTIC,
+    jit,
+    join,
+    load_state,
+    random_bits,
+    random_key,
+    rounded_stochastically,
+    split,
+    state_random,
+    store_state,
+)
+
 # Columns of a row of the tensor table.
 PARAM = tl.constexpr(0)
 STATES = tl.constexpr(1)  # three of them
-TENSOR_STEP = tl.constexpr(4)
-NUMEL = tl.constexpr(5)
-GROUP = tl.constexpr(6)
-DTYPE = tl.constexpr(7)
-TENSOR_COLUMNS = tl.constexpr(8)
+SCALES = tl.constexpr(4)  # of as many states
+REMAINDER = tl.constexpr(7)
+TENSOR_STEP = tl.constexpr(8)
+NUMEL = tl.constexpr(9)
+GROUP = tl.constexpr(10)
+DTYPE = tl.constexpr(11)
+POSITION = tl.constexpr(12)
+TENSOR_COLUMNS = tl.constexpr(13)
 
 # Columns of a row of the group table. From SCALE on, they are float64.
 LR = tl.constexpr(0)
@@ -32,7 +54,7 @@ BETA1 = MOMENTUM = tl.constexpr(5)
 BETA2 = DAMPENING = tl.constexpr(6)
 EPS = NESTEROV = tl.constexpr(7)
 DECOUPLED = tl.constexpr(8)
-GROUP_COLUMNS = tl.constexpr(9)
+GROUP_COLUMNS = tl.constexpr(10)  # LAMB has one more
 
 # Codes in the column DTYPE; the third is float16.
 FLOAT32 = tl.constexpr(0)
@@ -41,8 +63,7 @@ BFLOAT16 = tl.constexpr(1)
 THREADS = tl.constexpr(128)
 NUM_WARPS = THREADS.value // (64 if torch.version.hip else 32)
 
-# Triton is untyped: these give its decorators a type.
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+# Triton is untyped: this gives its decorator a type.
 jit_kernel: Callable[[Callable[..., Any]], Any] = triton.jit(
     do_not_specialize=["num_tensors", "num_chunks"]  # a new model needs no new compilation
 )
@@ -51,7 +72,7 @@ jit_kernel: Callable[[Callable[..., Any]], Any] = triton.jit(
 class SGD(NamedTuple):
     """Coefficients of an update, folded once for each chunk."""
 
-    grad_sign: tl.tensor
+    grad_factor: tl.tensor
     weight_decay: tl.tensor
     lr: tl.tensor
     momentum: tl.tensor
@@ -62,7 +83,7 @@ class SGD(NamedTuple):
 class Adam(NamedTuple):
     """Coefficients of an update, folded once for each chunk."""
 
-    grad_sign: tl.tensor
+    grad_factor: tl.tensor
     coupled_decay: tl.tensor
     param_share: tl.tensor
     beta1: tl.tensor
@@ -74,12 +95,24 @@ class Adam(NamedTuple):
     eps: tl.tensor
 
 
+class Lion(NamedTuple):
+    """Coefficients of an update, folded once for each chunk."""
+
+    grad_factor: tl.tensor
+    param_share: tl.tensor
+    lr: tl.tensor
+    beta1: tl.tensor
+    beta2: tl.tensor
+    grad_share1: tl.tensor
+    grad_share2: tl.tensor
+
+
 @jit
-def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> SGD:
+def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> SGD:
     # The first update makes the gradient itself the momentum buffer.
     grad_share = tl.where(step == 1.0, 1.0, 1.0 - tl.load(group + DAMPENING))
     return SGD(
-        grad_sign=tl.where(tl.load(group + MAXIMIZE) != 0.0, -1.0, 1.0),
+        grad_factor=tl.where(tl.load(group + MAXIMIZE) != 0.0, -scale, scale).to(tl.float32),
         weight_decay=tl.load(group + WEIGHT_DECAY).to(tl.float32),
         lr=lr.to(tl.float32),
         momentum=tl.load(group + MOMENTUM).to(tl.float32),
@@ -92,7 +125,7 @@ def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> SGD:
 def sgd_apply(
     update: SGD, param: tl.tensor, grad: tl.tensor, states: tl.tuple
 ) -> tuple[tl.tensor, tl.tuple]:
-    grad *= update.grad_sign
+    grad *= update.grad_factor
     grad = tl.where(update.weight_decay != 0.0, grad + update.weight_decay * param, grad)
     if len(states) == 1:
         momentum_buffer = update.momentum * states[0] + update.grad_share * grad
@@ -109,7 +142,7 @@ def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 
 @jit
-def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> Adam:
+def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> Adam:
     beta1 = tl.load(group + BETA1)
     beta2 = tl.load(group + BETA2)
     weight_decay = tl.load(group + WEIGHT_DECAY)
@@ -117,7 +150,7 @@ def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> Adam:
     bias_correction1 = 1.0 - power(beta1, step)
     bias_correction2 = 1.0 - power(beta2, step)
     return Adam(
-        grad_sign=tl.where(tl.load(group + MAXIMIZE) != 0.0, -1.0, 1.0),
+        grad_factor=tl.where(tl.load(group + MAXIMIZE) != 0.0, -scale, scale).to(tl.float32),
         coupled_decay=tl.where(decoupled, 0.0, weight_decay).to(tl.float32),
         param_share=tl.where(decoupled, 1.0 - lr * weight_decay, 1.0).to(tl.float32),
         beta1=beta1.to(tl.float32),
@@ -134,7 +167,7 @@ def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor) -> Adam:
 def adam_apply(
     update: Adam, param: tl.tensor, grad: tl.tensor, states: tl.tuple
 ) -> tuple[tl.tensor, tl.tuple]:
-    grad *= update.grad_sign
+    grad *= update.grad_factor
     grad = tl.where(update.coupled_decay != 0.0, grad + update.coupled_decay * param, grad)
     param *= update.param_share
     exp_avg = update.beta1 * states[0] + update.grad_share1 * grad
@@ -153,6 +186,33 @@ def adam_apply(
 
 
 @jit
+def lion_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> Lion:
+    beta1 = tl.load(group + BETA1)
+    beta2 = tl.load(group + BETA2)
+    return Lion(
+        grad_factor=tl.where(tl.load(group + MAXIMIZE) != 0.0, -scale, scale).to(tl.float32),
+        param_share=(1.0 - lr * tl.load(group + WEIGHT_DECAY)).to(tl.float32),
+        lr=lr.to(tl.float32),
+        beta1=beta1.to(tl.float32),
+        beta2=beta2.to(tl.float32),
+        grad_share1=(1.0 - beta1).to(tl.float32),
+        grad_share2=(1.0 - beta2).to(tl.float32),
+    )
+
+
+@jit
+def lion_apply(
+    update: Lion, param: tl.tensor, grad: tl.tensor, states: tl.tuple
+) -> tuple[tl.tensor, tl.tuple]:
+    grad *= update.grad_factor
+    direction = update.beta1 * states[0] + update.grad_share1 * grad
+    # The sign of 0 is 0; that of nan stays nan.
+    sign = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, direction))
+    exp_avg = update.beta2 * states[0] + update.grad_share2 * grad
+    return param * update.param_share - update.lr * sign, (exp_avg,)
+
+
+@jit
 def pointers_of(
     array: tl.tensor, start: tl.tensor, lanes: tl.tensor, LANE: tl.constexpr
 ) -> tl.tensor:
@@ -166,32 +226,73 @@ def pointers_of(
 def update_piece(
     update: tl.tuple,
     arrays: tl.tuple,
+    scales: tl.tuple,
     start: tl.tensor,
     end: tl.tensor,
-    APPLY: tl.constexpr,
+    key: tl.tensor,
+    UPDATE: tl.constexpr,
     LANE: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Updates the elements from `start` to `start + PIECE`, or to `end` where LANE is 1."""
+    """Updates the elements from `start` to `start + PIECE`, or to `end` where LANE is 1.
+
+    Args:
+        arrays: parameter, gradient, states, and the remainder of a split parameter.
+        scales: of the states, if they are block-quantised.
+        UPDATE: APPLY, ROOT_STATE, STATE_TYPE, PARAM_KIND.
+    """
+    APPLY: tl.constexpr = UPDATE[0]
+    ROOT_STATE: tl.constexpr = UPDATE[1]
+    STATE_TYPE: tl.constexpr = UPDATE[2]
+    PARAM_KIND: tl.constexpr = UPDATE[3]
+    NUM_STATES: tl.constexpr = len(arrays) - (3 if PARAM_KIND == SPLIT else 2)
     lanes = tl.arange(0, PIECE)
     pointers = [pointers_of(array, start, lanes, LANE) for array in arrays]
     mask = None if LANE > 1 else lanes < (end - start).to(tl.int32)
+    scale_pointers = [scale + (start + lanes) // QUANT_BLOCK for scale in scales]
+    random = random_bits(key, start + lanes)
     param = tl.load(pointers[0], mask)
+    if PARAM_KIND == SPLIT:
+        value = join(param, tl.load(pointers[len(arrays) - 1], mask))
+    else:
+        value = param.to(tl.float32)
     grad = tl.load(pointers[1], mask).to(tl.float32)
-    states = [tl.load(pointer, mask) for pointer in pointers[2:]]
-    new_param, new_states = APPLY(update, param.to(tl.float32), grad, states)
-    tl.store(pointers[0], new_param.to(param.dtype), mask)
-    for i in tl.static_range(len(new_states)):
-        tl.store(pointers[2 + i], new_states[i], mask)
+    states: tl.tuple = ()
+    for i in tl.static_range(NUM_STATES):
+        scale = scale_pointers[i] if STATE_TYPE == BLOCK8_STATE else None
+        states += (load_state(pointers[2 + i], scale, mask, STATE_TYPE, i == ROOT_STATE),)
+    new_value, new_states = APPLY(update, value, grad, states)
+    if PARAM_KIND == SPLIT:
+        high, low = split(new_value)
+        tl.store(pointers[0], high, mask)
+        tl.store(pointers[len(arrays) - 1], low, mask)
+    elif PARAM_KIND == STOCHASTIC:
+        tl.store(pointers[0], rounded_stochastically(new_value, random & 0xFFFF), mask)
+    else:
+        tl.store(pointers[0], new_value.to(param.dtype), mask)
+    for i in tl.static_range(NUM_STATES):
+        scale = scale_pointers[i] if STATE_TYPE == BLOCK8_STATE else None
+        store_state(
+            pointers[2 + i],
+            scale,
+            new_states[i],
+            state_random(random, i),
+            mask,
+            STATE_TYPE,
+            i == ROOT_STATE,
+            PIECE,
+        )
 
 
 @jit
 def update_chunk(
     update: tl.tuple,
     addresses: tl.tuple,
+    scale_addresses: tl.tuple,
     begin: tl.tensor,
     end: tl.tensor,
-    APPLY: tl.constexpr,
+    key: tl.tensor,
+    UPDATE: tl.constexpr,
     dtype: tl.constexpr,
 ) -> None:
     """Updates the elements from `begin` to `end`, in lanes of 16 bytes where all arrays allow it.
@@ -199,28 +300,41 @@ def update_chunk(
     A lane holds the elements that fit 16 bytes in the widest array: with wider lanes in the
     others, Triton would exchange results between threads before it stores them.
     """
-    HAS_STATES: tl.constexpr = len(addresses) > 2
-    LANE: tl.constexpr = 4 if HAS_STATES else 128 // dtype.primitive_bitwidth
+    STATE_TYPE: tl.constexpr = UPDATE[2]
+    IS_SPLIT: tl.constexpr = UPDATE[3] == SPLIT
+    NUM_STATES: tl.constexpr = len(addresses) - (3 if IS_SPLIT else 2)
+    LANE: tl.constexpr = 4 if NUM_STATES > 0 else 128 // dtype.primitive_bitwidth
     # 48 to 96 bytes on the way to each thread, and few enough registers for 1,000 threads.
-    PIECE: tl.constexpr = THREADS * LANE * (1 if len(addresses) > 3 else 2)
+    PIECE: tl.constexpr = THREADS * LANE * (1 if NUM_STATES > 1 else 2)
     # Of another shape than PIECE: Triton would choose one layout for both.
     UNALIGNED_PIECE: tl.constexpr = THREADS * 2
+    STATE: tl.constexpr = (
+        tl.float32
+        if STATE_TYPE == FLOAT32_STATE
+        else (tl.bfloat16 if STATE_TYPE == BFLOAT16_STATE else tl.uint8)
+    )
     params = addresses[0].to(tl.pointer_type(dtype))
     grads = addresses[1].to(tl.pointer_type(dtype))
     arrays: tl.tuple = (params, grads)
     bits = addresses[0] | addresses[1]
-    for i in tl.static_range(2, len(addresses)):
-        arrays += (addresses[i].to(tl.pointer_type(tl.float32)),)
-        bits |= addresses[i]
+    for i in tl.static_range(NUM_STATES):
+        arrays += (addresses[2 + i].to(tl.pointer_type(STATE)),)
+        bits |= addresses[2 + i]
+    if IS_SPLIT:
+        arrays += (addresses[len(addresses) - 1].to(tl.pointer_type(tl.int16)),)
+        bits |= addresses[len(addresses) - 1]
+    scales: tl.tuple = ()
+    for i in tl.static_range(len(scale_addresses)):
+        scales += (scale_addresses[i].to(tl.pointer_type(tl.float32)),)
     aligned_end = tl.where(bits % 16 == 0, begin + (end - begin) // PIECE * PIECE, begin)
     # The interpreter cannot count a range to a loaded value under numpy 2.4.
     start = begin
     while start < aligned_end:
-        update_piece(update, arrays, start, end, APPLY, LANE, PIECE)
+        update_piece(update, arrays, scales, start, end, key, UPDATE, LANE, PIECE)
         start += PIECE
     rest = aligned_end
     while rest < end:
-        update_piece(update, arrays, rest, end, APPLY, 1, UNALIGNED_PIECE)
+        update_piece(update, arrays, scales, rest, end, key, UPDATE, 1, UNALIGNED_PIECE)
         rest += UNALIGNED_PIECE
 
 
@@ -231,24 +345,55 @@ def update_chunk_of(
     gradient: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
-    APPLY: tl.constexpr,
+    key: tl.tensor,
+    UPDATE: tl.constexpr,
     NUM_STATES: tl.constexpr,
 ) -> None:
     """Updates a chunk of the tensor in `row`."""
+    APPLY: tl.constexpr = UPDATE[0]
+    ROOT_STATE: tl.constexpr = UPDATE[1]
+    # With more states than the native core compresses, they are float32.
+    STATE_TYPE: tl.constexpr = UPDATE[2] if NUM_STATES <= 2 else FLOAT32_STATE
+    PARAM_KIND: tl.constexpr = UPDATE[3]
+    PLAIN: tl.constexpr = (APPLY, ROOT_STATE, STATE_TYPE, NEAREST)
+    BFLOAT16_UPDATE: tl.constexpr = (APPLY, ROOT_STATE, STATE_TYPE, PARAM_KIND)
     addresses: tl.tuple = (tl.load(row + PARAM), gradient)
+    scales: tl.tuple = ()
     for i in tl.static_range(NUM_STATES):
         addresses += (tl.load(row + STATES + i),)
+        if STATE_TYPE == BLOCK8_STATE:
+            scales += (tl.load(row + SCALES + i),)
     code = tl.load(row + DTYPE)
     if code == FLOAT32:
-        update_chunk(update, addresses, begin, end, APPLY, tl.float32)
+        update_chunk(update, addresses, scales, begin, end, key, PLAIN, tl.float32)
     elif code == BFLOAT16:
-        update_chunk(update, addresses, begin, end, APPLY, tl.bfloat16)
+        if PARAM_KIND == SPLIT:
+            halves: tl.tuple = (*addresses, tl.load(row + REMAINDER))
+            update_chunk(update, halves, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
+        else:
+            update_chunk(update, addresses, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
     else:
-        update_chunk(update, addresses, begin, end, APPLY, tl.float16)
+        update_chunk(update, addresses, scales, begin, end, key, PLAIN, tl.float16)
 
 
 @jit
-def fold(row: tl.tensor, groups: tl.tensor, step: tl.tensor, FOLD: tl.constexpr) -> tl.tuple:
+def grad_scale(
+    loss_scale: tl.tensor | None, norm: tl.tensor | None, max_norm: tl.tensor | None
+) -> tl.tensor:
+    """Returns what gradients are multiplied by."""
+    scale = tl.full((), 1.0, tl.float64)
+    if loss_scale is not None:
+        scale = scale / tl.load(loss_scale).to(tl.float64)
+    if norm is not None:
+        clipped = tl.load(max_norm).to(tl.float64) / (tl.load(norm).to(tl.float64) * scale + 1e-6)
+        scale *= tl.where(clipped >= 1.0, 1.0, clipped)
+    return scale
+
+
+@jit
+def fold(
+    row: tl.tensor, groups: tl.tensor, step: tl.tensor, scale: tl.tensor, FOLD: tl.constexpr
+) -> tl.tuple:
     """Returns the coefficients of the next update of the tensor in `row`."""
     group = groups + tl.load(row + GROUP) * GROUP_COLUMNS
     doubles = group.to(tl.pointer_type(tl.float64), bitcast=True)
@@ -256,7 +401,7 @@ def fold(row: tl.tensor, groups: tl.tensor, step: tl.tensor, FOLD: tl.constexpr)
     position = tl.minimum(tl.load(step), tl.load(group + CAPACITY) - 1)
     lr = tl.load(lrs + position).to(tl.float64) * tl.load(doubles + SCALE)
     tensor_step = tl.load(row + TENSOR_STEP).to(tl.pointer_type(tl.float32))
-    return FOLD(doubles, lr, tl.load(tensor_step).to(tl.float64) + 1.0)
+    return FOLD(doubles, lr, tl.load(tensor_step).to(tl.float64) + 1.0, scale)
 
 
 @jit
@@ -266,6 +411,7 @@ def commit(
     step: tl.tensor,
     ticket: tl.tensor,
     num_tensors: tl.tensor,
+    COMMITS_STEP: tl.constexpr,
 ) -> None:
     """Advances the counters once every program has read them: the last to draw a ticket does it."""
     tl.debug_barrier()  # no thread may still have to read a counter when its program draws
@@ -278,7 +424,8 @@ def commit(
             counters = counters.to(tl.pointer_type(tl.float32))
             tl.store(counters, tl.load(counters, updated) + 1.0, updated)
             first += THREADS
-        tl.store(step, tl.load(step) + 1)
+        if COMMITS_STEP:
+            tl.store(step, tl.load(step) + 1)
         tl.store(ticket, 0)
 
 
@@ -290,6 +437,10 @@ def step_kernel(
     gradients: tl.tensor,
     step: tl.tensor,
     ticket: tl.tensor,
+    loss_scale: tl.tensor | None,
+    found_inf: tl.tensor | None,
+    norm: tl.tensor | None,
+    max_norm: tl.tensor | None,
     num_tensors: tl.tensor,
     num_chunks: tl.tensor,
     CHUNK: tl.constexpr,
@@ -297,27 +448,48 @@ def step_kernel(
     APPLY: tl.constexpr,
     MIN_STATES: tl.constexpr,
     MAX_STATES: tl.constexpr,
+    ROOT_STATE: tl.constexpr,
+    STATE_TYPE: tl.constexpr,
+    PARAM_KIND: tl.constexpr,
+    COMMITS_STEP: tl.constexpr,
 ) -> None:
-    tl.static_assert(CHUNK % 16 == 0)  # a chunk is aligned where its tensor is
+    UPDATE: tl.constexpr = (APPLY, ROOT_STATE, STATE_TYPE, PARAM_KIND)
+    tl.static_assert(CHUNK % 128 == 0)  # so a chunk is aligned where its tensor is
+    # Of its own, the condition is known in compilation.
+    if found_inf is not None:  # noqa: SIM102
+        if tl.load(found_inf) != 0.0:
+            return
     program = tl.program_id(0)
     if program < num_chunks:  # a launch without chunks still commits
         tensor = tl.load(chunks + 2 * program)
         gradient = tl.load(gradients + tensor)
         if gradient != 0:
             row = tensors + tensor * TENSOR_COLUMNS
-            update = fold(row, groups, step, FOLD)
+            scale = grad_scale(loss_scale, norm, max_norm)
+            update = fold(row, groups, step, scale, FOLD)
             begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
             end = tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
-            last_state = tl.load(row + STATES + MAX_STATES - 1)
-            if last_state != 0:
-                update_chunk_of(row, update, gradient, begin, end, APPLY, MAX_STATES)
+            key = random_key(tl.load(step), tl.load(row + POSITION), begin)
+            if MIN_STATES == MAX_STATES:
+                update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MAX_STATES)
             else:
-                update_chunk_of(row, update, gradient, begin, end, APPLY, MIN_STATES)
-    commit(tensors, gradients, step, ticket, num_tensors)
+                last_state = tl.load(row + STATES + MAX_STATES - 1)
+                if last_state != 0:
+                    update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MAX_STATES)
+                else:
+                    update_chunk_of(row, update, gradient, begin, end, key, UPDATE, MIN_STATES)
+    commit(tensors, gradients, step, ticket, num_tensors, COMMITS_STEP)
 
 
-# FOLD, APPLY, MIN_STATES, MAX_STATES of step_kernel.
-ALGORITHMS = {"sgd": (sgd_fold, sgd_apply, 0, 1), "adam": (adam_fold, adam_apply, 2, 3)}
+# FOLD, APPLY, MIN_STATES, MAX_STATES, ROOT_STATE of step_kernel.
+ALGORITHMS = {
+    "sgd": (sgd_fold, sgd_apply, 0, 1, -1),
+    "adam": (adam_fold, adam_apply, 2, 3, 1),
+    "lion": (lion_fold, lion_apply, 1, 1, -1),
+}
+
+STATE_TYPES = {"float32": FLOAT32_STATE, "bfloat16": BFLOAT16_STATE, "block8": BLOCK8_STATE}
+PARAM_KINDS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "split": SPLIT}
 
 
 def step(
@@ -329,7 +501,11 @@ def step(
     gradients: Tensor,
     step: Tensor,
     ticket: Tensor,
+    scaling: tuple[Tensor | None, ...],
     chunk_elements: int,
+    state_type: str = "float32",
+    param_kind: str = "nearest",
+    commits_step: bool = True,
 ) -> None:
     """Updates every tensor that has a gradient and commits the step, in one launch.
 
@@ -337,13 +513,16 @@ def step(
 
     Args:
         algorithm: a key of `ALGORITHMS`.
-        tensors: int64 `(N, 8)`, a TensorEntry a row; its null pointers are 0.
-        groups: int64 `(G, 9)`, a Group a row; its doubles are bit-cast.
+        tensors: int64 `(N, 13)`, a TensorEntry a row; its null pointers are 0.
+        groups: int64 `(G, 10)`, a Group a row; its doubles are bit-cast.
         chunks: int32 `(C, 2)`: the tensor, and the index of the chunk within it.
         gradients: int64 `(N,)`, addresses; 0 where a tensor has no gradient.
         step: int64, 0-d: committed updates; advances by one, even if no tensor has a gradient.
         ticket: int32 `(1,)`; 0 before and after.
-        chunk_elements: elements of a chunk, a multiple of 16; best a power of two from 2048 on.
+        scaling: float32, one element each or None: loss scale, overflow flag, norm, its limit.
+        chunk_elements: elements of a chunk, a multiple of 128; best a power of two from 2048 on.
+        state_type, param_kind: keys of `STATE_TYPES` and `PARAM_KINDS`, the latter for bfloat16.
+        commits_step: whether `step` advances.
     """
     with torch.accelerator.device_index(tensors.device.index):
         step_kernel[(max(len(chunks), 1),)](
@@ -353,10 +532,14 @@ def step(
             gradients,
             step,
             ticket,
+            *scaling,
             len(tensors),
             len(chunks),
             chunk_elements,
             *ALGORITHMS[algorithm],
+            STATE_TYPES[state_type],
+            PARAM_KINDS[param_kind],
+            commits_step,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,  # the bits of the other backends
         )

@@ -60,6 +60,8 @@ def make_model():
 OPTIMIZERS = {
     "sgd": lambda params: lrs_ext.SGD(params, lr=1e-3, momentum=0.9, dampening=0.1),
     "adamw": lambda params: lrs_ext.AdamW(params, lr=1e-3),
+    "lion": lambda params: lrs_ext.Lion(params, lr=1e-3),
+    "lamb": lambda params: lrs_ext.LAMB(params, lr=1e-3),
     "torch sgd": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, dampening=0.1),
     "torch adam": lambda params: torch.optim.Adam(params, lr=1e-3),
     "torch adamw fused": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),

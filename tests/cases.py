@@ -55,7 +55,7 @@ class ScheduleRow:
 
 # Boundaries worth a row: no warm-up, only warm-up, one update, sampling that does not divide the
 # budget, a sampling interval longer than the budget, fractions whose product is not an integer in
-# floating point.
+# floating point; for each profile its defaults and every parameter of its own.
 SCHEDULES = [
     ScheduleRow("rex", 3e-4, 100),
     ScheduleRow("rex", 3e-4, 100, {"d": 0.0}),
@@ -75,6 +75,29 @@ SCHEDULES = [
     ScheduleRow("linear", 0.1, 37, {"warmup_steps": 5, "sampling": (0.5, 0.75)}),
     ScheduleRow("cosine", 3e-4, 1000),
     ScheduleRow("cosine", 3e-4, 1000, {"warmup_steps": 100, "min_lr": 3e-5, "sampling": 9}),
+    ScheduleRow("exponential", 0.3, 100),
+    ScheduleRow("exponential", 0.3, 90, {"gamma": -4.6, "warmup_steps": 7, "min_lr": 0.01}),
+    ScheduleRow("step_decay", 0.1, 100),
+    ScheduleRow(
+        "step_decay", 0.1, 113, {"milestones": (1 / 3, 2 / 3), "gamma": 0.5, "warmup_steps": 13}
+    ),
+    ScheduleRow("step_decay", 0.1, 100, {"milestones": (0.07, 0.29, 0.58), "sampling": (0.5,)}),
+    ScheduleRow("step_decay", 0.1, 10, {"milestones": (0.30000000000000004,), "min_lr": 0.01}),
+    ScheduleRow("step_decay", 0.1, 8, {"milestones": (0.5,), "gamma": 0.0, "warmup_steps": 8}),
+    ScheduleRow("delayed_linear", 0.1, 100),
+    ScheduleRow("delayed_linear", 0.1, 110, {"delay": 0.75, "warmup_steps": 10, "min_lr": 0.02}),
+    ScheduleRow("polynomial", 0.1, 100),
+    ScheduleRow("polynomial", 0.1, 100, {"power": 2.5, "warmup_steps": 9, "sampling": 4}),
+    ScheduleRow("one_cycle", 0.1, 100),
+    ScheduleRow("one_cycle", 0.1, 101, {"low": 0.04, "min_lr": 0.01, "momentum": (0.8, 0.9)}),
+    ScheduleRow("one_cycle", 0.1, 100, {"low": 0.0, "sampling": (0.25, 0.5, 0.75)}),
+    ScheduleRow("wsd", 0.1, 100),
+    ScheduleRow("wsd", 0.1, 120, {"decay": 0.35, "cooldown": "sqrt", "warmup_steps": 20}),
+    ScheduleRow("wsd", 0.1, 100, {"decay": 1 / 3, "cooldown": "linear", "min_lr": 0.01}),
+    ScheduleRow("wsd", 0.1, 100, {"decay": 0.2, "cooldown": "cosine", "sampling": 3}),
+    ScheduleRow("wsd", 0.1, 100, {"decay": 1.0, "cooldown": "exponential"}),
+    ScheduleRow("inverse_sqrt", 0.1, None, {"warmup_steps": 10, "capacity": 60}),
+    ScheduleRow("inverse_sqrt", 0.1, None, {"warmup_steps": 1, "min_lr": 0.01, "sampling": 5}),
     ScheduleRow("constant", 0.1, None),
     ScheduleRow("constant", 0.1, None, {"warmup_steps": 4}),
     ScheduleRow("constant", 0.1, 20, {"warmup_steps": 4}),
@@ -113,10 +136,32 @@ UPDATES = [
     UpdateRow("AdamW", {"weight_decay": 0.1, "amsgrad": True, "betas": (0.8, 0.6)}),
     UpdateRow("AdamW", {"weight_decay": 0.0, "maximize": True}),
     UpdateRow("AdamW", {"weight_decay": 0.1, "maximize": True, "amsgrad": True}),
+    UpdateRow("Lion"),
+    UpdateRow("Lion", {"weight_decay": 0.3, "betas": (0.95, 0.98)}),
+    UpdateRow("Lion", {"weight_decay": 0.1, "betas": (0.5, 0.0), "maximize": True}),
+    UpdateRow("LAMB"),
+    UpdateRow("LAMB", {"weight_decay": 0.3, "betas": (0.5, 0.75), "eps": 1e-3}),
+    UpdateRow("LAMB", {"weight_decay": 0.0, "bias_correction": False}),
+    UpdateRow("LAMB", {"weight_decay": 0.0, "always_adapt": False, "maximize": True}),
+    UpdateRow("LAMB", {"weight_decay": 0.1, "always_adapt": False, "betas": (0.0, 0.0)}),
 ]
 # One row for each combination of states; for properties that do not depend on the options.
-STATE_UPDATES = [UPDATES[i] for i in (1, 4, 7, 15)]
-OPTIMIZERS = ["SGD", "Adam", "AdamW"]
+STATE_UPDATES = [UPDATES[i] for i in (1, 4, 7, 15, 19, 22)]
+# Where an element does not depend on the rest of its tensor.
+ELEMENTWISE_UPDATES = STATE_UPDATES[:-1]
+TORCH_OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those that torch.optim has too
+OPTIMIZERS = [*TORCH_OPTIMIZERS, "Lion", "LAMB"]
+
+# How states and bfloat16 parameters are kept, but for the default.
+STORAGES = [
+    {**({} if dtype == torch.float32 else {"state_dtype": dtype}), **kind}
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    for kind in ({}, {"master_weights": True}, {"stochastic_rounding": True})
+    if kind or dtype != torch.float32
+]
+# One row for each update and number of states that can be compressed.
+COMPRESSED_UPDATES = [UPDATES[0], UPDATES[5], *(row for row in UPDATES if row.name == "Lion")][:3]
+COMPRESSED_UPDATES.append(next(row for row in UPDATES if row.name == "AdamW"))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REFUSED_DTYPES = [torch.float64, torch.complex64, torch.int32]

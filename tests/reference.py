@@ -26,16 +26,65 @@ def cosine(progress):
     return math.sin(math.pi / 2 * float(1 - progress)) ** 2
 
 
+def exponential(progress, gamma=-3.0):
+    return math.exp(gamma * float(progress))
+
+
+def step_decay(progress, milestones=(0.5, 0.75), gamma=0.1):
+    return float(Fraction(gamma) ** sum(progress >= share(m) for m in milestones))
+
+
+def delayed_linear(progress, delay=0.5):
+    delay = share(delay)
+    return 1.0 if progress < delay else float((1 - progress) / (1 - delay))
+
+
+def polynomial(progress, power=1.0):
+    return float(1 - progress) ** power
+
+
+def one_cycle(progress, low=0.1, momentum=None):
+    """Up to the middle and down again, as section 4.1 of arXiv 2107.04197 prints it."""
+    rise = 2 * progress if progress <= Fraction(1, 2) else 2 - 2 * progress
+    return float(Fraction(low) + (1 - Fraction(low)) * rise)
+
+
+def wsd(progress, decay=0.1, cooldown="sqrt"):
+    """arXiv 2404.06395 and 2405.18392: the last part of the budget is the cool-down."""
+    cooled = (progress - (1 - share(decay))) / share(decay)
+    if cooled <= 0:
+        return 1.0
+    if cooldown == "sqrt":  # 1 - sqrt(q), without cancellation
+        return float(1 - cooled) / (1 + math.sqrt(cooled))
+    return {"linear": linear, "cosine": cosine, "exponential": exponential}[cooldown](cooled)
+
+
 def constant(progress):
     return 1.0
 
 
-PROFILES = {"rex": rex, "linear": linear, "cosine": cosine, "constant": constant}
+PROFILES = {
+    "rex": rex,
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "step_decay": step_decay,
+    "delayed_linear": delayed_linear,
+    "polynomial": polynomial,
+    "one_cycle": one_cycle,
+    "wsd": wsd,
+    "constant": constant,
+}
+
+
+def share(number):
+    """The decimal or simple fraction that was meant by a float."""
+    return Fraction(number).limit_denominator(10**6)
 
 
 def sample_point(fraction, budget):
     """The update at which a share of the budget is reached: the decimal that was meant counts."""
-    return math.ceil(Fraction(fraction).limit_denominator(10**6) * budget)
+    return math.ceil(share(fraction) * budget)
 
 
 def sampled_update(update, budget, sampling):
@@ -50,6 +99,10 @@ def schedule(name, step, *, lr, total_steps, warmup_steps=0, min_lr=0.0, samplin
     """The learning rate of update `step`, a float64."""
     if step < warmup_steps:
         return float(Fraction(lr) * (step + 1) / warmup_steps)
+    if name == "inverse_sqrt":  # Vaswani et al., NeurIPS 2017, at height lr
+        update = step - warmup_steps
+        f = math.sqrt(warmup_steps / (warmup_steps + update // sampling * sampling + 1))
+        return min_lr + (lr - min_lr) * f
     if total_steps is None:
         return float(lr)
     update, budget = step - warmup_steps, total_steps - warmup_steps
@@ -127,4 +180,47 @@ def adamw(param, grad, state, *, weight_decay=0.01, **options):
     return adam(param, grad, state, **options)
 
 
-UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw}
+def lion(param, grad, state, *, lr, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
+    """Chen et al., arXiv 2302.06675, algorithm 2."""
+    beta1, beta2 = betas
+    exp_avg = state.get("exp_avg", torch.zeros_like(param))
+    grad = -grad if maximize else grad
+    direction = beta1 * exp_avg + (1 - beta1) * grad
+    new_state = {
+        "step": torch.tensor(float(state.get("step", 0.0)) + 1),
+        "exp_avg": beta2 * exp_avg + (1 - beta2) * grad,
+    }
+    return param - lr * (direction.sign() + weight_decay * param), new_state
+
+
+def lamb(
+    param,
+    grad,
+    state,
+    *,
+    lr,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    weight_decay=0.01,
+    bias_correction=True,
+    always_adapt=True,
+    maximize=False,
+):
+    """You et al., arXiv 1904.00962, algorithm 2; a ratio is 1 where a norm is 0."""
+    beta1, beta2 = betas
+    zeros = torch.zeros_like(param)
+    step = float(state.get("step", 0.0)) + 1
+    grad = -grad if maximize else grad
+    exp_avg = beta1 * state.get("exp_avg", zeros) + (1 - beta1) * grad
+    exp_avg_sq = beta2 * state.get("exp_avg_sq", zeros) + (1 - beta2) * grad**2
+    corrected1 = exp_avg / (1 - beta1**step) if bias_correction else exp_avg
+    corrected2 = exp_avg_sq / (1 - beta2**step) if bias_correction else exp_avg_sq
+    direction = corrected1 / (corrected2.sqrt() + eps) + weight_decay * param
+    norms = [math.sqrt(math.fsum((x.flatten() ** 2).tolist())) for x in (param, direction)]
+    is_adapted = (always_adapt or weight_decay != 0) and all(norm != 0 for norm in norms)
+    ratio = norms[0] / norms[1] if is_adapted else 1.0
+    new_state = {"step": torch.tensor(step), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return param - lr * ratio * direction, new_state
+
+
+UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "Lion": lion, "LAMB": lamb}

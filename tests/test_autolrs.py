@@ -44,7 +44,7 @@ def test_a_run_searches_trains_and_ends_annealed(optimizer, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("optimizer", ["adamw", "torch sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "lamb", "torch sgd"])
 def test_trials_are_paired_and_undone(optimizer, preset):
     run = Training(optimizer, **PRESETS[preset])
     addresses = [p.data_ptr() for p in run.model.parameters()]

@@ -150,7 +150,62 @@ def test_an_optimizer_that_has_stepped_gets_its_schedule():
     assert last == pytest.approx(auto.history.learning_rates[-1], rel=1e-6)
 
 
-def test_several_searches_make_no_single_schedule():
-    run = Training(**PAPER).run()
-    with pytest.raises(RuntimeError, match=r"take auto\.history"):
-        run.auto.to_schedule()
+@pytest.mark.parametrize("warmup_steps", [0, 7])
+def test_the_schedule_of_several_stages_is_what_was_trained_without_the_trials(warmup_steps):
+    options = PAPER | {"total_steps": PAPER["total_steps"] + warmup_steps}
+    run = Training(**options, warmup_steps=warmup_steps)
+    used = []
+    while not run.auto.done:
+        is_trained, lr = run.auto.phase == "train", run.optimizer.current_lr()[0]
+        run.update()
+        if is_trained:
+            used.append(lr)
+    schedule = run.auto.to_schedule()
+    assert schedule.total_steps == len(used) == 70 + warmup_steps
+    assert schedule.values(0, len(used)).astype(np.float32).tolist() == used
+    assert lrs_ext.Schedule.from_dict(schedule.to_dict()) == schedule
+    assert len(set(used)) > 2
+
+
+def test_the_schedule_of_several_stages_is_there_in_the_last_one():
+    run = Training(**PAPER)
+    for _ in range(120):
+        with pytest.raises(RuntimeError, match=r"search has not ended.*in the last stage"):
+            run.auto.to_schedule()
+        run.update()
+    early, late = run.auto.to_schedule(), run.run().auto.to_schedule()
+    assert early.total_steps == late.total_steps == 70
+    assert early.values(0, 21).tolist() == late.values(0, 21).tolist()
+
+
+def test_a_rolled_back_training_is_in_the_schedule_of_several_stages():
+    run = Training("sgd", **PAPER)
+    while run.auto.phase == "search":
+        run.update()
+    run.update()
+    with torch.no_grad():
+        run.model[0].weight.fill_(math.nan)
+    run.run()
+    values = run.auto.to_schedule().values(0, 20)
+    assert values[-1] == values[0] / 2
+
+
+def test_any_profile_gives_the_shape():
+    auto = Training(schedule="wsd").auto
+    assert auto._shapes.schedule.profile == "wsd"
+    assert Training(schedule="one_cycle", warmup_steps=0).auto.phase == "search"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("sine", r"schedule must be one of \['constant', .*or a Schedule, got 'sine'"),
+        ("one_cycle", "warmup_steps must be 0 for one_cycle"),
+        (lrs_ext.from_values([0.1, 0.2]), "not a table or a join: from_values"),
+        (lrs_ext.join([lrs_ext.constant(0.1)], []), "not a table or a join: join"),
+        (lrs_ext.constant(0.0), "must have a positive lr"),
+    ],
+)
+def test_what_gives_no_shape_is_refused(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        Training(schedule=schedule)

@@ -397,5 +397,5 @@ def test_an_unfit_machine_is_told_the_way_out(has_gpu, message, monkeypatch, cap
 def test_sanitizer_steps_cover_every_optimizer(capsys):
     assert sanitizer_steps.main(["--backend", "cpu"]) == 0
     names = sanitizer_steps.optimizers()
-    assert {"SGD", "Adam", "AdamW"} <= set(names)
+    assert {"SGD", "Adam", "AdamW", "Lion", "LAMB"} <= set(names)
     assert capsys.readouterr().out.splitlines() == [f"{name}: done" for name in names]

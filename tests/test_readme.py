@@ -44,7 +44,7 @@ def test_commands_are_targets_of_the_makefile():
 def test_tables_name_what_exists():
     for name in re.findall(r"^\| `(\w+)\(", TEXT, re.MULTILINE):
         assert callable(getattr(lrs_ext, name))
-    for name in ("SGD", "Adam", "AdamW"):
+    for name in ("SGD", "Adam", "AdamW", "Lion", "LAMB"):
         assert f"`{name}`" in TEXT
 
 

@@ -47,9 +47,9 @@ def test_a_refused_schedule_in_a_checkpoint_changes_nothing():
     update(param, opt)
     state = {name: value.clone() for name, value in opt.state[param].items()}
     saved["param_groups"][0]["schedule"] = saved["param_groups"][0]["schedule"].replace(
-        "rex", "wsd"
+        "rex", "sine"
     )
-    with pytest.raises(ValueError, match="wsd"):
+    with pytest.raises(ValueError, match="sine"):
         opt.load_state_dict(saved)
     assert all(torch.equal(opt.state[param][name], value) for name, value in state.items())
     assert opt.schedule_buffer.step.item() == 4

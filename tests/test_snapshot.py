@@ -70,7 +70,7 @@ def test_its_memory_is_known_before_the_first_update(name):
     counters = 16 * len(list(model.parameters())) + 8
     assert 0 <= copied.nbytes - announced <= counters
     elements = sum(p.numel() for p in model.parameters())
-    states = {"sgd": 1, "torch sgd": 1, "torch rmsprop": 1}.get(name, 2)
+    states = {"sgd": 1, "lion": 1, "torch sgd": 1, "torch rmsprop": 1}.get(name, 2)
     assert 4 * elements * (1 + states) <= announced <= 4 * elements * (1 + states) + 2 * counters
 
 

@@ -18,6 +18,7 @@ DB = {
     if info.optim_cls.__name__ in cases.OPTIMIZERS
 }
 optimizers = pytest.mark.parametrize("name", cases.OPTIMIZERS)
+torch_optimizers = pytest.mark.parametrize("name", cases.TORCH_OPTIMIZERS)
 
 
 def optimizer_inputs():
@@ -139,7 +140,7 @@ def test_every_list_of_schedulers_matches_torch(backend, name, schedulers):
     assert_equal_training(models, opts)
 
 
-@optimizers
+@torch_optimizers
 def test_the_signature_is_that_of_torch_and_a_backend(name):
     ours = dict(inspect.signature(getattr(lrs_ext, name)).parameters)
     theirs = inspect.signature(getattr(torch.optim, name)).parameters
@@ -151,7 +152,7 @@ def test_the_signature_is_that_of_torch_and_a_backend(name):
     assert list(ours)[: len(positional)] == positional
 
 
-@optimizers
+@torch_optimizers
 def test_groups_defaults_and_state_dict_have_the_keys_and_values_of_torch(name):
     def make(module):
         return getattr(module, name)([torch.ones(3).requires_grad_()], lr=0.25)

@@ -27,7 +27,7 @@ if not HAS_GPU and not COMPILES:
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from lrs_ext import _C, triton_kernels  # noqa: E402
+from lrs_ext import _C, triton_kernels, triton_lamb  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 CHUNK = 2048
@@ -80,8 +80,8 @@ class Entry:
         values = array.values
         return values.data_ptr() - self.first * values.element_size() if values.numel() else 0
 
-    def chunks(self):
-        return range(self.first // CHUNK, math.ceil(self.numel() / CHUNK))
+    def chunks(self, chunk):
+        return range(self.first // chunk, math.ceil(self.numel() / chunk))
 
 
 @dataclass
@@ -99,6 +99,8 @@ class Group:
     beta2: float = 0.999
     eps: float = 1e-8
     decoupled: bool = False
+    bias_correction: bool = True
+    always_adapt: bool = False
 
     @functools.cached_property
     def lr_values(self):
@@ -109,8 +111,10 @@ class Group:
 
     def row(self, algorithm):
         columns = {
-            "sgd": (self.momentum, self.dampening, self.nesterov, 0),
-            "adam": (self.beta1, self.beta2, self.eps, self.decoupled),
+            "sgd": (self.momentum, self.dampening, self.nesterov, 0, 0),
+            "adam": (self.beta1, self.beta2, self.eps, self.decoupled, 0),
+            "lion": (self.beta1, self.beta2, 0, 0, 0),
+            "lamb": (self.beta1, self.beta2, self.eps, self.bias_correction, self.always_adapt),
         }
         hyper = (self.weight_decay, self.maximize, *columns[algorithm])
         doubles = torch.tensor((self.scale, *hyper), dtype=torch.float64)
@@ -120,19 +124,24 @@ class Group:
 class Launcher:
     """The tables of a step; a call takes a gradient or None for each entry, and launches."""
 
-    def __init__(self, algorithm, groups, entries):
+    def __init__(self, algorithm, groups, entries, chunk=CHUNK):
         self.algorithm, self.groups, self.entries = algorithm, groups, entries
-        chunks = [(i, index) for i, entry in enumerate(entries) for index in entry.chunks()]
+        chunks = [(i, index) for i, entry in enumerate(entries) for index in entry.chunks(chunk)]
         self.step = self.table(0)
-        self.ticket = self.table([0]).to(torch.int32)
+        is_lamb = algorithm == "lamb"
+        self.ticket = self.table([0] * (1 + is_lamb * len(entries))).to(torch.int32)
         self.tables = {
             "tensors": self.table([entry.row() for entry in entries]),
             "groups": self.table([group.row(algorithm) for group in groups]),
             "chunks": self.table(chunks).reshape(-1, 2).to(torch.int32),
             "step": self.step,
             "ticket": self.ticket,
-            "chunk_elements": CHUNK,
+            "chunk_elements": chunk,
         }
+        if is_lamb:
+            count = len(chunks) + len(entries)
+            squares = torch.full((count, 2), math.nan, dtype=torch.float64, device=DEVICE)
+            self.tables["squares"] = squares
 
     def table(self, rows):
         return torch.tensor(rows, dtype=torch.int64, device=DEVICE)
@@ -145,7 +154,10 @@ class Launcher:
         self.again()
 
     def again(self):
-        triton_kernels.step(self.algorithm, **self.tables)
+        if self.algorithm == "lamb":
+            triton_lamb.step(**self.tables)
+        else:
+            triton_kernels.step(self.algorithm, **self.tables)
 
 
 def sgd(param, grad, states, count, lr, group):
@@ -173,8 +185,30 @@ def adam(param, grad, states, count, lr, group):
     return param - lr * corrected1 / (corrected2.sqrt() + group.eps), new_states
 
 
-EXPECTED = {"sgd": sgd, "adam": adam}
-NUM_STATES = {"sgd": (0, 1), "adam": (2, 3)}
+def lion(param, grad, states, count, lr, group):
+    grad = -grad if group.maximize else grad
+    direction = group.beta1 * states[0] + (1 - group.beta1) * grad
+    exp_avg = group.beta2 * states[0] + (1 - group.beta2) * grad
+    return param * (1 - lr * group.weight_decay) - lr * direction.sign(), [exp_avg]
+
+
+def lamb(param, grad, states, count, lr, group):
+    grad = -grad if group.maximize else grad
+    exp_avg = group.beta1 * states[0] + (1 - group.beta1) * grad
+    exp_avg_sq = group.beta2 * states[1] + (1 - group.beta2) * grad**2
+    corrected1, corrected2 = exp_avg, exp_avg_sq
+    if group.bias_correction:
+        corrected1 = exp_avg / (1 - group.beta1 ** (count + 1))
+        corrected2 = exp_avg_sq / (1 - group.beta2 ** (count + 1))
+    direction = corrected1 / (corrected2.sqrt() + group.eps) + group.weight_decay * param
+    ratio = 1.0
+    if group.always_adapt or group.weight_decay:
+        ratio = param.norm() / direction.norm()
+    return param - lr * ratio * direction, [exp_avg, exp_avg_sq]
+
+
+EXPECTED = {"sgd": sgd, "adam": adam, "lion": lion, "lamb": lamb}
+NUM_STATES = {"sgd": (0, 1), "adam": (2, 3), "lion": (1,), "lamb": (2,)}
 GROUPS = {
     "sgd": [
         Group(lrs=(0.02, 0.04), momentum=0.9, weight_decay=0.1),
@@ -187,6 +221,18 @@ GROUPS = {
         Group(lrs=(0.01,), scale=0.5, weight_decay=0.1, beta1=0.5, beta2=0.75, eps=1e-3),
         Group(lrs=(0.02, 0.01, 0.005, 0.001), maximize=True, beta1=0.0, beta2=0.0),
         Group(lrs=(0.02, 0.0), scale=2.0, weight_decay=0.2, decoupled=True, maximize=True),
+    ],
+    "lion": [
+        Group(lrs=(0.02, 0.01), weight_decay=0.1),
+        Group(lrs=(0.01,), scale=0.5, weight_decay=0.1, beta1=0.5, beta2=0.75),
+        Group(lrs=(0.02, 0.01, 0.005, 0.001), maximize=True, beta1=0.0, beta2=0.0),
+        Group(lrs=(0.02, 0.0), scale=2.0, weight_decay=0.2, maximize=True),
+    ],
+    "lamb": [
+        Group(lrs=(0.02, 0.01), weight_decay=0.1),
+        Group(lrs=(0.01,), scale=0.5, weight_decay=0.1, beta1=0.5, beta2=0.75, eps=1e-3),
+        Group(lrs=(0.02, 0.01, 0.005, 0.001), maximize=True, bias_correction=False),
+        Group(lrs=(0.02, 0.0), scale=2.0, always_adapt=True, maximize=True),
     ],
 }
 # Empty, one element, a piece and a bit, several chunks with a tail of pieces and single elements.
@@ -215,7 +261,7 @@ def matrix(algorithm):
     return entries, grad_shifts
 
 
-@pytest.mark.parametrize("algorithm", ["sgd", "adam"])
+@pytest.mark.parametrize("algorithm", NUM_STATES)
 def test_one_launch_updates_all_tensors(algorithm):
     entries, grad_shifts = matrix(algorithm)
     launch = Launcher(algorithm, GROUPS[algorithm], entries)
@@ -244,7 +290,8 @@ def test_one_launch_updates_all_tensors(algorithm):
             for array in (entry.param, *entry.states):
                 array.assert_guards_intact()
         assert [entry.step.item() for entry in entries] == counts
-        assert (launch.step.item(), launch.ticket.item()) == (step + 1, 0)
+        assert launch.step.item() == step + 1
+        assert not launch.ticket.any()
 
 
 def test_empty_tensors_are_counted():
@@ -275,13 +322,37 @@ def test_amsgrad_keeps_nan():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("algorithm", ["sgd", "adam"])
+@pytest.mark.parametrize("algorithm", NUM_STATES)
 def test_no_decay_of_infinite_parameters(algorithm):
     states = [Array(torch.zeros(1)) for _ in range(max(NUM_STATES[algorithm]))]
     entry = Entry(Array(torch.tensor([math.inf])), states)
     Launcher(algorithm, [Group()], [entry])([Array(torch.ones(1))])
     assert_close(entry.param.values, [math.inf], EXACT)
     assert all(state.values.isfinite().all() for state in states)
+
+
+def test_the_sign_of_zero_is_zero_and_nan_stays():
+    entry = Entry(Array(torch.ones(4)), [Array(torch.zeros(4))])
+    Launcher("lion", [Group(lrs=(0.5,))], [entry])(
+        [Array(torch.tensor([0.0, -0.0, 3.0, math.nan]))]
+    )
+    assert_close(entry.param.values, [1.0, 1.0, 0.5, math.nan], EXACT)
+
+
+def test_norms_are_those_of_all_chunks_of_a_tensor_and_of_no_other():
+    numels = [3000, 1, 2049, 0, 4096]  # more chunks than threads
+    params = [random(numel, torch.float32) for numel in numels]
+    entries = [Entry(Array(p), [Array(torch.zeros(len(p))) for _ in range(2)]) for p in params]
+    launch = Launcher("lamb", [Group(always_adapt=True)], entries, chunk=16)
+    grads = [random(numel, torch.float32) for numel in numels]
+    grads[2] = None
+    launch([None if grad is None else Array(grad) for grad in grads])
+    for entry, param, grad in zip(entries, params, grads, strict=True):
+        if grad is not None:
+            zeros = [torch.zeros(len(param), dtype=torch.float64)] * 2
+            param, _ = lamb(param.double(), grad.double(), zeros, 0.0, 0.1, launch.groups[0])
+        assert_close(entry.param.values, param, PARAM[torch.float32])
+    assert not launch.ticket.any()
 
 
 @triton.jit
@@ -299,12 +370,20 @@ def test_bias_corrections_are_double(beta, step):
     assert 1 - value.item() == pytest.approx(float(exact), rel=1e-9, abs=0)
 
 
-@pytest.mark.parametrize("algorithm", ["sgd", "adam"])
+@pytest.mark.parametrize("algorithm", NUM_STATES)
 def test_groups_are_those_of_the_native_core(algorithm):
-    group = Group((0.1, 0.2), 3.0, True, 0.1, 0.2, 0.3, True, 0.4, 0.5, 0.6, True)
+    group = Group((0.1, 0.2), 3.0, True, 0.1, 0.2, 0.3, True, 0.4, 0.5, 0.6, True, True, True)
     hyper = {"weight_decay": 0.1, "maximize": 1.0} | {
         "sgd": {"momentum": 0.2, "dampening": 0.3, "nesterov": 1.0},
         "adam": {"beta1": 0.4, "beta2": 0.5, "eps": 0.6, "decoupled_weight_decay": 1.0},
+        "lion": {"beta1": 0.4, "beta2": 0.5},
+        "lamb": {
+            "beta1": 0.4,
+            "beta2": 0.5,
+            "eps": 0.6,
+            "bias_correction": 1.0,
+            "always_adapt": 1.0,
+        },
     }[algorithm]
     row = torch.zeros(_C.group_bytes // 8, dtype=torch.int64)
     _C.write_group_cpu(row.data_ptr(), group.lr_values.data_ptr(), 2, group.scale, hyper)
@@ -334,24 +413,37 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 REGISTERS = {"cuda": 64, "hip": 128}  # a thread, for 1,024 threads on each multiprocessor
-# The arguments of the kernel: tables, counts, constants.
-ARGUMENTS = ["*i64", "*i64", "*i32", "*i64", "*i64", "*i32", "i32", "i32", *["constexpr"] * 5]
+# The kernels of each algorithm and their arguments: tables, counts, constants.
+TABLES, COUNTS = ["*i64", "*i64", "*i32", "*i64", "*i64", "*i32"], ["i32", "i32"]
+LAUNCHES = {
+    name: (triton_kernels.step_kernel, [*TABLES, *COUNTS], (CHUNK, *constants))
+    for name, constants in triton_kernels.ALGORITHMS.items()
+} | {
+    f"lamb {part}": (kernel, [*TABLES, "*fp64", *COUNTS], (CHUNK,))
+    for part, kernel in [
+        ("moments", triton_lamb.moments_kernel),
+        ("params", triton_lamb.params_kernel),
+    ]
+}
 # Loads and stores of 128 bits in the aligned paths, float32 plus two 16-bit types, for the fewest
 # plus the most states. SGD moves two lanes a piece; beside states, 16-bit lanes are 64 bits wide.
 WIDE_ACCESSES = {
     "sgd": (2 * (2 + 3) + 2 * 2 * (2 + 1), 2 * (1 + 2) + 2 * 2 * (1 + 1)),
     "adam": ((4 + 5) + 2 * (2 + 3), (3 + 4) + 2 * (2 + 3)),
+    "lion": (2 * 3 + 2 * 2, 2 * 2 + 2 * 2),
+    "lamb moments": (4 + 2 * 2, 2 + 2 * 2),
+    "lamb params": (3 + 2 * 2, 1),
 }
 
 
-def compile_kernel(algorithm, target, **options):
+def compile_kernel(launch, target, **options):
     """Compiles ahead of time and describes the result."""
-    kernel = triton_kernels.step_kernel
+    kernel, arguments, constants = LAUNCHES[launch]
     names = kernel.arg_names
-    constants = (CHUNK, *triton_kernels.ALGORITHMS[algorithm])
+    arguments = [*arguments, *["constexpr"] * len(constants)]
     source = triton.compiler.ASTSource(
         kernel,
-        signature=dict(zip(names, ARGUMENTS, strict=True)),
+        signature=dict(zip(names, arguments, strict=True)),
         constexprs=dict(zip(names[-len(constants) :], constants, strict=True)),
     )
     gpu = triton.backends.compiler.GPUTarget(*TARGETS[target])
@@ -378,12 +470,12 @@ def resources(stages):
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"Function step_kernel:\s+REG:(\d+) STACK:(\d+)", usage)
+    found = re.search(r"Function \w+_kernel:\s+REG:(\d+) STACK:(\d+)", usage)
     return [int(number) for number in found.groups()]
 
 
 def compile_all():
-    rows = itertools.product(NUM_STATES, TARGETS)
+    rows = itertools.product(LAUNCHES, TARGETS)
     report = {f"{name}-{target}": compile_kernel(name, target) for name, target in rows}
     report["starved"] = compile_kernel("adam", "sm_90", maxnreg=24)
     return report
@@ -400,12 +492,12 @@ def report(tmp_path_factory):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("algorithm", NUM_STATES)
-def test_compiles_to_wide_accesses_without_spills(report, algorithm, target):
-    kernel = report[f"{algorithm}-{target}"]
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_compiles_to_wide_accesses_without_spills(report, launch, target):
+    kernel = report[f"{launch}-{target}"]
     assert kernel["stack"] == 0
     assert kernel["registers"] <= REGISTERS[TARGETS[target][0]]
-    assert (kernel["wide_loads"], kernel["wide_stores"]) == WIDE_ACCESSES[algorithm]
+    assert (kernel["wide_loads"], kernel["wide_stores"]) == WIDE_ACCESSES[launch]
     assert kernel["exchanges"] == 0  # between threads, through shared memory
 
 

@@ -11,7 +11,7 @@ int main() {
   constexpr int64_t kSteps = 300;
   lrs::ScheduleSpec rex{};
   rex.profile = lrs::Profile::kRex;
-  rex.d = 0.5;
+  rex.shape = 0.5;  // d
   rex.lr = 0.1;
   rex.total_steps = kSteps;
   rex.warmup_steps = 10;

@@ -7,14 +7,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.batches import Tape
 from lrs_ext.autolrs.checks import check_loss, checked_bounds
 from lrs_ext.autolrs.guard import has_diverged
-from lrs_ext.autolrs.history import History, read_history
-from lrs_ext.autolrs.host_copy import HostCopy
+from lrs_ext.autolrs.history import History, read_history, read_learning_rates
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.rates import check_optimizer, group_ratios, rates_of
@@ -22,6 +22,9 @@ from lrs_ext.autolrs.shapes import Shapes
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
 from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
+from lrs_ext.constructors import from_values
+from lrs_ext.drivers import check_free, register
+from lrs_ext.host_copy import HostCopy
 from lrs_ext.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -29,10 +32,6 @@ if TYPE_CHECKING:
 
 VALIDATIONS = 16  # in a trial of the preset "paper", as in the reference code
 WARMUP_SHARE = 0.1  # of the training of "peak": the choice of the peak then matters less
-
-_controllers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[AutoLRS]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class AutoLRS:
@@ -49,8 +48,8 @@ class AutoLRS:
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
         preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
-        schedule: the shape to train with: a name ("rex", "linear", "cosine", "constant") or a
-            `Schedule`, whose height and length do not matter. "paper" ends with it.
+        schedule: the shape to train with: the name of a constructor ("rex", "linear", ...) or a
+            `Schedule` with a profile, whose height and length do not matter. "paper" ends with it.
         search_fraction: share of the budget that the trials of "peak" take, more in very short
             runs, less in long ones: a trial has 4 to 10 updates.
         num_trials: in a stage; None is 8 for "peak" and 10 for "paper".
@@ -107,11 +106,7 @@ class AutoLRS:
             raise RuntimeError(
                 "AutoLRS serves one process so far: with several, each would decide for itself"
             )
-        present = _controllers.get(optimizer)
-        if present is not None and present() is not None:
-            raise RuntimeError(
-                "the optimizer has an AutoLRS already: use that one, or delete it first"
-            )
+        check_free(optimizer)
         self.preset, self.optimizer = preset, optimizer
         self._val_loss = val_loss
         self._extra_state = tuple(extra_state)
@@ -257,19 +252,24 @@ class AutoLRS:
         """Returns the schedule that was found, to train with it without a search.
 
         It is that of the first group, from the first update of the training; waits for the device.
-        Where the training had to be rolled back, it begins with the peak that was too high.
+        In "peak", where the training had to be rolled back, it begins with the peak that was too
+        high. In "paper" it is `from_values`: warm-up and stages as they were trained, trials left
+        out, and the last stage to its end, as planned by now.
 
         Raises:
-            RuntimeError: the search has not ended, or there is more than one.
+            RuntimeError: the last search has not ended.
         """
-        if self._timetable.num_stages > 1:
+        if self._segment is not self._timetable.segments[-1]:
             raise RuntimeError(
-                "every stage has a learning rate of its own, which is no single schedule: take "
-                "auto.history.learning_rates"
+                "the search has not ended: call it when auto.phase is 'train', in the last stage"
             )
-        if self._segment.kind != "train":
-            raise RuntimeError("the search has not ended: call it when auto.phase is 'train'")
-        return self._shapes.schedule.scaled(10.0 ** self._search.best[0].item())
+        if self.preset == "peak":
+            return self._shapes.schedule.scaled(10.0 ** self._search.best[0].item())
+        rates = read_learning_rates(
+            self._search, self._shapes, self._scales, self.total_steps, self._base_lr
+        )
+        trained = [s for s in self._timetable.segments if s.kind != "trial"]
+        return from_values(np.concatenate([rates[s.start : s.end] for s in trained]))
 
     def plot(self) -> Figure:
         """Returns a matplotlib Figure: learning rates, posteriors, forecasts and what came."""
@@ -428,4 +428,4 @@ class AutoLRS:
 
         handle = self.optimizer.register_load_state_dict_post_hook(attach)
         weakref.finalize(self, handle.remove)
-        _controllers[self.optimizer] = controller
+        register(self.optimizer, self)

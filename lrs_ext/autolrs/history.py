@@ -91,6 +91,26 @@ def read_history(
     """
     timetable = search.timetable
     host_losses = losses[:updates].double().cpu().numpy()
+    track = read_learning_rates(search, shapes, scales, updates, base_lr)
+    tried = torch.pow(10.0, search.positions).cpu().numpy()
+    best = torch.pow(10.0, search.best).cpu().numpy()
+    begun = timetable.segments[timetable.index_at(updates)].stage + 1
+    stages = tuple(
+        _read_stage(search, stage, host_losses, tried[stage], float(best[stage]))
+        for stage in range(begun)
+    )
+    return History(stages, track, host_losses, timetable.total_steps)
+
+
+def read_learning_rates(
+    search: Search, shapes: Shapes, scales: Tensor, updates: int, base_lr: float
+) -> Array:
+    """Returns the learning rate of the first group at each update, trials included: (updates,).
+
+    Args:
+        scales, updates, base_lr: see `read_history`.
+    """
+    timetable = search.timetable
     host_scales = scales.cpu().numpy()
     tried = torch.pow(10.0, search.positions).cpu().numpy()
     best = torch.pow(10.0, search.best).cpu().numpy()
@@ -107,12 +127,7 @@ def read_history(
             looks = done // segment.look_steps
             shape = shape * np.concatenate(([1.0], np.cumprod(host_scales[index])))[looks]
         track[segment.start : segment.start + len(done)] = rate * shape
-    begun = timetable.segments[timetable.index_at(updates)].stage + 1
-    stages = tuple(
-        _read_stage(search, stage, host_losses, tried[stage], float(best[stage]))
-        for stage in range(begun)
-    )
-    return History(stages, track, host_losses, timetable.total_steps)
+    return track
 
 
 def _read_stage(search: Search, stage: int, losses: Array, tried: Array, best: float) -> Stage:

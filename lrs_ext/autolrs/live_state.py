@@ -35,9 +35,9 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """
     if isinstance(optimizer, ScheduledOptimizer):
         return {
-            f"state {index} {name}": torch.empty_like(param, dtype=torch.float32, device="meta")
-            for index, (param, names) in enumerate(optimizer.state_to_come())
-            for name in names
+            f"state {index} {name}": array
+            for index, arrays in enumerate(optimizer.state_to_come())
+            for name, array in arrays.items()
         }
     twin = copy.copy(optimizer)
     twin.state = type(optimizer.state)(dict)

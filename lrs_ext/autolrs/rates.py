@@ -48,14 +48,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
-            f"the step of {name} needs a closure, which it evaluates as often as it likes; AutoLRS "
-            "follows optimizers whose step is one update, such as torch.optim.AdamW"
+            f"the step of {name} needs a closure, which it evaluates as often as it likes: "
+            "take an optimizer whose step is one update, such as torch.optim.AdamW"
         )
     for group in optimizer.param_groups:
         if group.get("foreach") and not group.get("capturable"):
             raise ValueError(
-                "lr as a Tensor, which AutoLRS writes, is not supported for capturable=False and "
-                f"foreach=True: make {name} without foreach=True"
+                "lr as a Tensor, which is written on the device, is not supported for "
+                f"capturable=False and foreach=True: make {name} without foreach=True"
             )
 
 
@@ -300,10 +300,10 @@ class TensorRates(Rates):
 
     def __init__(self, optimizer: torch.optim.Optimizer, ratios: Sequence[float]) -> None:
         super().__init__(optimizer, ratios)
-        _warn_of_waiting(optimizer)
+        warn_of_waiting(optimizer)
         self._lrs: list[Tensor] = []
         for group in optimizer.param_groups:
-            self._lrs.append(_usable_lr(group, self._device, self._lrs))
+            self._lrs.append(usable_lr(group, self._device, self._lrs))
         self._claim()
 
     def _others(self) -> dict[int, Any]:
@@ -324,7 +324,7 @@ class TensorRates(Rates):
                 lr.copy_(now * ratio, non_blocking=True)
 
 
-def _usable_lr(group: Group, device: torch.device, used: list[Tensor]) -> Tensor:
+def usable_lr(group: Group, device: torch.device, used: list[Tensor]) -> Tensor:
     """Returns the group's own learning rate if it can be written to, else a tensor in its place."""
     lr = group["lr"]
     if group["params"]:
@@ -340,14 +340,15 @@ def _usable_lr(group: Group, device: torch.device, used: list[Tensor]) -> Tensor
     return torch.full((), float(lr), dtype=torch.float32, device=device)
 
 
-def _warn_of_waiting(optimizer: torch.optim.Optimizer) -> None:
+def warn_of_waiting(optimizer: torch.optim.Optimizer) -> None:
+    """Warns if the optimizer will wait for the device to read a learning rate that is there."""
     for index, group in enumerate(optimizer.param_groups):
         if not _is_on_gpu(group) or group.get("fused") or group.get("capturable"):
             continue
         options = [f"{name}=True" for name in ("fused", "capturable") if name in group]
         warnings.warn(
             f"{type(optimizer).__name__} will wait for the GPU at every step, to read the learning "
-            f"rate of group {index}, which AutoLRS keeps there: "
+            f"rate of group {index}, which is kept there: "
             f"{'give it ' + ' or '.join(options) if options else 'take an optimizer of lrs_ext'}",
             stacklevel=5,
         )

@@ -8,16 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrs_ext import ops, schedules
 from lrs_ext.autolrs.timetable import IDLE_SHARE, Segment, Timetable
+from lrs_ext.constructors import constant, linear, named_schedule
+from lrs_ext.profile_schedule import ProfileSchedule
 from lrs_ext.schedules import Schedule
-
-_BY_NAME = {
-    "rex": schedules.rex,
-    "linear": schedules.linear,
-    "cosine": schedules.cosine,
-    "constant": schedules.constant,
-}
 
 
 def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int) -> Schedule:
@@ -27,14 +21,15 @@ def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int)
         schedule: the name of one, or one of any height and length, whose warm-up is replaced.
 
     Raises:
-        ValueError: there is no such schedule, or its height is 0.
+        ValueError: there is no such schedule, or its height is 0, or it cannot be stretched.
     """
     if isinstance(schedule, str):
-        if schedule not in _BY_NAME:
-            raise ValueError(
-                f"schedule must be one of {sorted(_BY_NAME)} or a Schedule, got {schedule!r}"
-            )
-        return _BY_NAME[schedule](1.0, total_steps, warmup_steps=warmup_steps)
+        schedule = named_schedule(schedule, total_steps)
+    if not isinstance(schedule, ProfileSchedule):
+        raise ValueError(
+            "schedule must have a profile, which can be stretched to the budget, not a table or a "
+            f"join: {schedule!r}"
+        )
     if not schedule.lr > 0.0:
         raise ValueError(f"schedule must have a positive lr, of which it is a shape: {schedule}")
     return dataclasses.replace(
@@ -74,15 +69,15 @@ class Shapes:
             if segment is last:
                 shape = self.schedule
             elif segment.kind == "warmup":
-                shape = schedules.constant(1.0, warmup_steps=segment.steps)
+                shape = constant(1.0, warmup_steps=segment.steps)
             elif segment.kind == "trial" and timetable.num_downhill and decays:
                 idle = int(IDLE_SHARE * segment.steps)
-                shape = schedules.linear(1.0, segment.steps - idle)
+                shape = linear(1.0, segment.steps - idle)
             else:
-                shape = schedules.constant(1.0)
+                shape = constant(1.0)
             self._schedules[self._key(segment)] = shape
         self._tensors = {
-            key: torch.from_numpy(shape.values(0, (shape.total_steps or shape.warmup_steps) + 1))
+            key: torch.from_numpy(shape.values(0, shape.capacity))
             for key, shape in self._schedules.items()
         }
         self._tensors = {key: tensor.to(device) for key, tensor in self._tensors.items()}
@@ -96,8 +91,8 @@ class Shapes:
         return self._schedules[self._key(segment)](updates)
 
     def value_of(self, segment: Segment) -> Callable[[int], float]:
-        """Returns the native function behind `at`, without its checks."""
-        return ops.native_schedule(self._schedules[self._key(segment)]).value
+        """Returns the function behind `at`, without its checks."""
+        return self._schedules[self._key(segment)].value_in_row()
 
     def _key(self, segment: Segment) -> tuple[str, int]:
         return "last" if segment == self._last else segment.kind, segment.steps

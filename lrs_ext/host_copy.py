@@ -9,12 +9,12 @@ from lrs_ext import ops
 
 
 class HostCopy:
-    """Copies a 0-d float64 tensor to the host."""
+    """Copies a one-element tensor to the host."""
 
     def __init__(self, value: Tensor) -> None:
         self._event: torch.Event | None = None
         if value.device.type == "cuda":
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._event = torch.Event(value.device)
             self._event.record()

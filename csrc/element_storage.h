@@ -1,0 +1,99 @@
+// How one parameter and one state are kept, as template arguments of the element loops.
+#pragma once
+
+#include <cmath>
+
+#include "random_bits.h"
+#include "storage.h"
+
+namespace lrs {
+inline namespace LRS_ISA {
+
+// Parameters. `low` is the low half of a split parameter; `random` has 16 random bits.
+
+template <typename T>
+struct NearestParam {
+  using Value = T;
+  static constexpr bool kIsRandom = false;
+  static constexpr bool kIsSplit = false;
+  static LRS_HOST_DEVICE float load(Value value, int16_t) { return lrs::load(value); }
+  static LRS_HOST_DEVICE void store(Value& target, int16_t&, float value, uint32_t) {
+    lrs::store(target, value);
+  }
+};
+
+struct StochasticParam {
+  using Value = BFloat16;
+  static constexpr bool kIsRandom = true;
+  static constexpr bool kIsSplit = false;
+  static LRS_HOST_DEVICE float load(Value value, int16_t) { return lrs::load(value); }
+  static LRS_HOST_DEVICE void store(Value& target, int16_t&, float value, uint32_t random) {
+    store_stochastic(target, value, random);
+  }
+};
+
+struct SplitParam {
+  using Value = BFloat16;
+  static constexpr bool kIsRandom = false;
+  static constexpr bool kIsSplit = true;
+  static LRS_HOST_DEVICE float load(Value value, int16_t low) { return join(value, low); }
+  static LRS_HOST_DEVICE void store(Value& target, int16_t& low, float value, uint32_t) {
+    split(value, target, low);
+  }
+};
+
+// States. Those that are not float32 round stochastically: a moving average that moves by less than
+// half a rounding step each time would otherwise stand still. `random` has 8 random bits.
+
+struct Float32State {
+  using Value = float;
+  static constexpr StateType kType = StateType::kFloat32;
+  static constexpr bool kIsRandom = false;
+  static LRS_HOST_DEVICE void store(Value& target, float value, uint32_t) { target = value; }
+};
+
+struct BFloat16State {
+  using Value = BFloat16;
+  static constexpr StateType kType = StateType::kBFloat16;
+  static constexpr bool kIsRandom = true;
+  static LRS_HOST_DEVICE void store(Value& target, float value, uint32_t random) {
+    store_stochastic(target, value, random << 8 | 0x80u);  // the last place stands for a half
+  }
+};
+
+// Codes, with a scale for each block. A state that is the mean of squares keeps its root.
+struct Block8State {
+  using Value = uint8_t;
+  static constexpr StateType kType = StateType::kBlock8;
+  static constexpr bool kIsRandom = true;
+
+  template <bool kIsRoot>
+  static LRS_HOST_DEVICE float decode(uint8_t code, float scale) {
+    if constexpr (kIsRoot) {
+      const float root = decode_root(code) * scale;
+      return root * root;
+    } else {
+      return decode_signed(code) * scale;
+    }
+  }
+
+  // What is scaled and encoded: the root, or the state itself.
+  template <bool kIsRoot>
+  static LRS_HOST_DEVICE float kept(float state) {
+    return kIsRoot ? sqrtf(state) : state;
+  }
+
+  template <bool kIsRoot>
+  static LRS_HOST_DEVICE uint8_t encode(float share, uint32_t random) {
+    return kIsRoot ? encode_root(share, random) : encode_signed(share, random);
+  }
+};
+
+// The share of an element's 32 random bits that its state number `index` of at most two takes; the
+// parameter takes the low 16.
+LRS_HOST_DEVICE uint32_t state_random(uint32_t random, int index) {
+  return random >> (16 + 8 * index) & 0xffu;
+}
+
+}  // namespace LRS_ISA
+}  // namespace lrs

@@ -1,0 +1,152 @@
+// What the CUDA kernels over a step table share: how they are cut into launches, wide accesses, how
+// a launch finds its last block, and the commit.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "tensor_table.h"
+
+namespace lrs {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kBlocksPerSM = 4;  // bounds the registers at 64 a thread
+
+// Gradients change address from step to step, so their addresses travel with the launch. CUDA 12.1
+// raised the limit of a kernel's arguments from 4 KB to 32 KB.
+#if CUDART_VERSION >= 12010
+constexpr int kGradientsPerLaunch = 4000;
+#else
+constexpr int kGradientsPerLaunch = 480;
+#endif
+
+struct Gradients {
+  const void* address[kGradientsPerLaunch];
+};
+
+struct Launch {
+  StepTable table;  // its chunks are those of this launch
+  int64_t first_tensor, num_tensors;
+  int64_t first_chunk;
+  bool is_last;
+};
+
+// Calls body(launch, gradients) for one launch after the other.
+template <typename Body>
+void for_each_launch(const StepTable& table, const int64_t* chunk_offsets,
+                     const void* const* gradients, const Body& body) {
+  for (int64_t first = 0; first < table.num_tensors; first += kGradientsPerLaunch) {
+    const int64_t last = std::min(first + kGradientsPerLaunch, table.num_tensors);
+    Launch launch{table, first, last - first, chunk_offsets[first], last == table.num_tensors};
+    launch.table.chunks += chunk_offsets[first];
+    launch.table.chunk_squares += chunk_offsets[first];
+    launch.table.num_chunks = chunk_offsets[last] - chunk_offsets[first];
+    Gradients arguments;
+    std::copy(gradients + first, gradients + last, arguments.address);
+    body(launch, arguments);
+  }
+}
+
+// A launch without chunks still has a block.
+inline unsigned num_blocks(const Launch& launch) {
+  return static_cast<unsigned>(std::max<int64_t>(launch.table.num_chunks, 1));
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
+}
+
+// Makes `device` current for a scope.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = previous_ != device;
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+#if defined(__CUDACC__)
+// Moves kLane elements between memory and registers, in accesses of 16 bytes, or of 8.
+template <int kLane, typename T>
+__device__ __forceinline__ void copy_lane(T* target, const T* source) {
+  constexpr int kBytes = kLane * sizeof(T);
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
+    }
+  } else if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(source);
+  } else if constexpr (kBytes == 4) {
+    *reinterpret_cast<uint32_t*>(target) = *reinterpret_cast<const uint32_t*>(source);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLane; ++i) target[i] = source[i];
+  }
+}
+
+// Tells the compiler that an address from the table is in global memory.
+template <typename T>
+__device__ __forceinline__ T* global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
+// The sum of one number per thread, in an order that depends on nothing else; valid in thread 0.
+__device__ __forceinline__ double block_sum(double value) {
+  __shared__ double values[kThreads];
+  values[threadIdx.x] = value;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (threadIdx.x < width) values[threadIdx.x] += values[threadIdx.x + width];
+  }
+  const double sum = values[0];
+  __syncthreads();  // the memory may be used again
+  return sum;
+}
+
+// Whether this block draws the last ticket of its launch: everything that the others wrote before
+// is visible to it. The ticket starts at 0 and is 0 again afterwards. For all threads of a block.
+__device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    if (is_last) {
+      *ticket = 0;
+      __threadfence();
+    }
+  }
+  __syncthreads();
+  return is_last;
+}
+
+// Advances the counters once every block of the launch has read them.
+__device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients) {
+  if (!is_last_block(launch.table.ticket)) return;
+  for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {
+    if (gradients.address[i] != nullptr) {
+      *launch.table.tensors[launch.first_tensor + i].step += 1.0f;
+    }
+  }
+  if (threadIdx.x == 0 && launch.is_last && launch.table.commits_step) *launch.table.step += 1;
+}
+#endif
+
+}  // namespace lrs

@@ -1,0 +1,83 @@
+// The norm of all gradients on a CUDA device: one sum per chunk, which the last block adds up.
+#include "launch.cuh"
+#include "step_cuda.h"
+
+namespace lrs {
+namespace {
+
+// The part of a thread in the sum of squares of a chunk.
+template <typename Grad>
+__device__ __forceinline__ double squares(const void* gradient, Range range) {
+  constexpr int kLane = 16 / sizeof(Grad);
+  const Grad* grad = static_cast<const Grad*>(gradient);
+  const uint64_t addresses[1] = {reinterpret_cast<uint64_t>(grad)};
+  const int bytes[1] = {sizeof(Grad)};
+  const Range vector = vector_range(range, kLane, addresses, bytes);
+  double sum = 0.0;
+  const auto add = [&](Grad element) {
+    const double value = load(element);
+    sum += value * value;
+  };
+  for (int64_t i = range.begin + threadIdx.x; i < vector.begin; i += kThreads) add(grad[i]);
+  for (int64_t i = vector.begin + threadIdx.x * kLane; i < vector.end; i += kThreads * kLane) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(grad + i);
+    const Grad* lane = reinterpret_cast<const Grad*>(&bits);
+#pragma unroll
+    for (int k = 0; k < kLane; ++k) add(lane[k]);
+  }
+  for (int64_t i = vector.end + threadIdx.x; i < range.end; i += kThreads) add(grad[i]);
+  return sum;
+}
+
+__device__ __forceinline__ double squares_of_dtype(DType dtype, const void* gradient, Range range) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return squares<float>(gradient, range);
+    case DType::kBFloat16:
+      return squares<BFloat16>(gradient, range);
+    case DType::kFloat16:
+      return squares<Float16>(gradient, range);
+  }
+  return 0.0;
+}
+
+// Writes the sum of each chunk of the launch to `sums`, and after the last launch the root of all
+// `num_sums` to `norm`.
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const __grid_constant__ Launch launch, const __grid_constant__ Gradients gradients,
+                double* sums, int64_t num_sums, float* norm) {
+  const StepTable& table = launch.table;
+  if (blockIdx.x < table.num_chunks) {
+    const Chunk chunk = table.chunks[blockIdx.x];
+    const void* gradient = gradients.address[chunk.tensor - launch.first_tensor];
+    double sum = 0.0;
+    if (gradient != nullptr) {
+      const TensorEntry& entry = table.tensors[chunk.tensor];
+      const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
+      sum = squares_of_dtype(entry.dtype, gradient, range);
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[launch.first_chunk + blockIdx.x] = sum;
+  }
+  if (!is_last_block(table.ticket) || !launch.is_last) return;
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < num_sums; i += kThreads) sum += __ldcg(sums + i);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
+}
+
+}  // namespace
+
+void grad_norm_cuda(const StepTable& table, const int64_t* chunk_offsets,
+                    const void* const* gradients, double* sums, float* norm, int device,
+                    void* stream) {
+  const DeviceScope scope(device);
+  const int64_t num_sums = table.num_chunks;
+  for_each_launch(table, chunk_offsets, gradients, [&](const Launch& launch, const Gradients& g) {
+    norm_kernel<<<num_blocks(launch), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        launch, g, sums, num_sums, norm);
+    check(cudaGetLastError(), "the launch of the norm kernel");
+  });
+}
+
+}  // namespace lrs

@@ -1,0 +1,37 @@
+// Random bits for stochastic rounding: a function of the step, the tensor and the element, so that
+// a run can be repeated, resumed and replayed, and every backend draws the same.
+#pragma once
+
+#include "host_device.h"
+
+namespace lrs {
+inline namespace LRS_ISA {
+
+// A bijection in which every bit of the result depends on every bit of `bits`; constants: Wellons,
+// Prospecting for hash functions, 2018 ("lowbias32").
+LRS_HOST_DEVICE uint32_t scrambled(uint32_t bits) {
+  bits = (bits ^ (bits >> 16)) * 0x7feb352du;
+  bits = (bits ^ (bits >> 15)) * 0x846ca68bu;
+  return bits ^ (bits >> 16);
+}
+
+LRS_HOST_DEVICE uint32_t high_half(int64_t value) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(value) >> 32);
+}
+
+// The key of the elements of the tensor at `position` in one step, from element `first` on, as far
+// as their indices have the same high half.
+LRS_HOST_DEVICE uint32_t random_key(int64_t step, int64_t position, int64_t first) {
+  uint32_t key = scrambled(static_cast<uint32_t>(step) + 0x9e3779b9u);
+  key = scrambled(key ^ high_half(step));
+  key = scrambled(key + static_cast<uint32_t>(position));
+  return key ^ scrambled(high_half(first));
+}
+
+// 32 random bits for the element whose index has the low half `index`.
+LRS_HOST_DEVICE uint32_t random_bits(uint32_t key, uint32_t index) {
+  return scrambled(index * 0x9e3779b9u + key);
+}
+
+}  // namespace LRS_ISA
+}  // namespace lrs

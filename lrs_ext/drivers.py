@@ -1,0 +1,29 @@
+"""Who writes an optimizer's learning rates on the device: one at most."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+_drivers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def check_free(optimizer: torch.optim.Optimizer) -> None:
+    """Raises RuntimeError if something else that is still there drives the optimizer."""
+    reference = _drivers.get(optimizer)
+    driver = None if reference is None else reference()
+    if driver is not None:
+        name = type(driver).__name__
+        article = "an" if name[0] in "AEIOU" else "a"
+        raise RuntimeError(
+            f"the optimizer has {article} {name} already: use that one, or delete it first"
+        )
+
+
+def register(optimizer: torch.optim.Optimizer, driver: Any) -> None:
+    """Notes that `driver` drives the optimizer, for as long as it lives."""
+    _drivers[optimizer] = weakref.ref(driver)

@@ -1,0 +1,126 @@
+"""One optimizer step as an operator, for functional code and whole graphs of `torch.compile`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrs_ext import ops
+from lrs_ext.state_storage import Storage
+from lrs_ext.tensor_checks import check_numbers, check_params
+
+STATE_NAMES = {
+    "sgd": ("momentum_buffer",),
+    "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "lion": ("exp_avg",),
+}
+HYPER_NAMES = {
+    "sgd": ("weight_decay", "maximize", "momentum", "dampening", "nesterov"),
+    "adam": ("weight_decay", "maximize", "beta1", "beta2", "eps", "decoupled_weight_decay"),
+    "lion": ("weight_decay", "maximize", "beta1", "beta2"),
+}
+
+
+@torch.library.custom_op("lrs_ext::step", mutates_args=("params", "states", "counters", "position"))
+def step(
+    algorithm: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    counters: list[Tensor],
+    lr: Tensor,
+    position: Tensor,
+    hyper: list[float],
+) -> None:
+    """Updates all parameters in one launch and advances the schedule, as an optimizer's step.
+
+    `torch.compile` sees one operator that changes its arguments in place; the learning rate is
+    read on the device, so that one graph serves a whole schedule.
+
+    Args:
+        algorithm: "sgd", "adam" or "lion".
+        params, grads: float32, bfloat16 or float16, dense; a gradient for each parameter.
+        states: the arrays of the first parameter, then of the next: float32, laid out as it, in the
+            order of `STATE_NAMES`; for "sgd" none or one each, for "adam" two, or three for
+            amsgrad.
+        counters: each parameter's updates so far, float32, 0-d.
+        lr: learning rates, float32, shape (updates,): a row of `ScheduleBuffer.values`, or one.
+        position: int64, 0-d: which of them is next; the last one holds.
+        hyper: the numbers of `HYPER_NAMES`, in that order.
+
+    Raises:
+        ValueError: the lists do not fit together, or a number is not finite.
+        RuntimeError: a tensor has a dtype, device or layout that the kernels do not serve.
+
+    >>> import torch, lrs_ext
+    >>> p, position = torch.ones(2), torch.tensor(0)
+    >>> lr = lrs_ext.ScheduleBuffer(1, 5).fill_(0, lrs_ext.linear(0.5, total_steps=4)).rows[0]
+    >>> for _ in range(2):
+    ...     lrs_ext.functional.step(
+    ...         "sgd", [p], [torch.ones(2)], [], [torch.zeros(())], lr, position, [0.0] * 5)
+    >>> p.tolist(), int(position)
+    ([0.125, 0.125], 2)
+    """
+    if algorithm not in STATE_NAMES:
+        raise ValueError(f"algorithm must be one of {sorted(STATE_NAMES)}, got {algorithm!r}")
+    names, hyper_names = STATE_NAMES[algorithm], HYPER_NAMES[algorithm]
+    kept = len(states) // max(len(params), 1)
+    if not len(params) == len(grads) == len(counters) or len(states) != kept * len(params):
+        raise ValueError(
+            "a gradient, a counter and equally many states are needed for each parameter, got "
+            f"{len(params)} parameters, {len(grads)} gradients, {len(counters)} counters and "
+            f"{len(states)} states"
+        )
+    fewest = {"sgd": 0, "adam": 2, "lion": 1}[algorithm]
+    if params and not fewest <= kept <= len(names):
+        raise ValueError(f"{algorithm} has {fewest} to {len(names)} states, got {kept}")
+    if len(hyper) != len(hyper_names):
+        raise ValueError(f"hyper must be the {len(hyper_names)} numbers {hyper_names}, got {hyper}")
+    numbers = dict(zip(hyper_names, hyper, strict=True))
+    check_numbers(numbers)
+    check_params(params, "lrs_ext.functional.step")
+    if lr.dtype != torch.float32 or not lr.is_contiguous() or lr.device != position.device:
+        raise RuntimeError(
+            f"lr must be float32, contiguous and on the device of position, {position.device}, "
+            f"got {lr.dtype} on {lr.device}"
+        )
+    if not params:
+        return
+    groups = ops.GroupTable(1, position.device)
+    groups.write(0, lr.detach(), numbers)
+    state = {
+        param: dict(zip(names, states[kept * i : kept * (i + 1)], strict=False))
+        for i, param in enumerate(params)
+    }
+    table = ops.StepTable(
+        backend=ops.select_backend(None, position.device),
+        algorithm=algorithm,
+        param_lists=[params],
+        positions=list(range(len(params))),
+        state=state,
+        state_names=[list(names[:kept])],
+        steps=list(counters),
+        groups=groups,
+        step=position,
+        storage=Storage(),
+    )
+    if not table.refresh([params], state, list(grads)):
+        raise RuntimeError(
+            "a gradient differs from its parameter in dtype, device, shape or layout, or two "
+            "parameters are the same tensor"
+        )
+    table.run()
+
+
+@step.register_fake
+def _(
+    algorithm: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    counters: list[Tensor],
+    lr: Tensor,
+    position: Tensor,
+    hyper: list[float],
+) -> None:
+    return None

@@ -1,0 +1,85 @@
+"""What the next step multiplies its gradients by: a GradScaler's scale undone, a norm clipped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrs_ext import ops
+
+if TYPE_CHECKING:
+    from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+
+
+class StepScaling:
+    """Collects for one optimizer what its next step reads besides the gradients."""
+
+    def __init__(self) -> None:
+        self._norm: Tensor | None = None
+        self._max_norm: Tensor | None = None
+
+    def clip(self, norm: Tensor, max_norm: float | Tensor) -> None:
+        """Limits the norm of the next step's gradients, which is `norm` as they are stored."""
+        self._norm = norm
+        if isinstance(max_norm, Tensor):
+            self._max_norm = max_norm.detach().to(norm, non_blocking=True)
+        else:
+            self._max_norm = torch.full_like(norm, max_norm)
+
+    def take(self, loss_scale: Tensor | None, found_inf: Tensor | None) -> ops.GradScaling | None:
+        """Returns what the step now beginning reads, None if it is nothing; the limit is used up.
+
+        Args:
+            loss_scale, found_inf: as a GradScaler hands them over, on any device.
+        """
+        norm, max_norm = self._norm, self._max_norm
+        if loss_scale is None and found_inf is None and norm is None:
+            return None
+        self._norm = self._max_norm = None
+        return ops.GradScaling(loss_scale, found_inf, norm, max_norm)
+
+
+def clip_grad_norm_(optimizer: ScheduledOptimizer, max_norm: float | Tensor) -> Tensor:
+    """Limits the norm of all gradients in the optimizer's next step, without waiting for it.
+
+    The 2-norm is taken in one pass over the gradients. They are not written: the step multiplies
+    them by ``min(1, max_norm / (norm + 1e-6))`` on the way. A loss scale that a `GradScaler` undoes
+    in the step counts: the limit holds for the unscaled gradients.
+
+    Args:
+        optimizer: one of `lrs_ext`; all of its parameters are taken together.
+        max_norm: a positive float, or a one-element tensor, which replays of a CUDA graph read.
+
+    Returns:
+        The norm of the gradients as they are stored, before clipping: float32, 0-d, on the device.
+        As in torch, a norm that is not finite makes the step's result so too.
+
+    Raises:
+        TypeError: the optimizer is none of `lrs_ext`, or `max_norm` is no number.
+        ValueError: `max_norm` is not positive, or has several elements.
+
+    >>> import torch, lrs_ext
+    >>> p = torch.nn.Parameter(torch.zeros(2))
+    >>> opt = lrs_ext.SGD([p], lr=1.0)
+    >>> p.grad = torch.tensor([3.0, 4.0])
+    >>> lrs_ext.clip_grad_norm_(opt, max_norm=1.0)
+    tensor(5.)
+    >>> opt.step()
+    >>> [round(x, 4) for x in p.tolist()], p.grad.tolist()
+    ([-0.6, -0.8], [3.0, 4.0])
+    """
+    from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+
+    if not isinstance(optimizer, ScheduledOptimizer):
+        raise TypeError(
+            f"clip_grad_norm_ serves the optimizers of lrs_ext, got {type(optimizer).__name__}: "
+            "use torch.nn.utils.clip_grad_norm_ for it"
+        )
+    if isinstance(max_norm, Tensor):
+        if max_norm.numel() != 1:
+            raise ValueError(f"max_norm must have one element, got shape {tuple(max_norm.shape)}")
+    elif isinstance(max_norm, (bool, str)) or not float(max_norm) > 0.0:
+        raise ValueError(f"max_norm must be a positive number, got {max_norm!r}")
+    return optimizer.clip_(max_norm)

@@ -1,0 +1,108 @@
+"""LAMB, with a schedule where the learning rate goes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lrs_ext.learning_rates import Group
+from lrs_ext.optimizers import (
+    LearningRate,
+    check_betas,
+    check_tensor_lr,
+    counter_in_state,
+    number,
+)
+from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+
+
+class LAMB(ScheduledOptimizer):
+    """LAMB: Adam whose step has, tensor by tensor, a length in proportion to the parameters.
+
+    ``u = m' / (sqrt(v') + eps) + weight_decay * p``, ``p -= lr * |p| / |u| * u`` with Adam's
+    bias-corrected m' and v'; the ratio is 1 where either norm is 0. Two launches a step.
+
+    Args:
+        params, lr: as for `AdamW`; every parameter is a layer of its own.
+        betas, eps, weight_decay, maximize: as in apex and timm, with their defaults, except that
+            gradients are not clipped: see `torch.nn.utils.clip_grad_norm_`.
+        bias_correction: False takes the moments as they are, as the first BERT runs did.
+        always_adapt: False makes the ratio 1 in groups without weight decay, as in apex and timm;
+            the paper has no such exception.
+        foreach, capturable, differentiable, fused: accepted for compatibility; every step is fused.
+        backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `torch.optim.AdamW` for the same mistake.
+
+    Source: You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes,
+    ICLR 2020, arXiv 1904.00962.
+
+    >>> import torch, lrs_ext
+    >>> p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> opt = lrs_ext.LAMB([p], lr=lrs_ext.rex(0.1, total_steps=10), weight_decay=0.0)
+    >>> p.grad = torch.tensor([2.0, 0.0])
+    >>> opt.step()  # by 0.1 * 5 in the direction [1, 0]
+    >>> [round(x, 5) for x in p.tolist()]
+    [2.5, 4.0]
+    """
+
+    algorithm = "lamb"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        *,
+        bias_correction: bool = True,
+        always_adapt: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        check_tensor_lr(lr, foreach, capturable)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "always_adapt": always_adapt,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, backend)
+
+    def _check(self, group: Group) -> None:
+        if not group["eps"] >= 0.0:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        check_betas(group)
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+    def _state_names(self, group: Group) -> list[str]:
+        return ["exp_avg", "exp_avg_sq"]
+
+    def _hyper(self, group: Group) -> dict[str, float]:
+        beta1, beta2 = map(number, group["betas"])
+        return {
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "bias_correction": group["bias_correction"],
+            "always_adapt": group["always_adapt"],
+        }
+
+    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
+        return counter_in_state(self.state[param], param)

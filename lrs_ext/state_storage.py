@@ -1,0 +1,241 @@
+"""How an optimizer keeps its states and low-precision parameters: what arrays, and of what kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrs_ext import block_codes
+from lrs_ext.layout import is_dense, laid_out_as, memory_order, same_layout
+from lrs_ext.tensor_checks import checked_state
+
+STATE_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.uint8: "block8"}
+REMAINDER = "master_remainder"
+_SCALE_SUFFIX = "_scale"
+_MEANS_OF_SQUARES = ("exp_avg_sq",)  # of which the root is kept
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How states and bfloat16 parameters are kept.
+
+    Attributes:
+        state_dtype: float32; bfloat16; or uint8 for 8-bit floats with a scale for 128 elements.
+        master_weights: whether a bfloat16 parameter is the high half of a float32, whose low half
+            is a state.
+        stochastic_rounding: whether bfloat16 parameters without a low half are rounded up or down
+            at random, right on average.
+    """
+
+    state_dtype: torch.dtype = torch.float32
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+
+    def __post_init__(self) -> None:
+        if self.state_dtype not in STATE_TYPES:
+            raise ValueError(
+                "state_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8-bit blocks), "
+                f"got {self.state_dtype}"
+            )
+        if self.master_weights and self.stochastic_rounding:
+            raise ValueError(
+                "master_weights keeps what rounding takes away, so there is nothing for "
+                "stochastic_rounding to do: choose one"
+            )
+
+    @property
+    def state_type(self) -> str:
+        return STATE_TYPES[self.state_dtype]
+
+    @property
+    def param_kind(self) -> str:
+        if self.master_weights:
+            return "split"
+        return "stochastic" if self.stochastic_rounding else "nearest"
+
+    def check(self, params: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Raises ValueError if parameters with states of these names cannot be kept so."""
+        if len(names) > 2 and self.state_dtype != torch.float32:
+            raise ValueError(
+                f"{names[-1]} needs float32 states: use state_dtype=torch.float32 or no amsgrad"
+            )
+        if self != Storage() and any(param.dtype == torch.float16 for param in params):
+            raise ValueError(
+                "float16 parameters are rounded to nearest and have float32 states: leave "
+                "state_dtype, master_weights and stochastic_rounding alone, or use bfloat16"
+            )
+
+    def arrays(
+        self, param: Tensor, names: Sequence[str], device: torch.device | str | None = None
+    ) -> dict[str, Tensor]:
+        """Returns the arrays that are kept for a parameter, all 0.
+
+        Args:
+            names: of the states.
+            device: None is that of the parameter.
+        """
+        arrays: dict[str, Tensor] = {}
+        for name in names:
+            arrays |= self._zeros(param, name, device)
+        if self._is_split(param):
+            arrays[REMAINDER] = torch.zeros_like(param, dtype=torch.int16, device=device)
+        return arrays
+
+    def complete(self, param: Tensor, state: State, names: Sequence[str]) -> bool:
+        """Adds what is missing to a parameter's state, and converts what is of another kind.
+
+        Returns:
+            Whether any state was missing.
+
+        Raises:
+            RuntimeError: a state has another shape than its parameter.
+        """
+        is_new = False
+        for name in names:
+            if state.get(name) is None:
+                is_new = True
+                state.update(self._zeros(param, name))
+            else:
+                self._convert(param, state, name)
+        if self._is_split(param):
+            if state.get(REMAINDER) is None:
+                state[REMAINDER] = torch.zeros_like(param, dtype=torch.int16)
+            state[REMAINDER] = checked_state(param, REMAINDER, state[REMAINDER], torch.int16)
+        return is_new
+
+    def loaded(self, param: Tensor, saved: Mapping[str, Tensor]) -> State:
+        """Returns saved arrays of any kind as new tensors of this kind.
+
+        Raises:
+            ValueError: an array does not have the shape of its parameter.
+        """
+        state: State = {}
+        for name, value in saved.items():
+            if name.endswith(_SCALE_SUFFIX) and name.removesuffix(_SCALE_SUFFIX) in saved:
+                continue
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"the loaded {name} has shape {tuple(value.shape)}, its parameter "
+                    f"{tuple(param.shape)}: the checkpoint belongs to another model"
+                )
+            if name == REMAINDER:
+                if self._is_split(param):
+                    state[name] = laid_out_as(param, value, torch.int16)
+                continue
+            state[name] = value.clone(memory_format=torch.preserve_format)
+            if name + _SCALE_SUFFIX in saved:
+                state[name + _SCALE_SUFFIX] = saved[name + _SCALE_SUFFIX].clone()
+            self._convert(param, state, name)
+        return state
+
+    def pack(
+        self,
+        param: Tensor,
+        state: State,
+        value: Tensor,
+        numbers: Mapping[str, Tensor],
+        random: Tensor,
+    ) -> None:
+        """Writes a parameter and its states in place, as the kernels do.
+
+        Args:
+            value: the parameter, float32.
+            numbers: the states, float32.
+            random: 32 random bits for each element in the order of memory, int64.
+        """
+        bits = memory_order(value).view(torch.int32).long() & 0xFFFFFFFF
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        if REMAINDER in state:
+            bits = torch.where(is_nan, 0x7FC00000, bits)
+            memory_order(state[REMAINDER]).copy_(_int16(bits & 0xFFFF))
+            memory_order(param).view(torch.int16).copy_(_int16((bits + 0x8000) >> 16))
+        elif self.stochastic_rounding and param.dtype == torch.bfloat16:
+            bits = torch.where(is_nan, 0x7FFF, (bits + (random & 0xFFFF)) >> 16)
+            memory_order(param).view(torch.int16).copy_(_int16(bits))
+        else:
+            param.copy_(value)
+        for index, (name, number) in enumerate(numbers.items()):
+            share = random >> (16 + 8 * index) & 0xFF
+            if state[name].dtype == torch.uint8:
+                codes, scales = block_codes.encode(number, _is_root(name), share)
+                state[name].copy_(codes)
+                state[name + _SCALE_SUFFIX].copy_(scales)
+            elif state[name].dtype == torch.bfloat16:
+                bits = memory_order(number).view(torch.int32).long() & 0xFFFFFFFF
+                is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+                bits = torch.where(is_nan, 0x7FFF, (bits + (share << 8 | 0x80)) >> 16)
+                memory_order(state[name]).view(torch.int16).copy_(_int16(bits))
+            else:
+                state[name].copy_(number)
+
+    def _convert(self, param: Tensor, state: State, name: str) -> None:
+        """Makes an array of a parameter's state what the kernels need, if it is not already."""
+        value, scale = state[name], state.get(name + _SCALE_SUFFIX)
+        if scale is not None and not (
+            self.state_dtype == torch.uint8 and same_layout(value, param)
+        ):
+            codes = value if is_dense(value) else value.contiguous()
+            value = block_codes.decode(codes, scale.to(codes.device), _is_root(name))
+            del state[name + _SCALE_SUFFIX]
+            scale = None
+        if self.state_dtype == torch.uint8 and scale is None:
+            values = checked_state(param, name, value, torch.float32)
+            state[name], state[name + _SCALE_SUFFIX] = block_codes.encode(values, _is_root(name))
+            return
+        state[name] = checked_state(param, name, value, self.state_dtype)
+        if scale is not None:
+            state[name + _SCALE_SUFFIX] = scale.to(param.device)
+
+    def _zeros(
+        self, param: Tensor, name: str, device: torch.device | str | None = None
+    ) -> dict[str, Tensor]:
+        zeros = {name: torch.zeros_like(param, dtype=self.state_dtype, device=device)}
+        if self.state_dtype == torch.uint8:
+            blocks = block_codes.num_blocks(param.numel())
+            zeros[name + _SCALE_SUFFIX] = torch.zeros(blocks, device=zeros[name].device)
+        return zeros
+
+    def _is_split(self, param: Tensor) -> bool:
+        return self.master_weights and param.dtype == torch.bfloat16
+
+
+def unpacked_param(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Returns a parameter as float32, with its low half if it has one; itself if it is float32."""
+    if REMAINDER not in state:
+        return param.float()
+    value = torch.empty_like(param, dtype=torch.float32)
+    high = memory_order(param).view(torch.int16).long() << 16
+    bits = high + memory_order(state[REMAINDER]).long()
+    memory_order(value).view(torch.int32).copy_(_int32(bits & 0xFFFFFFFF))
+    return value
+
+
+def unpacked(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Returns the states of these names as float32 numbers, in new tensors unless they are so."""
+    numbers = {}
+    for name in names:
+        scale = state.get(name + _SCALE_SUFFIX)
+        if scale is None:
+            numbers[name] = state[name].float()
+        else:
+            numbers[name] = block_codes.decode(state[name], scale, _is_root(name))
+    return numbers
+
+
+def _int16(bits: Tensor) -> Tensor:
+    """Returns words below 2^16 as the int16 of the same bits."""
+    return torch.where(bits >= 0x8000, bits - 0x10000, bits).to(torch.int16)
+
+
+def _int32(bits: Tensor) -> Tensor:
+    return torch.where(bits >= 0x80000000, bits - 0x100000000, bits).to(torch.int32)
+
+
+def _is_root(name: str) -> bool:
+    return name in _MEANS_OF_SQUARES

@@ -1,0 +1,78 @@
+// What csrc/*.cu use of CUDA, in terms of blocks.h: words of the language, built-in functions, the
+// runtime. Incomplete by design: what a kernel starts to use and the compiler misses goes here.
+#pragma once
+
+#include <cmath>
+
+#include "blocks.h"
+
+#define CUDART_VERSION 13000
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+#define __builtin_assume(condition) static_cast<void>(condition)
+#define __isGlobal(pointer) true
+
+extern on_host::Index threadIdx, blockIdx, blockDim, gridDim;
+
+struct alignas(8) uint2 : on_host::Aligned<8> {
+  unsigned x, y;
+};
+struct alignas(16) uint4 : on_host::Aligned<16> {
+  unsigned x, y, z, w;
+};
+
+inline void __threadfence() {}
+
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+inline unsigned atomicAdd(unsigned* target, unsigned value) {
+  const unsigned old = *target;
+  *target += value;
+  return old;
+}
+
+inline void __syncthreads(int line = __builtin_LINE()) { on_host::sync_block(line); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
+  on_host::exchange(mask, 0, on_host::lane(), line);
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
+  const unsigned first = on_host::lane() / width * width;
+  return on_host::shuffle(mask, value, first + static_cast<unsigned>(source) % width, line);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, int line = __builtin_LINE()) {
+  const unsigned source = on_host::within_segment(on_host::lane() ^ lanes, width);
+  return on_host::shuffle(mask, value, source, line);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32,
+                   int line = __builtin_LINE()) {
+  const unsigned source = on_host::within_segment(on_host::lane() + lanes, width);
+  return on_host::shuffle(mask, value, source, line);
+}
+
+using cudaStream_t = CUstream_st*;
+enum cudaError_t { cudaSuccess };
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = CUDART_VERSION, cudaSuccess;
+}

@@ -1,0 +1,177 @@
+"""Under torch.compile: optimizers stay outside of graphs, the operator is inside of one."""
+
+import re
+
+import cases
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+
+import lrs_ext
+from lrs_ext import functional
+
+STEPS = 30
+
+
+def make_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+
+
+def train(name, wrap):
+    """Trains over a whole schedule and beyond its end; returns the losses and the parameters."""
+    model = make_model()
+    schedule = lrs_ext.rex(0.05, total_steps=STEPS - 5, warmup_steps=3)
+    opt = getattr(lrs_ext, name)(model.parameters(), lr=schedule, weight_decay=0.1)
+
+    def step(inputs):
+        loss = model(inputs).square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss.detach()
+
+    step = wrap(step)
+    losses = [step(torch.randn(8, 4)) for _ in range(STEPS)]
+    return torch.stack(losses), [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("name", cases.OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_training_step_compiles_once_over_a_whole_schedule(name):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    losses, params = train(name, lambda step: torch.compile(step, backend=counter))
+    expected_losses, expected = train(name, lambda step: step)
+    # The forward pass, and what follows the step; backward() and the step run as they are.
+    assert counter.frame_count == 2
+    assert torch.equal(losses, expected_losses)
+    assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
+
+
+ADAM = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
+OPERATOR_CASES = [
+    ("sgd", 0, [0.1, 0.0, 0.0, 0.0, 0.0], "SGD", {"weight_decay": 0.1}),
+    ("sgd", 1, [0.0, 0.0, 0.9, 0.0, 1.0], "SGD", {"momentum": 0.9, "nesterov": True}),
+    (
+        "adam",
+        2,
+        [0.1, 0.0, 0.9, 0.95, 1e-8, 1.0],
+        "AdamW",
+        {"weight_decay": 0.1, "betas": (0.9, 0.95)},
+    ),
+    (
+        "adam",
+        3,
+        [0.1, 1.0, 0.9, 0.95, 1e-8, 0.0],
+        "Adam",
+        {"weight_decay": 0.1, "betas": (0.9, 0.95), "amsgrad": True, "maximize": True},
+    ),
+    ("lion", 1, [0.1, 0.0, 0.9, 0.99], "Lion", {"weight_decay": 0.1}),
+]
+operator_cases = pytest.mark.parametrize(
+    ("algorithm", "num_states", "hyper", "name", "options"), OPERATOR_CASES
+)
+
+
+def tensors(num_states, dtype=torch.float32):
+    params = [torch.randn(5, 3).to(dtype), torch.randn(()).to(dtype), torch.randn(300).to(dtype)]
+    states = [torch.zeros_like(p, dtype=torch.float32) for p in params for _ in range(num_states)]
+    return params, states, [torch.zeros(()) for _ in params], torch.tensor(0)
+
+
+def learning_rates(schedule):
+    return lrs_ext.ScheduleBuffer(1, schedule.total_steps + 1).fill_(0, schedule).rows[0]
+
+
+@operator_cases
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_the_operator_passes_the_checks_of_torch(
+    algorithm, num_states, hyper, name, options, dtype
+):
+    params, states, counters, position = tensors(num_states, dtype)
+    grads = [torch.randn_like(param) for param in params]
+    lr = learning_rates(lrs_ext.rex(0.05, total_steps=STEPS))
+    args = (algorithm, params, grads, states, counters, lr, position, hyper)
+    torch.library.opcheck(torch.ops.lrs_ext.step.default, args)
+
+
+@operator_cases
+def test_one_graph_serves_a_whole_schedule(algorithm, num_states, hyper, name, options):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    params, states, counters, position = tensors(num_states)
+    twins = [param.clone().requires_grad_() for param in params]
+    schedule = lrs_ext.rex(0.05, total_steps=STEPS - 5, warmup_steps=3)
+    lr, opt = learning_rates(schedule), getattr(lrs_ext, name)(twins, lr=schedule, **options)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(grads):
+        grads = [2.0 * grad for grad in grads]
+        functional.step(algorithm, params, grads, states, counters, lr, position, hyper)
+
+    for _ in range(STEPS):
+        grads = [torch.randn_like(param) for param in params]
+        for twin, grad in zip(twins, grads, strict=True):
+            twin.grad = 2.0 * grad
+        step(grads)
+        opt.step()
+    assert counter.frame_count == 1
+    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+    assert position.item() == STEPS
+
+
+def test_the_compiler_copies_no_parameter_or_state():
+    torch._dynamo.reset()
+    params, states, counters, position = tensors(2)
+
+    @torch.compile(fullgraph=True)
+    def step(params, grads, states, counters, lr, position):
+        functional.step("adam", params, grads, states, counters, lr, position, OPERATOR_CASES[2][2])
+
+    grads = [torch.randn_like(param) for param in params]
+    arguments = (params, grads, states, counters, torch.tensor([0.1]), position)
+    _, [code] = run_and_get_code(step, *arguments)
+    assert code.count("torch.ops.lrs_ext.step.default(") == 1
+    assert not re.findall(
+        r"empty_strided\w*\(|clone|copy_\(|cpp_fused", code.partition("def call")[2]
+    )
+
+
+def call(**changes):
+    params, states, counters, position = tensors(1)
+    grads = [torch.ones_like(param) for param in params]
+    arguments = {
+        "algorithm": "lion",
+        "params": params,
+        "grads": grads,
+        "states": states,
+        "counters": counters,
+        "lr": torch.tensor([0.1]),
+        "position": position,
+        "hyper": [0.0, 0.0, 0.9, 0.99],
+    }
+    functional.step(**arguments | changes)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"algorithm": "adagrad"}, ValueError, "algorithm must be one of"),
+        ({"grads": []}, ValueError, "3 parameters, 0 gradients"),
+        ({"states": []}, ValueError, "lion has 1 to 1 states, got 0"),
+        ({"hyper": [0.0]}, ValueError, "hyper must be the 4 numbers"),
+        ({"hyper": [0.0, 0.0, float("nan"), 0.9]}, ValueError, "beta1 must be finite"),
+        ({"lr": torch.tensor([0.1], dtype=torch.float64)}, RuntimeError, "lr must be float32"),
+        ({"grads": [torch.ones(3)] * 3}, RuntimeError, "a gradient differs"),
+    ],
+)
+def test_the_operator_refuses_what_does_not_fit(changes, error, message):
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+def test_the_operator_without_parameters_does_nothing():
+    call(params=[], grads=[], states=[], counters=[])

@@ -1,0 +1,424 @@
+"""The CUDA kernels without a GPU: run block by block on the host, they must give the CPU's bits.
+
+Each step takes the blocks and the threads in another order. All arrays lie between fences.
+"""
+
+import copy
+import ctypes
+import dataclasses
+
+import cases
+import host_cuda
+import numpy as np
+import pytest
+import torch
+
+import lrs_ext
+from lrs_ext import ops
+
+# xdist: one worker compiles for all tests of the file.
+pytestmark = pytest.mark.xdist_group(__name__)
+
+CHUNK = 2048  # the shortest that the launcher cuts
+TENSORS_PER_LAUNCH = 4000
+SHAPES = [*cases.SHAPES, (CHUNK,), (CHUNK + 5,), (3, CHUNK + 1)]
+FENCE = 64  # bytes
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return host_cuda.HostCuda(tmp_path_factory.mktemp("host_cuda"))
+
+
+@pytest.fixture
+def cuda(built):
+    """The native module with kernels on the host, in use."""
+    with built.installed():
+        yield built
+    built.runner.set_order(0)
+
+
+class Fenced:
+    """Copies of tensors, `shift` elements after a multiple of 16 bytes and with fences around."""
+
+    def __init__(self):
+        self.bases = []
+
+    def copy(self, tensor, shift):
+        size = tensor.element_size()
+        begin = FENCE + shift * size
+        base = torch.full((begin + tensor.numel() * size + FENCE,), 0xA5, dtype=torch.uint8)
+        assert base.data_ptr() % 16 == 0
+        self.bases.append((base, begin, base.numel() - FENCE))
+        inside = base[begin:-FENCE].view(tensor.dtype).view(tensor.shape)
+        return inside.copy_(tensor.detach())
+
+    def check(self):
+        for base, begin, end in self.bases:
+            assert base[:begin].eq(0xA5).all()
+            assert base[end:].eq(0xA5).all()
+
+
+class Twins:
+    """The same parameters in an optimizer on the CUDA kernels and in one on the CPU loops.
+
+    Args:
+        shifts: of parameters, gradients and states, in elements from a multiple of 16 bytes.
+        split: makes the parameter groups.
+    """
+
+    def __init__(self, cuda, row, shapes, *, dtype=torch.float32, shifts=(0, 0, 0), split=list):
+        self.cuda, self.shifts, self.fenced, self.steps = cuda, shifts, Fenced(), 0
+        tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+        self.ours = [self.fenced.copy(t, shifts[0]).requires_grad_() for t in tensors]
+        self.theirs = [t.requires_grad_() for t in tensors]
+        self.opts = [
+            getattr(lrs_ext, row.name)(split(params), lr=row.lr, backend=backend, **row.options)
+            for params, backend in ((self.ours, "cuda"), (self.theirs, "cpu"))
+        ]
+
+    def step(self, skip=()):
+        """Takes a step with both, without gradients for the parameters `skip`, and compares."""
+        for i, (a, b) in enumerate(zip(self.ours, self.theirs, strict=True)):
+            b.grad = None if i in skip else torch.randn(b.shape).to(b.dtype)
+            a.grad = None if i in skip else self.fenced.copy(b.grad, self.shifts[1])
+        self.cuda.runner.set_order(self.steps)
+        for opt in self.opts:
+            opt.step()
+        self.steps += 1
+        self.compare()
+        if self.steps == 1:
+            self.place_states()
+
+    def place_states(self):
+        for param, state in self.opts[0].state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == param.shape != ():
+                    state[name] = self.fenced.copy(value, self.shifts[2])
+
+    def compare(self):
+        self.fenced.check()
+        ours, theirs = map(self.tensors, self.opts)
+        assert ours.keys() == theirs.keys()
+        assert not [name for name in ours if not same_bits(ours[name], theirs[name])]
+        table = self.opts[0]._table
+        assert table is None or not table._ticket.any()
+
+    @staticmethod
+    def tensors(opt):
+        """Everything that a step changes, by name."""
+        params = [param for group in opt.param_groups for param in group["params"]]
+        found = {"schedule": opt.schedule_buffer.step}
+        for i, param in enumerate(params):
+            state = {**opt.state.get(param, {}), "counter": opt.step_counters.get(param)}
+            named = {"param": param.detach(), **state}
+            tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
+            found |= {f"{name} {i}": value for name, value in tensors.items()}
+        return found
+
+
+def same_bits(a, b):
+    """Whether two tensors are equal to the bit, but for the kind of a nan."""
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    is_nan = a.isnan() & b.isnan()
+    bits = (t.masked_fill(is_nan, 0).flatten().view(torch.uint8) for t in (a, b))
+    return torch.equal(*bits)
+
+
+updates = pytest.mark.parametrize("row", cases.UPDATES, ids=str)
+state_updates = pytest.mark.parametrize("row", cases.STATE_UPDATES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+
+
+def same(shift):
+    return (shift, shift, shift)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@dtypes
+@updates
+def test_updates(cuda, row, dtype, shift):
+    twins = Twins(cuda, row, cases.SHAPES, dtype=dtype, shifts=same(shift))
+    for k in range(4):
+        twins.step(skip=[k, 7] if k < 3 else [])
+
+
+# Parameter, gradient and states misaligned alike: lanes after a head. Otherwise: no lanes at all,
+# or, of 2-byte types, lanes that begin where all are aligned.
+@pytest.mark.parametrize(
+    "shifts", [same(0), same(1), same(2), same(5), (1, 0, 0), (0, 3, 1), (4, 0, 4), (2, 6, 2)]
+)
+@dtypes
+@state_updates
+def test_misaligned_arrays_of_several_chunks(cuda, row, dtype, shifts):
+    before = cuda.runner.blocks
+    twins = Twins(cuda, row, SHAPES, dtype=dtype, shifts=shifts)
+    for k in range(3):
+        twins.step(skip=[k, len(SHAPES) - 1] if k < 2 else [])
+    numels = [param.numel() for param in twins.ours]
+    assert cuda.runner.blocks - before >= sum(-(-numel // CHUNK) for numel in numels)
+
+
+@pytest.mark.parametrize("shifts", [same(0), same(1), (4, 0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
+@pytest.mark.parametrize("row", cases.COMPRESSED_UPDATES, ids=str)
+def test_storages(cuda, row, storage, dtype, shifts):
+    shapes = [(), (0,), (127,), (128,), (7, 37), (CHUNK + 133,)]
+    row = dataclasses.replace(row, options=row.options | storage)
+    twins = Twins(cuda, row, shapes, dtype=dtype, shifts=shifts)
+    for k in range(3):
+        twins.step(skip=[k])
+
+
+@dtypes
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_scaled_and_clipped_gradients(cuda, dtype, shift):
+    """Also more tensors than one launch takes."""
+    row = next(row for row in cases.UPDATES if row.name == "AdamW")
+    shapes = [*SHAPES, *[(3,)] * TENSORS_PER_LAUNCH] if shift == 1 else SHAPES
+    twins = Twins(cuda, row, shapes, dtype=dtype, shifts=same(shift))
+    for k, found_inf in enumerate([1.0, 0.0, 1.0, 0.0]):
+        before = {name: tensor.clone() for name, tensor in twins.tensors(twins.opts[0]).items()}
+        norms = []
+        for opt in twins.opts:
+            opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
+        twins.step(skip=[k])
+        for opt in twins.opts:
+            norms.append(lrs_ext.clip_grad_norm_(opt, 0.5))
+            del opt.grad_scale, opt.found_inf
+        # The order of additions differs.
+        torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+        after = twins.tensors(twins.opts[0])
+        if found_inf and k > 0:
+            assert all(same_bits(before[name], after[name]) for name in before)
+        twins.opts[0]._scaling = twins.opts[1]._scaling  # the same norm for both
+        twins.opts[1]._scaling = copy.copy(twins.opts[1]._scaling)
+
+
+@state_updates
+def test_longer_chunks(cuda, row):
+    """Enough elements for chunks of twice the least length, in tensors of no multiple of it."""
+    before = cuda.runner.blocks
+    shapes = [(3_000_001,), (2 * CHUNK + 1,), (1_300_000,)]
+    twins = Twins(cuda, row, shapes, shifts=same(1))
+    twins.step()
+    numels = [param.numel() for param in twins.ours]
+    assert cuda.runner.blocks - before == sum(-(-numel // (2 * CHUNK)) for numel in numels)
+
+
+@dtypes
+@state_updates
+def test_groups_with_schedules_and_options_of_their_own(cuda, row, dtype):
+    lrs = [lrs_ext.rex(0.05, 6, warmup_steps=2), 0.01, lrs_ext.linear(0.1, 4, min_lr=0.02)]
+
+    def split(params):
+        return [
+            {"params": params[i::3], "lr": lr, "weight_decay": 0.1 * i} for i, lr in enumerate(lrs)
+        ]
+
+    twins = Twins(cuda, row, SHAPES, dtype=dtype, split=split)
+    for k in range(8):
+        twins.step(skip=[k])
+
+
+@dtypes
+@state_updates
+def test_gradients_that_are_no_numbers(cuda, row, dtype):
+    twins = Twins(cuda, row, [(300,), (CHUNK + 5,)], dtype=dtype)
+    twins.step()
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 6e4, 1e-7])
+    for _ in range(3):
+        for params in (twins.ours, twins.theirs):
+            for param in params:
+                param.grad[: len(special)] = special.to(dtype)
+        for opt in twins.opts:
+            opt.step()
+        twins.compare()
+
+
+# Launches and counters.
+
+LAUNCHED = cases.STATE_UPDATES[::2]  # thousands of tensors take a while; states play no part
+
+
+@pytest.mark.parametrize("count", [TENSORS_PER_LAUNCH, TENSORS_PER_LAUNCH + 100])
+@pytest.mark.parametrize("row", LAUNCHED, ids=str)
+def test_more_tensors_than_a_launch_takes(cuda, row, count):
+    twins = Twins(cuda, row, [(1 + i % 3,) for i in range(count)])
+    twins.step()
+    before = cuda.runner.launches
+    twins.step(skip=range(count - 1))  # all launches but the last find no gradient
+    twins.step(skip=range(1, count))
+    assert cuda.runner.launches - before == 2 * -(-count // TENSORS_PER_LAUNCH)
+    assert twins.opts[0].schedule_buffer.step.item() == 3
+
+
+@pytest.mark.parametrize("longest", [0, CHUNK + 5])
+@pytest.mark.parametrize("row", LAUNCHED, ids=str)
+def test_the_last_launch_commits_though_it_has_no_chunks(cuda, row, longest):
+    twins = Twins(cuda, row, [(longest,), *[(0,)] * TENSORS_PER_LAUNCH])
+    for k in range(3):
+        twins.step(skip=[k])
+    assert twins.opts[0].schedule_buffer.step.item() == 3
+
+
+@state_updates
+def test_a_step_counts_once_and_one_without_gradients_not_at_all(cuda, row):
+    twins = Twins(cuda, row, SHAPES)
+    for k in range(1, 6):
+        twins.step(skip=[3] if k > 2 else [])
+        assert twins.opts[0].schedule_buffer.step.item() == k
+    before = cuda.runner.launches
+    twins.step(skip=range(len(SHAPES)))
+    assert twins.opts[0].schedule_buffer.step.item() == 5
+    assert cuda.runner.launches == before
+
+
+@pytest.mark.parametrize("row", cases.SCHEDULES, ids=str)
+def test_a_schedule_is_filled_in_as_on_the_cpu(cuda, row):
+    budget = () if row.name == "inverse_sqrt" else (row.total_steps,)
+    schedule = getattr(lrs_ext, row.name)(row.lr, *budget, **row.options)
+    native = ops.native_schedule.__wrapped__(schedule)
+    points = np.array(native.points, dtype=np.int64)
+    ours, theirs = torch.full((1201,), -1.0), torch.full((1201,), -1.0)
+    native.fill_cuda(
+        target=ours.data_ptr(), count=1200, points=points.ctypes.data, device=0, stream=0
+    )
+    native.fill_cpu(theirs.data_ptr(), 1200)
+    assert same_bits(ours, theirs)
+    assert ours[-1] == -1.0
+
+
+def test_a_group_is_written_as_on_the_cpu(cuda):
+    lr, hyper = torch.rand(5), {"beta1": 0.9, "weight_decay": 0.1}
+    ours, theirs = (ops.GroupTable(3, torch.device("cpu")).rows for _ in range(2))
+    arguments = (lr.data_ptr(), 5, 0.5, hyper)
+    cuda.module.write_group_cuda(ours[1].data_ptr(), *arguments, 0, 0)
+    cuda.module.write_group_cpu(theirs[1].data_ptr(), *arguments)
+    assert torch.equal(ours, theirs)
+    assert ours[1].count_nonzero() == 5
+
+
+# The rewritten notations.
+
+
+@pytest.mark.parametrize(
+    ("cuda", "cpp"),
+    [
+        ("k<<<1, n>>>(a, b);", "on_host::launch(on_host::Configuration(1, n), k, a, b);"),
+        (
+            "k<T<1>, 2><<<f(n), 1>>>();",
+            "on_host::launch(on_host::Configuration(f(n), 1), k<T<1>, 2>);",
+        ),
+        ("k(const __grid_constant__ G<1, 2> g)", "k(const G<1, 2>& g)"),
+        ("__shared__ T a;", "static T a; on_host::enter_shared(&a, sizeof(a));"),
+        ("__shared__ T a[2][n];", "static T a[2][n]; on_host::enter_shared(&a, sizeof(a));"),
+    ],
+)
+def test_cuda_as_cpp(cuda, cpp):
+    assert host_cuda.as_cpp(cuda) == cpp
+
+
+# What runs the blocks: probe.cu has kernels that are right, and wrong ones that must be reported.
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    source = host_cuda.EMULATION / "probe.cu"
+    library = host_cuda.build(tmp_path_factory.mktemp("probe"), [source], "probe.so")
+    return host_cuda.Runner(library)
+
+
+def call(probe, name, *arguments):
+    """Calls a function of the probe; returns its report."""
+    function = getattr(probe.native, name)
+    function.restype = ctypes.c_char_p
+    values = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments
+    ]
+    return function(*values).decode()
+
+
+ORDERS = [0, 1, 2, 3]  # as numbered, reversed, two shuffles
+THREADS = 96
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_shuffles_exchange_values_within_a_warp(probe, order):
+    probe.set_order(order)
+    values, sums = torch.arange(float(THREADS)) ** 2, torch.zeros(THREADS, 5)
+    assert call(probe, "sums", values, sums) == ""
+    warp, eight, sixteen = (values.view(-1, width) for width in (32, 8, 16))
+    suffix = sixteen.flip(1).cumsum(1).flip(1)
+    columns = [warp.sum(1).repeat_interleave(32), eight.sum(1).repeat_interleave(8)]
+    neighbours = warp.clone()
+    neighbours[:, :16] = warp[:, :16].unflatten(1, (8, 2)).flip(2).flatten(1)
+    columns += [suffix.flatten(), warp[:, 5].repeat_interleave(32), neighbours.flatten()]
+    assert torch.equal(sums, torch.stack(columns, 1))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_barriers_make_shared_memory_safe_and_their_absence_shows(probe, order):
+    probe.set_order(order)
+    values, sums = torch.arange(float(THREADS)), torch.zeros(3, THREADS)
+    assert call(probe, "block_sum", values, sums) == ""
+    assert sums.eq(values.sum()).all()
+    # Each block finds its shared memory undefined, whatever the last one left there.
+    assert call(probe, "block_sum_without_barriers", values, sums) == ""
+    assert (sums.isnan().sum(1) == THREADS - 1).all()
+
+
+@pytest.mark.parametrize("name", ["different_barriers", "early_return", "missing_lane"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_barrier_that_not_all_threads_reach_is_reported(probe, name, order):
+    probe.set_order(order)
+    assert "threads wait for others that never come: thread " in call(probe, name)
+    values, sums = torch.arange(float(THREADS)), torch.zeros(3, THREADS)
+    assert call(probe, "block_sum", values, sums) == ""  # nothing is left over
+    assert sums.eq(values.sum()).all()
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_misaligned_vector_access_is_reported(probe, size):
+    source = torch.arange(64, dtype=torch.uint8)
+    for reads, writes in ((0, 0), (4, 0), (0, 4), (12, 12)):
+        target = torch.zeros(64, dtype=torch.uint8)
+        report = call(probe, f"copy{size}", target[writes:], source[reads:])
+        aligned = reads == writes == 0
+        assert report == ("" if aligned else "a vector access is not aligned")
+        copied = source[reads : reads + size] if aligned else torch.zeros(size, dtype=torch.uint8)
+        assert torch.equal(target[writes : writes + size], copied)
+
+
+def test_a_grid_runs_every_thread_of_every_block_once(probe):
+    count = torch.zeros(1, dtype=torch.int32)
+    for blocks, threads in ((1, 1), (7, 33), (3, 1024)):
+        before = probe.launches, probe.blocks
+        assert call(probe, "count", count.zero_(), blocks, threads) == ""
+        assert count.item() == blocks * threads
+        assert (probe.launches, probe.blocks) == (before[0] + 1, before[1] + blocks)
+    for blocks, threads in ((0, 1), (1, 0), (1, 1025)):
+        assert call(probe, "count", count, blocks, threads) == "an invalid configuration"
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_conversions_are_those_of_torch(probe, name):
+    dtype = getattr(torch, name)
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    loaded, stored = torch.empty(2**16), torch.empty(2**16, dtype=dtype)
+    call_void(probe, f"load_{name}", values, loaded)
+    assert same_bits(loaded, values.float())
+    finite = loaded[loaded.isfinite()].unique()
+    ties = ((finite[1:].double() + finite[:-1].double()) / 2).float()
+    infinity = torch.tensor(float("inf"))
+    beside = [torch.nextafter(ties, infinity), torch.nextafter(ties, -infinity)]
+    for numbers in (loaded, ties, *beside, torch.tensor([65519.9, 65520.0, 3.4e38, -3.4e38])):
+        stored = torch.empty(numbers.shape, dtype=dtype)
+        call_void(probe, f"store_{name}", numbers, stored)
+        assert same_bits(stored, numbers.to(dtype))
+
+
+def call_void(probe, name, source, target):
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (source, target))
+    getattr(probe.native, name)(*pointers, ctypes.c_int64(source.numel()))
