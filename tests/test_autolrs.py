@@ -21,6 +21,7 @@ from test_no_sync import NoReadingMethods, NoReadingOps
 from torch import nn
 
 import lrs_ext
+from lrs_ext.autolrs.timetable import search_then_train
 
 
 def same(first, second):
@@ -368,6 +369,17 @@ def test_the_optimizer_needs_float_learning_rates(make_lr):
     opt = lrs_ext.AdamW(model.parameters(), lr=make_lr())
     with pytest.raises(ValueError, match="give the optimizer a float"):
         lrs_ext.AutoLRS(opt, model, (1e-4, 1e-1), **PEAK)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "trials", "steps"),
+    [(240, 6, 4), (480, 6, 8), (500, 6, 8), (560, 7, 8), (640, 8, 8), (1000, 8, 10), (9000, 8, 10)],
+)
+def test_trials_stay_within_the_search_fraction(total_steps, trials, steps):
+    timetable = search_then_train(total_steps, 0.1, None, None)
+    first, *_ = timetable.segments
+    assert (timetable.num_trials, first.steps) == (trials, steps)
+    assert timetable.search_steps <= total_steps / 10
 
 
 def test_a_learning_rate_of_zero_has_no_ratio():

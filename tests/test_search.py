@@ -63,28 +63,42 @@ def test_the_peak_is_the_mirror_image_of_the_end_of_the_valley(monkeypatch, lost
     monkeypatch.setattr(search, "NEARLY", lost)
     positions = torch.linspace(-4.0, 0.0, 41, dtype=torch.float64)
     valley = (positions + 1.5).square()  # 1 a decade away
-    found = search.peak_between(positions, valley, values(1.0)[0], GRID)
+    found = search.peak_between(positions, valley, values(1.0)[0], GRID, gap=1.0)
     assert found.item() == pytest.approx(-1.5 - math.sqrt(lost) - search.MARGIN_DECADES, abs=0.04)
 
 
 def test_a_cliff_above_the_best_leaves_little_to_go_down():
     positions = torch.linspace(-4.0, 0.0, 41, dtype=torch.float64)
     cliff = torch.where(positions > -1.0, 2.0, -positions)
-    found = search.peak_between(positions, cliff, values(2.0)[0], GRID).item()
+    found = search.peak_between(positions, cliff, values(2.0)[0], GRID, gap=1.0).item()
     assert -1.5 < found < -1.0 - search.MARGIN_DECADES
 
 
-def test_a_valley_whose_end_was_not_tried_is_no_narrower_than_a_constant():
+@pytest.mark.parametrize("gap", [0.4, 1.0])
+def test_the_end_of_a_valley_that_was_not_tried_is_half_a_gap_away(gap):
     positions = values(-4.0, -3.0, -2.0)
-    found = search.peak_between(positions, -positions, values(5.0)[0], GRID).item()
-    assert found == pytest.approx(-2.0 - search.UNSEEN_DECADES - search.MARGIN_DECADES, abs=0.01)
-    flat = search.peak_between(positions, values(1.0, 1.0, 1.0), values(1.0)[0], GRID).item()
-    assert flat == -4.0  # the lowest rate does as well as any
+    found = search.peak_between(positions, -positions, values(5.0)[0], GRID, gap=gap).item()
+    assert found == pytest.approx(-2.0 - gap / 2 - search.MARGIN_DECADES, abs=0.01)
+
+
+def test_the_lowest_rate_will_do_if_it_does_as_well_as_any():
+    positions, flat = values(-4.0, -3.0, -2.0), values(1.0, 1.0, 1.0)
+    assert search.peak_between(positions, flat, values(1.0)[0], GRID, gap=1.0).item() == -4.0
+
+
+def test_one_lucky_trial_between_close_neighbours_is_smoothed():
+    positions = torch.linspace(-2.0, 0.0, 9, dtype=torch.float64)
+    valley = (positions + 1.5).square()
+    lucky = valley.clone()
+    lucky[6] = valley[2] - 0.2  # a decade above the bottom, better than it
+    found = search.peak_between(positions, lucky, values(3.0)[0], GRID, gap=0.25).item()
+    assert found < -1.5
 
 
 def test_the_peak_stays_within_the_bounds():
     positions = values(-4.0, -3.0, -2.0)
-    assert search.peak_between(positions, positions, values(0.0)[0], GRID).item() == -4.0
+    found = search.peak_between(positions, positions, values(0.0)[0], GRID, gap=1.0)
+    assert found.item() == -4.0
 
 
 def test_what_recovers_beyond_a_ridge_counts_as_no_progress():

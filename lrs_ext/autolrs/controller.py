@@ -50,9 +50,9 @@ class AutoLRS:
         preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
         schedule: the shape to train with: the name of a constructor ("rex", "linear", ...) or a
             `Schedule` with a profile, whose height and length do not matter. "paper" ends with it.
-        search_fraction: share of the budget that the trials of "peak" take, more in very short
-            runs, less in long ones: a trial has 4 to 10 updates.
-        num_trials: in a stage; None is 8 for "peak" and 10 for "paper".
+        search_fraction: share of the budget that the trials of "peak" take at most, except in very
+            short runs: a trial has 4 to 10 updates.
+        num_trials: in a stage; None is 10 for "paper" and for "peak" 8, 6 in short runs.
         stage_steps, trial_steps: see `timetable.paper_stages`; "peak" takes its trial length from
             `search_fraction` unless `trial_steps` is given.
         warmup_steps: of linear warm-up: in "peak" after the search, None is a tenth of what remains

@@ -11,10 +11,12 @@ from typing import Literal
 
 Kind = Literal["warmup", "trial", "train"]
 
-PEAK_TRIALS = 8
+PEAK_TRIALS = (6, 8)  # no fewer and no more, unless the user says so
 DOWNHILL_SHARE = 1 / 4  # of the trials of "peak", after those that are spread over the bounds
-# A trial is no shorter and no longer. Longer ones tell the rates no better apart.
+# A trial of "peak" is no shorter and no longer. Longer ones tell the rates no better apart; shorter
+# ones than GOOD_STEPS do so worse: a small budget makes fewer trials first, and only then shorter.
 TRIAL_STEPS = (4, 10)
+GOOD_STEPS = 8
 IDLE_SHARE = 1 / 5  # of a trial's updates, at its end and at rate zero: only their losses count
 LOOKS = 10  # for divergence, in the training of a stage
 PAPER_TRIALS = 10
@@ -117,26 +119,28 @@ def timetable_of(
         raise ValueError('stage_steps is for preset="paper": "peak" has one stage')
     if not 0.0 < search_fraction < 0.5:
         raise ValueError(f"search_fraction must be in (0, 0.5), got {search_fraction}")
-    return search_then_train(total_steps, search_fraction, num_trials or PEAK_TRIALS, trial_steps)
+    return search_then_train(total_steps, search_fraction, num_trials, trial_steps)
 
 
 def search_then_train(
-    total_steps: int, search_fraction: float, num_trials: int, trial_steps: int | None
+    total_steps: int, search_fraction: float, num_trials: int | None, trial_steps: int | None
 ) -> Timetable:
     """Returns one stage: trials of equal length, then all that remains of the budget.
 
     Args:
         search_fraction: share of the budget that the trials take, as far as their limits allow.
-        trial_steps: length of a trial; None goes by `search_fraction`.
+        num_trials, trial_steps: None goes by `search_fraction`.
 
     Raises:
         ValueError: there are too few trials, or they take half of the budget or more.
     """
+    budget = search_fraction * total_steps
+    if num_trials is None:
+        num_trials = _within(PEAK_TRIALS, budget / (trial_steps or GOOD_STEPS))
     if num_trials < 3:
         raise ValueError(f'num_trials must be at least 3 for preset="peak", got {num_trials}')
     if trial_steps is None:
-        least, most = TRIAL_STEPS
-        trial_steps = min(max(int(search_fraction * total_steps / num_trials), least), most)
+        trial_steps = _within(TRIAL_STEPS, budget / num_trials)
     search = num_trials * trial_steps
     if 2 * search >= total_steps:
         raise ValueError(
@@ -146,6 +150,10 @@ def search_then_train(
     parts = _stages([(trial_steps, total_steps - search)], num_trials)
     num_downhill = max(int(DOWNHILL_SHARE * num_trials), 1)
     return Timetable(_in_order(parts), num_trials, num_downhill)
+
+
+def _within(limits: tuple[int, int], value: float) -> int:
+    return min(max(int(value), limits[0]), limits[1])
 
 
 def paper_stages(
