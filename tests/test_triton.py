@@ -27,7 +27,7 @@ if not HAS_GPU and not COMPILES:
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from lrs_ext import _C, triton_kernels  # noqa: E402
+from lrs_ext import _C, triton_kernels, triton_norm  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 CHUNK = 2048
@@ -69,7 +69,7 @@ class Entry:
 
     def row(self):
         arrays = [self.address(array) for array in (self.param, *self.states)]
-        arrays += [0] * (4 - len(arrays))
+        arrays += [0] * (8 - len(arrays))  # neither scales nor a remainder
         code = DTYPES.index(self.param.values.dtype)
         return [*arrays, self.step.data_ptr(), self.numel(), self.group, code]
 
@@ -132,6 +132,7 @@ class Launcher:
             "chunks": self.table(chunks).reshape(-1, 2).to(torch.int32),
             "step": self.step,
             "ticket": self.ticket,
+            "scaling": (None,) * 4,
             "chunk_elements": CHUNK,
         }
 
@@ -357,8 +358,11 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 REGISTERS = {"cuda": 64, "hip": 128}  # a thread, for 1,024 threads on each multiprocessor
-# The arguments of the kernel: tables, counts, constants.
-ARGUMENTS = ["*i64", "*i64", "*i32", "*i64", "*i64", "*i32", "i32", "i32", *["constexpr"] * 5]
+# The arguments of the kernels: tables, scalings, counts, constants.
+TABLES = ["*i64", "*i64", "*i32", "*i64", "*i64", "*i32"]
+ARGUMENTS = [*TABLES, *["*fp32"] * 4, "i32", "i32", *["constexpr"] * 8]
+NORM_ARGUMENTS = ["*i64", "*i32", "*i64", "*fp64", "*fp32", "*i32", "i32", "constexpr"]
+SCALINGS = ("loss_scale", "found_inf", "norm", "max_norm")
 # Loads and stores of 128 bits in the aligned paths, float32 plus two 16-bit types, for the fewest
 # plus the most states. SGD moves two lanes a piece; beside states, 16-bit lanes are 64 bits wide.
 WIDE_ACCESSES = {
@@ -368,16 +372,30 @@ WIDE_ACCESSES = {
 }
 
 
-def compile_kernel(algorithm, target, **options):
-    """Compiles ahead of time and describes the result."""
-    kernel = triton_kernels.step_kernel
-    names = kernel.arg_names
-    constants = (CHUNK, *triton_kernels.ALGORITHMS[algorithm])
-    source = triton.compiler.ASTSource(
-        kernel,
-        signature=dict(zip(names, ARGUMENTS, strict=True)),
-        constexprs=dict(zip(names[-len(constants) :], constants, strict=True)),
+def compile_step(algorithm, target, storage=("float32", "nearest"), scaled=False, **options):
+    names = triton_kernels.step_kernel.arg_names
+    state_type, param_kind = storage
+    constants = (
+        *(CHUNK, *triton_kernels.ALGORITHMS[algorithm]),
+        triton_kernels.STATE_TYPES[state_type],
+        triton_kernels.PARAM_KINDS[param_kind],
     )
+    constexprs = dict(zip(names[-len(constants) :], constants, strict=True))
+    signature = dict(zip(names, ARGUMENTS, strict=True))
+    for name in () if scaled else SCALINGS:
+        signature[name], constexprs[name] = "constexpr", None
+    return compile_kernel(triton_kernels.step_kernel, target, signature, constexprs, **options)
+
+
+def compile_norm(target):
+    kernel = triton_norm.norm_kernel
+    signature = dict(zip(kernel.arg_names, NORM_ARGUMENTS, strict=True))
+    return compile_kernel(kernel, target, signature, {"CHUNK": CHUNK})
+
+
+def compile_kernel(kernel, target, signature, constexprs, **options):
+    """Compiles ahead of time and describes the result."""
+    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constexprs)
     gpu = triton.backends.compiler.GPUTarget(*TARGETS[target])
     options["num_warps"] = triton_kernels.THREADS.value // gpu.warp_size
     options["enable_fp_fusion"] = False
@@ -402,14 +420,33 @@ def resources(stages):
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"Function step_kernel:\s+REG:(\d+) STACK:(\d+)", usage)
+    found = re.search(r"Function \w+_kernel:\s+REG:(\d+) STACK:(\d+)", usage)
     return [int(number) for number in found.groups()]
+
+
+# Storage variants, each algorithm with one parameter kind for each state type, compiled for a GPU
+# of each maker.
+STORAGES = [
+    ("bfloat16", "nearest"),
+    ("block8", "nearest"),
+    ("float32", "split"),
+    ("block8", "split"),
+    ("bfloat16", "stochastic"),
+    ("block8", "stochastic"),
+]
+STORAGE_TARGETS = ("sm_90", "gfx942")
 
 
 def compile_all():
     rows = itertools.product(NUM_STATES, TARGETS)
-    report = {f"{name}-{target}": compile_kernel(name, target) for name, target in rows}
-    report["starved"] = compile_kernel("adam", "sm_90", maxnreg=24)
+    report = {f"{name}-{target}": compile_step(name, target) for name, target in rows}
+    for name, target, storage in itertools.product(NUM_STATES, STORAGE_TARGETS, STORAGES):
+        kind = "-".join(storage)
+        report[f"{name}-{target}-{kind}"] = compile_step(name, target, storage)
+    for target in STORAGE_TARGETS:
+        report[f"scaled-{target}"] = compile_step("adam", target, scaled=True)
+        report[f"norm-{target}"] = compile_norm(target)
+    report["starved"] = compile_step("adam", "sm_90", maxnreg=24)
     return report
 
 
@@ -431,6 +468,25 @@ def test_compiles_to_wide_accesses_without_spills(report, algorithm, target):
     assert kernel["registers"] <= REGISTERS[TARGETS[target][0]]
     assert (kernel["wide_loads"], kernel["wide_stores"]) == WIDE_ACCESSES[algorithm]
     assert kernel["exchanges"] == 0  # between threads, through shared memory
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids="-".join)
+@pytest.mark.parametrize("target", STORAGE_TARGETS)
+@pytest.mark.parametrize("algorithm", NUM_STATES)
+def test_every_storage_compiles_without_spills(report, algorithm, target, storage):
+    kernel = report[f"{algorithm}-{target}-{'-'.join(storage)}"]
+    assert kernel["stack"] == 0
+    assert kernel["registers"] <= REGISTERS[TARGETS[target][0]]
+
+
+@pytest.mark.parametrize("target", STORAGE_TARGETS)
+@pytest.mark.parametrize("kernel", ["scaled", "norm"])
+def test_scaled_steps_and_norms_compile_without_spills(report, kernel, target):
+    found = report[f"{kernel}-{target}"]
+    assert found["stack"] == 0
+    assert found["registers"] <= REGISTERS[TARGETS[target][0]]
+    if kernel == "scaled":
+        assert (found["wide_loads"], found["wide_stores"]) == WIDE_ACCESSES["adam"]
 
 
 def test_spills_are_seen(report):
