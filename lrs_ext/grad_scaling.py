@@ -24,7 +24,7 @@ class StepScaling:
         """Limits the norm of the next step's gradients, which is `norm` as they are stored."""
         self._norm = norm
         if isinstance(max_norm, Tensor):
-            self._max_norm = max_norm.detach().to(norm, non_blocking=True)
+            self._max_norm = max_norm.detach().reshape(()).to(norm, non_blocking=True)
         else:
             self._max_norm = torch.full_like(norm, max_norm)
 
