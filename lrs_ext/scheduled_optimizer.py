@@ -154,7 +154,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             # gradients and a zero learning rate. It must not count as an update.
             return loss
         found_inf = getattr(self, "found_inf", None)
-        table.run(self._scaling.take(getattr(self, "grad_scale", None), found_inf))
+        table.run(self._scaling.take(getattr(self, "grad_scale", None), found_inf, self._device))
         self.committed_steps += 1
         if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
             self.was_captured = True
