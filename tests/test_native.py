@@ -174,6 +174,15 @@ def test_arrays_of_another_kind_than_the_storage_are_refused(mismatch):
         _C.StepTensors(ops._tensor_access(), *tables, "block8")
 
 
+@pytest.mark.parametrize(("state_type", "dtype"), [("float32", torch.float32), ("bfloat16", None)])
+def test_more_states_than_there_is_room_for_are_refused(state_type, dtype):
+    param, count = leaf(300), 3 if state_type == "bfloat16" else 4
+    state = {f"state{i}": torch.zeros(300, dtype=dtype or torch.bfloat16) for i in range(count)}
+    tables = [[param]], {param: state}, [list(state)], [torch.tensor(0.0)]
+    with pytest.raises(ValueError, match="more states than the storage has room for"):
+        _C.StepTensors(ops._tensor_access(), *tables, state_type)
+
+
 def test_a_chunk_is_a_whole_number_of_quantisation_blocks():
     with pytest.raises(ValueError, match="whole number of quantisation blocks"):
         _C.Step("adam", Tensors([[leaf(3)]]).native, 2045)
