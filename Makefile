@@ -7,7 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 CXX_SOURCES := $(NATIVE) $(wildcard tests/*.cpp)
 
 .PHONY: install train test lint format bench gpu-report clean

@@ -338,8 +338,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._follow_params()
         steps: list[Tensor | None] = []
         for names, group_params in zip(self._table_names, param_lists, strict=True):
+            # Random draws depend on a tensor's number among those that take part. Without a state,
+            # no checkpoint says which do: all.
+            all_take_part = self._storage.stochastic_rounding and not names
             for param in group_params:
-                known = param in self.state or param in self._counters
+                known = all_take_part or param in self.state or param in self._counters
                 if known or gradients[len(steps)] is not None:
                     is_new = self._complete_state(param, names)
                     steps.append(self._step_counter(param, is_new))

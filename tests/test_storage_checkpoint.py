@@ -70,6 +70,29 @@ def test_resuming_is_exact(backend, row, storage):
     assert_equal_runs([opt, *resumed], 3, 6 if not backend.interpreted else 4)
 
 
+@updates
+@pytest.mark.parametrize("storage", cases.STORAGES[2::3], ids=str)
+def test_resuming_is_exact_behind_a_parameter_that_has_no_gradient_any_more(row, storage):
+    """Draws depend on the number of a tensor, which no checkpoint of a stateless update has."""
+
+    def step(opt, k):
+        generator = torch.Generator().manual_seed(k)
+        for index, param in enumerate(params_of(opt)):
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            param.grad = None if index == 0 and k > 0 else grad
+        opt.step()
+
+    opt = make(row, make_params(CPU), CPU, storage, lr=REX)
+    for k in range(3):
+        step(opt, k)
+    resumed = make(row, copies(params_of(opt)), CPU, storage, lr=REX)
+    resumed.load_state_dict(through_file(opt.state_dict()))
+    for k in range(3, 5):
+        step(opt, k)
+        step(resumed, k)
+        assert all(map(torch.equal, params_of(opt), params_of(resumed)))
+
+
 @with_states
 @storages
 def test_loading_keeps_every_address(row, storage):
