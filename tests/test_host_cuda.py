@@ -161,11 +161,11 @@ def test_misaligned_arrays_of_several_chunks(cuda, row, dtype, shifts):
 
 @pytest.mark.parametrize("shifts", [same(0), same(1), (4, 0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
-@pytest.mark.parametrize("row", cases.COMPRESSED_UPDATES, ids=str)
+@pytest.mark.parametrize("storage", cases.STORAGES[1:], ids=str)
+@pytest.mark.parametrize("row", cases.STORED_UPDATES, ids=str)
 def test_storages(cuda, row, storage, dtype, shifts):
     shapes = [(), (0,), (127,), (128,), (7, 37), (CHUNK + 133,)]
-    row = dataclasses.replace(row, options=row.options | storage)
+    row = dataclasses.replace(row, options=row.options | storage.options)
     twins = Twins(cuda, row, shapes, dtype=dtype, shifts=shifts)
     for k in range(3):
         twins.step(skip=[k])
@@ -204,7 +204,8 @@ def test_longer_chunks(cuda, row):
     twins = Twins(cuda, row, shapes, shifts=same(1))
     twins.step()
     numels = [param.numel() for param in twins.ours]
-    assert cuda.runner.blocks - before == sum(-(-numel // (2 * CHUNK)) for numel in numels)
+    chunks = sum(-(-numel // (2 * CHUNK)) for numel in numels)
+    assert cuda.runner.blocks - before == chunks * (2 if row.name == "LAMB" else 1)
 
 
 @dtypes
