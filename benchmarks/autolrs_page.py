@@ -40,8 +40,8 @@ Every method has the same number of updates in all, whatever it spends on findin
 rate, and the same initial model, batches and their order for a seed. "Best of grid" is the peak
 with the lowest mean **test** loss of 9 peaks over 4 decades: an oracle that costs 9 runs and looks
 at the test set. The range of rates depends on the kind of optimizer alone, not on the task.
-AutoLRS was designed on these tasks, with seeds 10 to 14 and 30 to 37; how many trials a run of 500
-updates makes was chosen among two with seeds 20 to 24 in view, and nothing with seeds 40 to 42.
+AutoLRS was designed on these tasks, with seeds 10 to 14 and 30 to 37; seeds 0 to 4 and 20 to 24
+were looked at before its last details were settled, seeds 40 to 42 only afterwards.
 
 - **relative**: test loss over that of the cosine schedule, best of grid, seed by seed; the mean,
   its standard deviation over seeds (+-) and the worst seed.
