@@ -47,8 +47,8 @@ were looked at before its last details were settled, seeds 40 to 42 only afterwa
   its standard deviation over seeds (+-) and the worst seed.
 - **seeds**: not all methods have been measured with the same ones; each is compared with the
   baseline's runs of its own seeds, and two methods in the list of losses by those that both have.
-- **time**: processor time over the baseline's, median over seeds; on one thread of an idle machine
-  that is the wall-clock time.
+- **time**: processor time over the baseline's, median over seeds. The machine was busy with other
+  work, more at some times than at others: a rough number.
 - **search**: share of the updates spent on finding the learning rate.
 - A run whose test loss is not finite, or above twice the untrained model's, has diverged and counts
   as twice the untrained model's: {diverged} runs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -124,13 +124,13 @@ def _trials(history: History) -> list[tuple[int, int]]:
 
 
 def _plot_learning_rates(axes: Axes, history: History) -> None:
-    steps = np.arange(len(history.learning_rates))
-    in_trial = np.zeros(len(steps), dtype=bool)
+    rates = np.where(history.learning_rates > 0.0, history.learning_rates, np.nan)
+    steps = np.arange(len(rates))
+    trained = rates.copy()
     for start, end in _trials(history):
-        in_trial[start:end] = True
-        axes.plot(steps[start:end], history.learning_rates[start:end], color=TRIAL, linewidth=2)
+        trained[start:end] = np.nan
+        axes.plot(steps[start:end], rates[start:end], color=TRIAL, linewidth=2)
         axes.axvline(start, ymax=0.04, color=TRIAL, linewidth=0.8)
-    trained = np.where(in_trial | (history.learning_rates <= 0.0), np.nan, history.learning_rates)
     axes.plot(steps, trained, color=TRAIN, label="training")
     axes.plot([], [], color=TRIAL, linewidth=2, label="trials, rolled back")
     axes.set(ylabel="learning rate", yscale="log", xlim=(0, history.total_steps))
@@ -161,17 +161,7 @@ def _plot_posterior(axes: Axes, stage: Stage, name: str) -> None:
     objectives = np.array([trial.objective for trial in stage.trials])
     shown = np.clip(np.nan_to_num(objectives, nan=high, posinf=high), low, high)
     tried = np.array([trial.lr for trial in stage.trials])
-    lengths = np.array([len(trial.losses) for trial in stage.trials])
-    decided = lengths == lengths[-1]
-    axes.plot(tried[decided], shown[decided], "o", color=TRIAL, markersize=4, label="trials")
-    if not decided.all():
-        style: Any = {
-            "color": TRIAL,
-            "markersize": 4,
-            "fillstyle": "none",
-            "label": "coarse trials",
-        }
-        axes.plot(tried[~decided], shown[~decided], "o", **style)
+    axes.plot(tried, shown, "o", color=TRIAL, markersize=4, label="trials")
     axes.axvline(stage.best_lr, color=CHOICE, linewidth=1, label=f"chosen: {stage.best_lr:.2e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="objective", title=name)
     axes.set_ylim(low - margin, high + margin)
