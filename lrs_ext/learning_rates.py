@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,8 +181,14 @@ class LearningRates:
             if self.step != host_step and self.schedule(index) is not None:
                 self._follow_schedule(index, group)
 
-    def save(self, index: int, saved_group: Group, updates: int | None) -> None:
-        """Adds to a group of a checkpoint what it takes to resume; see `saved_position`."""
+    def save(
+        self, index: int, saved_group: Group, updates: int | None, numbers: Mapping[str, Any]
+    ) -> None:
+        """Adds to a group of a checkpoint what it takes to resume; see `saved_position`.
+
+        Args:
+            numbers: what `HyperSchedules.save` has of it.
+        """
         schedule = self.schedule(index)
         lr = float(saved_group["lr"])
         saved_group["lr"] = lr
@@ -192,6 +198,7 @@ class LearningRates:
                 "step": self.step,
                 "lr": lr,
                 "updates": updates,
+                "numbers": numbers,
             }
         )
 
@@ -291,10 +298,14 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a group of a checkpoint stood: its schedule, if one was in charge, and the step."""
+    """Where a group of a checkpoint stood: its schedule, if one was in charge, and the step.
+
+    `numbers` are what `HyperSchedules.save` has put there.
+    """
 
     schedule: Schedule | None
     step: int
+    numbers: Mapping[str, Any]
 
 
 def saved_position(group: Group, updates: int | None) -> Position | None:
@@ -314,7 +325,8 @@ def saved_position(group: Group, updates: int | None) -> Position | None:
     if saved["lr"] != lr or saved["updates"] != updates:
         return None
     fields = saved["schedule"]
-    return Position(None if fields is None else Schedule.from_dict(fields), saved["step"])
+    schedule = None if fields is None else Schedule.from_dict(fields)
+    return Position(schedule, saved["step"], saved.get("numbers", {}))
 
 
 def check_learning_rate(lr: float | Tensor | Schedule) -> None:
