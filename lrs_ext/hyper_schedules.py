@@ -280,7 +280,8 @@ class HyperSchedules:
         return fixed
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _extremes(schedule: Schedule) -> tuple[float, float]:
-    values = schedule.values(0, schedule.capacity).astype(np.float32)
-    return float(values.min()), float(values.max())
+    values = schedule.values(0, schedule.capacity)
+    with np.errstate(over="ignore"):  # infinity is out of range
+        return float(np.float32(values.min())), float(np.float32(values.max()))

@@ -166,6 +166,15 @@ class LearningRates:
             if source.value is not None and group["lr"] is source.scheduled:
                 group["lr"] = source.scheduled = source.seen = source.value(self.step)
 
+    def mark(self) -> Mark:
+        """Returns where the host stands, for a later `roll_back`."""
+        return Mark(self.step, tuple(self._skips))
+
+    def roll_back(self, mark: Mark) -> None:
+        """Follows the device's step back to where it stood."""
+        self.step = mark.step
+        self._skips = list(mark.skips)
+
     def schedule(self, index: int) -> Schedule | None:
         """Returns the schedule that is in charge of the group, if any."""
         source = self._sources[index]
@@ -294,6 +303,14 @@ class LearningRates:
     def zeroed_by_host(self) -> bool:
         """Whether somebody has written zeros over all learning rates, as far as the host knows."""
         return all(s.seen is not s.scheduled and _is_zero(s.seen) for s in self._sources)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The host's count of updates, and which of them may still turn out to have been skipped."""
+
+    step: int
+    skips: tuple[HostCopy, ...] = ()
 
 
 @dataclass(frozen=True)

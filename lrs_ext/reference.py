@@ -41,14 +41,12 @@ def sgd(
     value, direction = _prepare(param, grad, hyper)
     direction = _decayed(direction, value, hyper["weight_decay"])
     if "momentum_buffer" in state:
-        momentum_buffer = state["momentum_buffer"]
+        momentum_buffer, momentum = state["momentum_buffer"], hyper["momentum"].float()
         # The first update takes the gradient whole: the dampening starts with the second.
         grad_share = torch.where(step == 1.0, 1.0, 1.0 - hyper["dampening"]).float()
-        momentum_buffer.mul_(hyper["momentum"]).add_(direction * grad_share)
-        if hyper["nesterov"]:
-            direction = direction + hyper["momentum"] * momentum_buffer
-        else:
-            direction = momentum_buffer
+        momentum_buffer.mul_(momentum).add_(direction * grad_share)
+        ahead = direction + momentum * momentum_buffer
+        direction = ahead if hyper["nesterov"] else momentum_buffer
     param.copy_(value - lr.float() * direction)
 
 
@@ -92,8 +90,8 @@ def lion(
 ) -> None:
     """Updates one parameter as algorithm 2 of Chen et al., arXiv 2302.06675."""
     value, grad = _prepare(param, grad, hyper)
-    exp_avg = state["exp_avg"]
-    direction = hyper["beta1"] * exp_avg + (1.0 - hyper["beta1"]) * grad
+    exp_avg, beta1 = state["exp_avg"], hyper["beta1"]
+    direction = beta1.float() * exp_avg + (1.0 - beta1).float() * grad
     sign = torch.where(direction.isnan(), direction, direction.sign())  # torch's sign of nan is 0
     value = value * (1.0 - lr * hyper["weight_decay"]).float()
     exp_avg.mul_(hyper["beta2"]).add_(grad, alpha=1.0 - hyper["beta2"])
@@ -223,7 +221,7 @@ def _grad_scale(scaling: ops.GradScaling) -> Tensor | None:
 
 def _decayed(direction: Tensor, value: Tensor, weight_decay: Tensor) -> Tensor:
     # Where there is no decay, infinite parameters must not count.
-    return torch.where(weight_decay != 0.0, direction + weight_decay * value, direction)
+    return torch.where(weight_decay != 0.0, direction + weight_decay.float() * value, direction)
 
 
 def _prepare(param: Tensor, grad: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:

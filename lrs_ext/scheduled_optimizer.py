@@ -20,6 +20,7 @@ from lrs_ext.layout import dense_copies, is_dense
 from lrs_ext.learning_rates import (
     Group,
     LearningRates,
+    Mark,
     check_learning_rate,
     saved_position,
 )
@@ -375,6 +376,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def show_(self, lrs: Sequence[float]) -> None:
         """Shows each driven group's learning rate; see `LearningRates.show`."""
         self._learning_rates.show(self.param_groups, lrs)
+
+    def mark(self) -> Mark:
+        """Returns where the host stands, for a later `roll_back_`."""
+        return self._learning_rates.mark()
+
+    def roll_back_(self, mark: Mark) -> None:
+        """Follows on the host the schedule buffer's step, which has been put back."""
+        self._learning_rates.roll_back(mark)
+        self._hyper_schedules.show(self.param_groups, mark.step)
 
     # The parts of a step
 
