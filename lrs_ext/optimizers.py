@@ -49,6 +49,11 @@ class SGD(ScheduledOptimizer):
     ...     opt.step()
     >>> p.tolist(), opt.current_lr()
     ([0.25, 0.25, 0.25], [0.0])
+    >>> cycle = lrs_ext.one_cycle(0.1, total_steps=4)
+    >>> opt = lrs_ext.SGD([p], lr=cycle, momentum=cycle.momentum)
+    >>> opt.step()
+    >>> round(opt.param_groups[0]["lr"], 6), round(opt.param_groups[0]["momentum"], 6)
+    (0.055, 0.9)
     """
 
     algorithm = "sgd"
@@ -155,6 +160,10 @@ class Adam(ScheduledOptimizer):
     >>> opt.step()
     >>> p.item(), round(opt.param_groups[0]["lr"], 6)
     (0.5, 0.473684)
+    >>> cycle = lrs_ext.one_cycle(0.1, total_steps=4)
+    >>> opt = lrs_ext.Adam([p], lr=cycle, betas=(cycle.momentum, 0.999))
+    >>> opt.param_groups[0]["betas"]
+    (0.95, 0.999)
     """
 
     algorithm = "adam"
