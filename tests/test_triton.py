@@ -415,13 +415,14 @@ def test_groups_are_those_of_the_native_core(algorithm):
         },
     }[algorithm]
     row = torch.zeros(_C.group_bytes // 8, dtype=torch.int64)
-    arguments = (row.data_ptr(), group.lr_values.data_ptr(), 2, group.scale, hyper)
-    _C.write_group_cpu(*arguments)
+    lr = (group.lr_values.data_ptr(), 2, group.scale)
+    _C.write_group_cpu(row.data_ptr(), *lr, hyper)
     assert row.tolist() == group.row(algorithm)
-    group = dataclasses.replace(group, weight_decays=(0.1, 0.2), momenta=(0.3, 0.2, 0.1))
+    group.weight_decays, group.momenta = (0.1, 0.2), (0.3, 0.2, 0.1)
+    del group.decay_values, group.momentum_values
     moving = {"weight_decay": (group.decay_values.data_ptr(), 2)}
     moving["momentum" if algorithm == "sgd" else "beta1"] = (group.momentum_values.data_ptr(), 3)
-    _C.write_group_cpu(*arguments, moving)
+    _C.write_group_cpu(row.data_ptr(), *lr, hyper, moving)
     assert row.tolist() == group.row(algorithm)
 
 
