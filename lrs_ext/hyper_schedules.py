@@ -104,8 +104,10 @@ class _Followed:
 @dataclass
 class _GroupState:
     followed: dict[Number, _Followed] = field(default_factory=dict)
-    seen: dict[Number, Any] = field(default_factory=dict)  # what the group held at the last sync
+    seen: dict[Number, Any] = field(default_factory=dict)  # the numbers at the last sync
+    held: dict[str, Any] = field(default_factory=dict)  # what the group held under their keys then
     rows: dict[str, Tensor] = field(default_factory=dict)  # of the schedules in charge
+    is_listed: bool = False  # among the groups with schedules
 
 
 class HyperSchedules:
@@ -128,6 +130,7 @@ class HyperSchedules:
         self._numbers = numbers
         self._device = device
         self._states: list[_GroupState] = []
+        self._following: list[int] = []  # groups with schedules, in charge or not
         for group in groups:
             self.add(group, step)
 
@@ -146,24 +149,11 @@ class HyperSchedules:
             ValueError: a new schedule is out of range. What was there before is put back.
         """
         state = self._states[index]
-        for number in self._numbers:
-            value = number.of(group)
-            if value is state.seen.get(number):
-                continue
-            followed = state.followed.get(number)
-            if isinstance(value, Schedule):
-                try:
-                    check(with_peaks(self._numbers, self._with_peaks_in_charge(state, group)))
-                except ValueError:
-                    number.put(group, state.seen[number])
-                    raise
-                self._follow(state, number, value)
-                self._show(state, number, group, step)
-            elif followed is not None and value is followed.shown:
-                self._show(state, number, group, step)
-            else:
-                state.seen[number] = value
-        return self.fixed(index, group)
+        for key, held in state.held.items():
+            if group[key] is not held:
+                self._take(state, group, step, check)
+                break
+        return self._with_peaks_in_charge(state, group) if state.followed else group
 
     def fixed(self, index: int, group: Group) -> Group:
         """Returns the group with the largest value of each schedule in charge in its place.
@@ -177,12 +167,7 @@ class HyperSchedules:
 
         The object is another one whenever a row is.
         """
-        state = self._states[index]
-        if state.followed or state.rows:
-            rows = {n.name: f.row for n, f in state.followed.items() if state.seen[n] is f.shown}
-            if [*map(id, rows.values())] != [*map(id, state.rows.values())]:
-                state.rows = rows
-        return state.rows
+        return self._states[index].rows
 
     def current(self, index: int, hyper: Mapping[str, float], step: Tensor) -> dict[str, Any]:
         """Returns what the next update uses, with numbers that may move as float64, 0-d tensors.
@@ -203,7 +188,8 @@ class HyperSchedules:
 
     def show(self, groups: list[Group], step: int) -> None:
         """Shows in the groups what the schedules in charge have for update `step`."""
-        for state, group in zip(self._states, groups, strict=True):
+        for index in self._following:
+            state, group = self._states[index], groups[index]
             for number, followed in state.followed.items():
                 if number.of(group) is followed.shown:
                     self._show(state, number, group, step)
@@ -220,7 +206,7 @@ class HyperSchedules:
         return HyperSchedules(self._numbers, groups, device, step)
 
     def save(self, index: int, saved_group: Group) -> dict[str, Any]:
-        """Returns what a checkpoint needs for `resumed`: plain numbers, strings, lists, dicts."""
+        """Returns what a checkpoint needs for `resume`: plain numbers, strings, lists, dicts."""
         values = {number.name: number.of(saved_group) for number in self._numbers}
         return {
             name: {"value": values[name], "schedule": schedule.to_dict()}
@@ -246,6 +232,35 @@ class HyperSchedules:
         for state, group in zip(self._states, groups, strict=True):
             self._follow_all(state, group, step)
 
+    def _take(
+        self, state: _GroupState, group: Group, step: int, check: Callable[[Group], None]
+    ) -> None:
+        for number in self._numbers:
+            value = number.of(group)
+            followed = state.followed.get(number)
+            if isinstance(value, Schedule):
+                try:
+                    check(with_peaks(self._numbers, self._with_peaks_in_charge(state, group)))
+                except ValueError:
+                    number.put(group, state.seen[number])
+                    raise
+                self._follow(state, number, value)
+                self._show(state, number, group, step)
+            elif followed is None or value is not followed.shown:
+                state.seen[number] = value
+            elif value is not state.seen[number]:  # was handed back
+                self._show(state, number, group, step)
+        self._settle(state, group)
+
+    def _settle(self, state: _GroupState, group: Group) -> None:
+        state.held = {number.key: group[number.key] for number in self._numbers}
+        rows = {n.name: f.row for n, f in state.followed.items() if state.seen[n] is f.shown}
+        if [*map(id, rows.values())] != [*map(id, state.rows.values())]:
+            state.rows = rows
+        if state.is_listed != bool(state.followed):
+            state.is_listed = bool(state.followed)
+            self._following = [i for i, other in enumerate(self._states) if other.is_listed]
+
     def _follow_all(self, state: _GroupState, group: Group, step: int) -> None:
         for number in self._numbers:
             value = number.of(group)
@@ -255,6 +270,7 @@ class HyperSchedules:
             else:
                 state.followed.pop(number, None)
                 state.seen[number] = value
+        self._settle(state, group)
 
     def _follow(self, state: _GroupState, number: Number, schedule: Schedule) -> None:
         present = state.followed.get(number)
@@ -270,6 +286,7 @@ class HyperSchedules:
         followed = state.followed[number]
         followed.shown = state.seen[number] = followed.value(step)
         number.put(group, followed.shown)
+        state.held[number.key] = group[number.key]
 
     def _with_peaks_in_charge(self, state: _GroupState, group: Group) -> Group:
         fixed = group
