@@ -103,6 +103,12 @@ class LearningRates:
             )
         return self.rebuilt(groups, self.buffer.values.device, schedule.capacity)
 
+    def is_synced(self, index: int, group: Group) -> bool:
+        """Returns whether the row has what the host put into ``group["lr"]``."""
+        source, lr = self._sources[index], group["lr"]
+        is_filled = self.buffer.schedules[index] is source.schedule
+        return is_filled and lr is source.seen and not self._has_moved(index, lr)
+
     def _has_moved(self, index: int, lr: float | Tensor | None) -> bool:
         """Whether a tensor that the kernels read in place has got another memory."""
         row = self._sources[index].row

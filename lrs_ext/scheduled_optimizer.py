@@ -39,6 +39,9 @@ from lrs_ext.tensor_checks import (
 Written = tuple[Tensor | None, dict[str, float], Mapping[str, Tensor]]
 
 
+_CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
+
+
 class ScheduledOptimizer(torch.optim.Optimizer):
     """One launch a step for every tensor of every group, on one device.
 
@@ -75,6 +78,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._storage = storage or Storage()
         self._counters: dict[Tensor, Tensor] = {}
         self._rates: LearningRates | None = None
+        self.was_captured = False
         super().__init__(params, defaults)
         self._start()
 
@@ -193,12 +197,22 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._table = None
             self._singles.clear()
 
+    def forget_graphs(self) -> None:
+        """Says that no captured CUDA graph holds a step any more, so that everything may change.
+
+        Until then, what such a graph would not notice is an error: new groups, other tensors.
+        """
+        self.was_captured = False
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; the schedules go on where they are.
 
         Raises:
-            RuntimeError: a parameter has a dtype, layout or device that the kernels do not serve.
+            RuntimeError: a parameter has a dtype, layout or device that the kernels do not serve,
+                or a CUDA graph holds a step.
         """
+        if self.was_captured:
+            raise RuntimeError(f"a new group is not in the captured CUDA graph: {_CAPTURE_AGAIN}")
         super().add_param_group(param_group)
         try:
             check_learning_rate(self.param_groups[-1]["lr"])
@@ -232,6 +246,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         had_state = bool(self.state)
+        is_captured = self._is_on_gpu and torch.cuda.is_current_stream_capturing()
+        if is_captured:
+            self._check_capture()
         parts = self._ready_parts()
         has_released = self._released.finish()
         if not parts and not has_released:
@@ -253,7 +270,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self.schedule_buffer.step.add_(1)
         self.committed_steps += 1
         self.may_have_skipped = found_inf is not None
-        if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
+        if is_captured:
             self.was_captured = True
             self._learning_rates.advance(self.param_groups)
         else:
@@ -416,6 +433,28 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def _check_storage(self, group: Group) -> None:
         self._storage.check(group["params"], self._state_names(group))
 
+    def _check_capture(self) -> None:
+        """Raises RuntimeError where replays of the step now captured would not do as it does."""
+        params = _all_params(self.param_groups)
+        missing = [p for p in params if p.requires_grad and p.grad is None]
+        if missing and not self._released.is_in_force:
+            raise RuntimeError(
+                f"{len(missing)} of {len(params)} parameters have no gradient in the capture, "
+                "whose replays would leave them out: capture the backward pass that makes all "
+                "gradients, or freeze these parameters with requires_grad_(False)"
+            )
+        if self._table is None or self._copies:
+            raise RuntimeError(
+                "a captured step makes no tables or states: make a step before the capture, and "
+                "parameters with gaps between their elements contiguous"
+            )
+        for index, group in enumerate(self.param_groups):
+            if not self._learning_rates.is_synced(index, group):
+                raise RuntimeError(
+                    f"the learning rate of group {index} has changed since the last step, and each "
+                    "replay would write it again: call sync_groups() before the capture"
+                )
+
     def _ready_parts(self) -> list[Part]:
         """Returns what a step launches: parts with what the host has changed and with gradients."""
         self.sync_groups()
@@ -467,6 +506,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         table = self._table
         refreshed = (selection.param_lists, selection.state, selection.gradients)
         if table is None or not table.refresh(*refreshed):
+            if self.was_captured:
+                raise RuntimeError(
+                    "a parameter or a state is another tensor, or elsewhere in memory, than when a "
+                    f"CUDA graph captured the step: {_CAPTURE_AGAIN}"
+                )
             table = self._table = self._make_table(selection)
         return table
 
