@@ -49,6 +49,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
     _released: GradientRelease
+    may_have_skipped: bool  # whether a flag on the device decided on the last step
     _table: Table | None
     _table_names: list[list[str]]
 
@@ -240,7 +241,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             # gradients and a zero learning rate. It must not count as an update.
             return loss
         found_inf = getattr(self, "found_inf", None)
-        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
+        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf, self._device)
         if self._released.is_in_force and scaling is not None:
             raise RuntimeError(
                 "gradients released in the backward pass can no longer be unscaled or clipped: use "
@@ -251,6 +252,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if not parts:
             self.schedule_buffer.step.add_(1)
         self.committed_steps += 1
+        self.may_have_skipped = found_inf is not None
         if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
             self.was_captured = True
             self._learning_rates.advance(self.param_groups)
@@ -400,7 +402,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._hyper_schedules = HyperSchedules(self._numbers, self.param_groups, self._device, step)
         self._scaling = StepScaling()
         self._released = GradientRelease((), self._update_one)
-        self.committed_steps, self.was_captured = 0, False
+        self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
         self._forget_tables()
 
     def _forget_tables(self) -> None:
@@ -431,8 +433,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Everything is checked before anything is changed. Returns nothing if there is nothing to do.
         """
-        for params in param_lists:
-            check_params(params, type(self).__name__)
+        for index, group in enumerate(self.param_groups):
+            check_params(group["params"], type(self).__name__)
+            self._check_storage(self._hyper_schedules.fixed(index, group))
         params = _all_params(self.param_groups)
         gradients = [checked_gradient(param, type(self).__name__) for param in params]
         if all(gradient is None for gradient in gradients):

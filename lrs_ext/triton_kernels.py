@@ -384,15 +384,14 @@ def update_chunk_of(
         addresses += (tl.load(row + STATES + i),)
         if STATE_TYPE == BLOCK8_STATE:
             scales += (tl.load(row + SCALES + i),)
+    bfloat16_arrays = addresses
+    if PARAM_KIND == SPLIT:
+        bfloat16_arrays += (tl.load(row + REMAINDER),)
     code = tl.load(row + DTYPE)
     if code == FLOAT32:
         update_chunk(update, addresses, scales, begin, end, key, PLAIN, tl.float32)
     elif code == BFLOAT16:
-        if PARAM_KIND == SPLIT:
-            halves: tl.tuple = (*addresses, tl.load(row + REMAINDER))
-            update_chunk(update, halves, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
-        else:
-            update_chunk(update, addresses, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
+        update_chunk(update, bfloat16_arrays, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
     else:
         update_chunk(update, addresses, scales, begin, end, key, PLAIN, tl.float16)
 

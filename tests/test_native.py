@@ -1,5 +1,6 @@
 """The native core from below: ranges, tables, what makes a table stale, and who may run it."""
 
+import itertools
 import re
 
 import cases
@@ -115,16 +116,79 @@ def test_a_row_has_the_addresses_size_group_and_dtype_of_its_tensor():
     tensors = Tensors(groups, without_state=idle)
     rows = _C.Step("adam", tensors.native, CHUNK).tensor_rows.tolist()
     expected = []
+    positions = itertools.count()  # among all, those without a state included
     for index, group in enumerate(groups):
         for param in group:
+            position = next(positions)
             if any(param is other for other in idle):
                 continue
             state = tensors.state[param]
             states = [state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), 0]
+            uncompressed = [0, 0, 0, 0]  # no scales, no remainder
             counter = state["step"].data_ptr()
             code = cases.DTYPES.index(param.dtype)
-            expected.append([param.data_ptr(), *states, counter, param.numel(), index, code])
+            rest = [counter, param.numel(), index, code, position]
+            expected.append([param.data_ptr(), *states, *uncompressed, *rest])
     assert rows == expected
+
+
+def test_a_row_has_the_addresses_of_scales_and_remainder():
+    params = [leaf(3, 100, dtype=dtype) for dtype in cases.DTYPES[:2]]
+    names = ["exp_avg", "exp_avg_sq"]
+    state = {}
+    for param in params:
+        state[param] = {name: torch.zeros_like(param, dtype=torch.uint8) for name in names}
+        state[param] |= {f"{name}_scale": torch.zeros(3) for name in names}
+    state[params[1]]["master_remainder"] = torch.zeros_like(params[1], dtype=torch.int16)
+    steps = [torch.tensor(0.0) for _ in params]
+    access = ops._tensor_access()
+    tensors = _C.StepTensors(access, [params], state, [names], steps, "block8")
+    for row, param in zip(
+        _C.Step("adam", tensors, CHUNK, "block8").tensor_rows.tolist(), params, strict=True
+    ):
+        own = state[param]
+        assert row[1:4] == [own["exp_avg"].data_ptr(), own["exp_avg_sq"].data_ptr(), 0]
+        scales = [own[f"{name}_scale"].data_ptr() for name in names]
+        assert row[4:7] == [*scales, 0]
+        remainder = own.get("master_remainder")
+        assert row[7] == (0 if remainder is None else remainder.data_ptr())
+
+
+MISMATCHES = {
+    "codes of another type": lambda s: s.update(exp_avg=torch.zeros(300)),
+    "too few scales": lambda s: s.update(exp_avg_scale=torch.zeros(2)),
+    "scales of another type": lambda s: s.update(exp_avg_scale=torch.zeros(3).double()),
+    "a remainder of another type": lambda s: s.update(master_remainder=torch.zeros(300)),
+}
+
+
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_arrays_of_another_kind_than_the_storage_are_refused(mismatch):
+    param = leaf(300, dtype=torch.bfloat16)
+    state = {
+        "exp_avg": torch.zeros(300, dtype=torch.uint8),
+        "exp_avg_scale": torch.zeros(3),
+        "master_remainder": torch.zeros(300, dtype=torch.int16),
+    }
+    tables = [[param]], {param: state}, [["exp_avg"]], [torch.tensor(0.0)]
+    _C.StepTensors(ops._tensor_access(), *tables, "block8")
+    MISMATCHES[mismatch](state)
+    with pytest.raises(ValueError):  # noqa: PT011 - of the native core, for no user's eyes
+        _C.StepTensors(ops._tensor_access(), *tables, "block8")
+
+
+@pytest.mark.parametrize(("state_type", "dtype"), [("float32", torch.float32), ("bfloat16", None)])
+def test_more_states_than_there_is_room_for_are_refused(state_type, dtype):
+    param, count = leaf(300), 3 if state_type == "bfloat16" else 4
+    state = {f"state{i}": torch.zeros(300, dtype=dtype or torch.bfloat16) for i in range(count)}
+    tables = [[param]], {param: state}, [list(state)], [torch.tensor(0.0)]
+    with pytest.raises(ValueError, match="more states than the storage has room for"):
+        _C.StepTensors(ops._tensor_access(), *tables, state_type)
+
+
+def test_a_chunk_is_a_whole_number_of_quantisation_blocks():
+    with pytest.raises(ValueError, match="whole number of quantisation blocks"):
+        _C.Step("adam", Tensors([[leaf(3)]]).native, 2045)
 
 
 def test_tables_of_many_tensors():
@@ -133,7 +197,7 @@ def test_tables_of_many_tensors():
     step = _C.Step("adam", tensors.native, CHUNK)
     assert step.chunk_rows.tolist() == [[i, 0] for i in range(len(params))]
     assert step.tensor_rows[:, 0].tolist() == [param.data_ptr() for param in params]
-    assert step.tensor_rows[:, 6].tolist() == [0] * 4500 + [1] * 4501
+    assert step.tensor_rows[:, 10].tolist() == [0] * 4500 + [1] * 4501
 
 
 def test_gradient_addresses_are_those_of_the_moment():
