@@ -472,9 +472,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Everything is checked before anything is changed. Returns nothing if there is nothing to do.
         """
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             check_params(group["params"], type(self).__name__)
-            self._check_storage(group)
+            self._check_storage(self._hyper_schedules.fixed(index, group))
         params = _all_params(self.param_groups)
         gradients = [checked_gradient(param, type(self).__name__) for param in params]
         if all(gradient is None for gradient in gradients):
