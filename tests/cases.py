@@ -156,6 +156,45 @@ OPTIMIZERS = [*TORCH_OPTIMIZERS, "Lion", "LAMB"]
 
 
 @dataclass(frozen=True)
+class MovingRow:
+    """An optimizer and the schedules of its numbers, by the keys of `numbers`: weight_decay, and
+    momentum or, for betas[0], beta1. `options` has the fixed beta2.
+    """
+
+    update: UpdateRow
+    numbers: dict = field(hash=False)
+
+    def __str__(self):
+        numbers = ",".join(f"{name}={schedule}" for name, schedule in self.numbers.items())
+        return f"{self.update}:{numbers}"
+
+
+DECAY = ScheduleRow("linear", 0.3, 5)
+RISE = ScheduleRow("constant", 0.9, 20, {"warmup_steps": 4})
+FALL = ScheduleRow("polynomial", 0.95, 5, {"min_lr": 0.5, "power": 2.0})
+TO_ZERO = ScheduleRow("cosine", 0.8, 4)
+MOVING = [
+    MovingRow(UpdateRow("SGD"), {"weight_decay": DECAY}),
+    MovingRow(UpdateRow("SGD", {"dampening": 0.25}), {"momentum": FALL, "weight_decay": DECAY}),
+    MovingRow(UpdateRow("SGD", {"nesterov": True, "maximize": True}), {"momentum": RISE}),
+    MovingRow(UpdateRow("SGD", {"dampening": 0.5, "weight_decay": 0.1}), {"momentum": TO_ZERO}),
+    MovingRow(UpdateRow("Adam", {"betas": (None, 0.9)}), {"beta1": FALL, "weight_decay": DECAY}),
+    MovingRow(
+        UpdateRow("AdamW", {"betas": (None, 0.9), "amsgrad": True}),
+        {"beta1": RISE, "weight_decay": DECAY},
+    ),
+    MovingRow(UpdateRow("AdamW", {"betas": (None, 0.95)}), {"beta1": TO_ZERO}),
+    MovingRow(UpdateRow("Lion", {"betas": (None, 0.9)}), {"beta1": FALL, "weight_decay": DECAY}),
+    MovingRow(
+        UpdateRow("LAMB", {"betas": (None, 0.9), "always_adapt": False}),
+        {"beta1": RISE, "weight_decay": DECAY},
+    ),
+]
+# All numbers of each optimizer.
+MOVING_ALL = [MOVING[i] for i in (1, 4, 5, 7, 8)]
+
+
+@dataclass(frozen=True)
 class StorageRow:
     """The keywords of an optimizer that say how it keeps states and bfloat16 parameters."""
 

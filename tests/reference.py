@@ -127,10 +127,14 @@ def sgd(
     weight_decay=0.0,
     nesterov=False,
     maximize=False,
+    has_buffer=None,
 ):
-    """Stochastic gradient descent; momentum as in Sutskever et al., ICML 2013, in torch's form."""
+    """Stochastic gradient descent; momentum as in Sutskever et al., ICML 2013, in torch's form.
+
+    A momentum that moves has a buffer where it is 0 too.
+    """
     grad = (-grad if maximize else grad) + weight_decay * param
-    if momentum == 0:
+    if not (momentum != 0 if has_buffer is None else has_buffer):
         return param - lr * grad, state
     if "momentum_buffer" in state:
         buffer = momentum * state["momentum_buffer"] + (1 - dampening) * grad

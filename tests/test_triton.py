@@ -4,6 +4,7 @@ Without a GPU, Triton's interpreter runs the kernel on CPU tensors. Run as a scr
 compiles the kernel ahead of time and prints a report: a process either interprets or compiles.
 """
 
+import dataclasses
 import decimal
 import functools
 import itertools
@@ -87,7 +88,11 @@ class Entry:
 
 @dataclass
 class Group:
-    """Options as torch.optim names them; beta1 and beta2 apart."""
+    """Options as torch.optim names them; beta1 and beta2 apart.
+
+    Where there are `weight_decays` or `momenta`, one a step, they are in the place of weight_decay
+    and of momentum or beta1.
+    """
 
     lrs: tuple[float, ...] = (0.1,)
     scale: float = 1.0
@@ -102,10 +107,30 @@ class Group:
     decoupled: bool = False
     bias_correction: bool = True
     always_adapt: bool = False
+    weight_decays: tuple[float, ...] = ()
+    momenta: tuple[float, ...] = ()
 
     @functools.cached_property
     def lr_values(self):
         return torch.tensor(self.lrs, device=DEVICE)
+
+    @functools.cached_property
+    def decay_values(self):
+        return torch.tensor(self.weight_decays, device=DEVICE)
+
+    @functools.cached_property
+    def momentum_values(self):
+        return torch.tensor(self.momenta, device=DEVICE)
+
+    def at(self, step):
+        """The group with the numbers of a step."""
+        numbers = {}
+        if self.weight_decays:
+            numbers["weight_decay"] = self.decay_values[min(step, len(self.weight_decays) - 1)]
+        if self.momenta:
+            momentum = self.momentum_values[min(step, len(self.momenta) - 1)]
+            numbers |= {"momentum": momentum, "beta1": momentum}
+        return dataclasses.replace(self, **{name: n.item() for name, n in numbers.items()})
 
     def lr(self, step):
         return self.lr_values[min(step, len(self.lrs) - 1)].item() * self.scale
@@ -119,7 +144,11 @@ class Group:
         }
         hyper = (self.weight_decay, self.maximize, *columns[algorithm])
         doubles = torch.tensor((self.scale, *hyper), dtype=torch.float64)
-        return [self.lr_values.data_ptr(), len(self.lrs), *doubles.view(torch.int64).tolist()]
+        moving = []
+        for values in (self.decay_values, self.momentum_values):
+            moving += [values.data_ptr() if len(values) else 0, len(values)]
+        first = [self.lr_values.data_ptr(), len(self.lrs)]
+        return [*first, *doubles.view(torch.int64).tolist(), *moving]
 
 
 class Launcher:
@@ -278,7 +307,7 @@ def test_one_launch_updates_all_tensors(algorithm):
                 grads.append(None)
                 expected.append((param.double(), states))
                 continue
-            group = launch.groups[entry.group]
+            group = launch.groups[entry.group].at(step)
             before = (param.double(), grad.double(), states, counts[i], group.lr(step), group)
             grads.append(Array(grad, shift))
             expected.append(EXPECTED[algorithm](*before))
@@ -388,8 +417,47 @@ def test_groups_are_those_of_the_native_core(algorithm):
         },
     }[algorithm]
     row = torch.zeros(_C.group_bytes // 8, dtype=torch.int64)
-    _C.write_group_cpu(row.data_ptr(), group.lr_values.data_ptr(), 2, group.scale, hyper)
+    lr = (group.lr_values.data_ptr(), 2, group.scale)
+    _C.write_group_cpu(row.data_ptr(), *lr, hyper)
     assert row.tolist() == group.row(algorithm)
+    group.weight_decays, group.momenta = (0.1, 0.2), (0.3, 0.2, 0.1)
+    del group.decay_values, group.momentum_values
+    moving = {"weight_decay": (group.decay_values.data_ptr(), 2)}
+    moving["momentum" if algorithm == "sgd" else "beta1"] = (group.momentum_values.data_ptr(), 3)
+    _C.write_group_cpu(row.data_ptr(), *lr, hyper, moving)
+    assert row.tolist() == group.row(algorithm)
+
+
+@pytest.mark.parametrize("algorithm", NUM_STATES)
+def test_numbers_that_move_are_read_at_the_step(algorithm):
+    torch.manual_seed(0)
+    own = [
+        {"weight_decays": (0.3, 0.0, 0.1)},
+        {"momenta": (0.5, 0.9), "weight_decay": 0.1},
+        {"momenta": (0.0, 0.25, 0.5, 0.75), "weight_decays": (0.1, 0.2)},
+        {"momenta": (0.9, 0.0), "maximize": True, "nesterov": True},
+    ]
+    groups = [Group(lrs=(0.02, 0.01), **options) for options in own]
+    count = max(NUM_STATES[algorithm])
+    entries = [
+        Entry(Array(random(300, dtype)), [Array(torch.zeros(300)) for _ in range(count)], group)
+        for dtype, group in itertools.product(DTYPES, range(len(groups)))
+    ]
+    launch = Launcher(algorithm, groups, entries)
+    for step in range(5):
+        grads, expected = [], []
+        for entry in entries:
+            param, group = entry.param.values.cpu(), groups[entry.group].at(step)
+            grad = random(300, param.dtype)
+            states = [state.values.cpu().double() for state in entry.states]
+            before = (param.double(), grad.double(), states, step, group.lr(step), group)
+            grads.append(Array(grad))
+            expected.append(EXPECTED[algorithm](*before))
+        launch(grads)
+        for entry, (param, states) in zip(entries, expected, strict=True):
+            assert_close(entry.param.values, param, PARAM[entry.param.values.dtype])
+            for actual, state in zip(entry.states, states, strict=True):
+                assert_close(actual.values, state, STATE)
 
 
 @pytest.mark.gpu
