@@ -57,69 +57,82 @@ void update_elements(const Update& update, const Elements& elements) {
   }
 }
 
-// The largest magnitude as bits: for them, the order of floats is that of integers, and nan is
-// above infinity.
-uint32_t largest_magnitude(const float* values, int32_t count) {
-  int32_t largest = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    const auto magnitude = static_cast<int32_t>(to_bits(values[i]) & 0x7fffffffu);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return static_cast<uint32_t>(largest);
-}
-
+// `largest` has the bits of the largest magnitude among the values.
 template <bool kIsRoot>
-void encode_block(const float* __restrict__ values, const uint32_t* __restrict__ random, int index,
-                  int32_t count, uint8_t* __restrict__ codes, float* scale) {
-  *scale = block_scale(largest_magnitude(values, count));
+LRS_HOST_DEVICE void encode_block(const float* __restrict__ values,
+                                  const uint32_t* __restrict__ random, int index, int32_t largest,
+                                  int32_t count, uint8_t* __restrict__ codes, float* scale) {
+  *scale = block_scale(static_cast<uint32_t>(largest));
   const float factor = share_factor(*scale);
   for (int32_t i = 0; i < count; ++i) {
     codes[i] = Block8State::encode<kIsRoot>(values[i] * factor, state_random(random[i], index));
   }
 }
 
-// As above for block-quantised states: block by block, because a block's scale is known only when
-// all of it has been updated.
+// The larger of two magnitudes as bits: for them, the order of floats is that of integers, and nan
+// is above infinity.
+LRS_HOST_DEVICE int32_t larger_magnitude(int32_t largest, float value) {
+  const auto magnitude = static_cast<int32_t>(to_bits(value) & 0x7fffffffu);
+  return magnitude > largest ? magnitude : largest;
+}
+
+// Updates the elements of one block of quantisation, of which `count` exist.
 template <typename Update, int kNumStates, typename Param>
-void update_blocks(const Update& update, const Elements& elements) {
+LRS_HOST_DEVICE void update_block(const Update& update, const Elements& elements, int64_t begin,
+                                  int32_t count) {
   using Value = typename Param::Value;
   constexpr bool kIsRoot1 = Update::kRootState == 1;
   const TensorEntry& entry = *elements.entry;
   const uint32_t key = elements.random_key;
-  for (int64_t begin = elements.range.begin; begin < elements.range.end; begin += kQuantBlock) {
-    const int64_t left = elements.range.end - begin;
-    const auto count = static_cast<int32_t>(left < kQuantBlock ? left : kQuantBlock);
-    const auto first = static_cast<uint32_t>(begin);
-    const int64_t block = begin / kQuantBlock;
-    Value* __restrict__ param = static_cast<Value*>(entry.param) + begin;
-    const Value* __restrict__ grad = static_cast<const Value*>(elements.gradient) + begin;
-    int16_t* __restrict__ remainder = array_at<int16_t>(entry.remainder, begin);
-    uint8_t* __restrict__ codes0 = array_at<uint8_t>(entry.states[0], begin);
-    uint8_t* __restrict__ codes1 = array_at<uint8_t>(entry.states[1], begin);
-    const float scale0 = entry.scales[0][block];
-    const float scale1 = kNumStates > 1 ? entry.scales[1][block] : 0.0f;
-    alignas(64) uint32_t random[kQuantBlock];
-    alignas(64) float kept0[kQuantBlock];
-    alignas(64) float kept1[kQuantBlock];
+  const auto first = static_cast<uint32_t>(begin);
+  const int64_t block = begin / kQuantBlock;
+  Value* __restrict__ param = static_cast<Value*>(entry.param) + begin;
+  const Value* __restrict__ grad = static_cast<const Value*>(elements.gradient) + begin;
+  int16_t* __restrict__ remainder = array_at<int16_t>(entry.remainder, begin);
+  uint8_t* __restrict__ codes0 = array_at<uint8_t>(entry.states[0], begin);
+  uint8_t* __restrict__ codes1 = array_at<uint8_t>(entry.states[1], begin);
+  const float scale0 = entry.scales[0][block];
+  const float scale1 = kNumStates > 1 ? entry.scales[1][block] : 0.0f;
+  alignas(64) uint32_t random[kQuantBlock];
+  alignas(64) float kept0[kQuantBlock];
+  alignas(64) float kept1[kQuantBlock];
+  int32_t largest0 = 0, largest1 = 0;
 #pragma GCC ivdep
-    for (int32_t i = 0; i < count; ++i) {
-      random[i] = random_bits(key, first + static_cast<uint32_t>(i));
-      int16_t low = 0;
-      if constexpr (Param::kIsSplit) low = remainder[i];
-      float value = Param::load(param[i], low);
-      float state[kMaxStates];
-      state[0] = Block8State::decode<false>(codes0[i], scale0);
-      if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes1[i], scale1);
-      update.template apply<kNumStates>(value, load(grad[i]), state);
-      kept0[i] = Block8State::kept<false>(state[0]);
-      if constexpr (kNumStates > 1) kept1[i] = Block8State::kept<kIsRoot1>(state[1]);
-      Param::store(param[i], low, value, random[i] & 0xffffu);
-      if constexpr (Param::kIsSplit) remainder[i] = low;
-    }
-    encode_block<false>(kept0, random, 0, count, codes0, entry.scales[0] + block);
+  for (int32_t i = 0; i < count; ++i) {
+    random[i] = random_bits(key, first + static_cast<uint32_t>(i));
+    int16_t low = 0;
+    if constexpr (Param::kIsSplit) low = remainder[i];
+    float value = Param::load(param[i], low);
+    float state[kMaxStates];
+    state[0] = Block8State::decode<false>(codes0[i], scale0);
+    if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes1[i], scale1);
+    update.template apply<kNumStates>(value, load(grad[i]), state);
+    kept0[i] = Block8State::kept<false>(state[0]);
+    largest0 = larger_magnitude(largest0, kept0[i]);
     if constexpr (kNumStates > 1) {
-      encode_block<kIsRoot1>(kept1, random, 1, count, codes1, entry.scales[1] + block);
+      kept1[i] = Block8State::kept<kIsRoot1>(state[1]);
+      largest1 = larger_magnitude(largest1, kept1[i]);
     }
+    Param::store(param[i], low, value, random[i] & 0xffffu);
+    if constexpr (Param::kIsSplit) remainder[i] = low;
+  }
+  encode_block<false>(kept0, random, 0, largest0, count, codes0, entry.scales[0] + block);
+  if constexpr (kNumStates > 1) {
+    encode_block<kIsRoot1>(kept1, random, 1, largest1, count, codes1, entry.scales[1] + block);
+  }
+}
+
+// As update_elements for block-quantised states: block by block, because a block's scale is known
+// only when all of it has been updated.
+template <typename Update, int kNumStates, typename Param>
+void update_blocks(const Update& update, const Elements& elements) {
+  int64_t begin = elements.range.begin;
+  for (; begin + kQuantBlock <= elements.range.end; begin += kQuantBlock) {
+    update_block<Update, kNumStates, Param>(update, elements, begin, kQuantBlock);
+  }
+  if (begin < elements.range.end) {
+    const auto count = static_cast<int32_t>(elements.range.end - begin);
+    update_block<Update, kNumStates, Param>(update, elements, begin, count);
   }
 }
 

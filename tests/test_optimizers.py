@@ -232,6 +232,9 @@ LAYOUTS = {
     "channels_last_3d": lambda: torch.randn(2, 3, 2, 2, 5).to(memory_format=torch.channels_last_3d),
     "transposed": lambda: torch.randn(6, 19).t(),
     "permuted": lambda: torch.randn(2, 3, 4).permute(2, 0, 1),
+    "columns with gaps": lambda: torch.randn(6, 8)[:, ::2],
+    "rows with gaps": lambda: torch.randn(6, 300)[:, :257],
+    "transposed with gaps": lambda: torch.randn(5, 4, 6)[1:, :, 2].t(),
     "odd strides of size-1 dims": lambda: torch.randn(5).as_strided((1, 5, 1), (77, 1, 13)),
 }
 GRADIENTS = {
@@ -254,6 +257,24 @@ def test_dense_layouts_with_gradients_of_any_layout(backend, row, layout, gradie
         set_gradients(params)
         params[0].grad = GRADIENTS[gradient](params[0].grad)
         oracle.step([row.lr], [row.options])
+
+
+@dtypes
+@pytest.mark.parametrize("row", [*cases.STATE_UPDATES, cases.UPDATES[-1]], ids=str)
+def test_gaps_between_elements_keep_their_contents(backend, row, dtype):
+    base = torch.randn(9, 11).to(backend.device, dtype)
+    before, inside = base.clone(), torch.zeros(9, 11, dtype=torch.bool)
+    view = (slice(1, 8, 2), slice(2, 9, 3))
+    inside[view] = True
+    params = [base[view].detach().requires_grad_(), base[0].detach().requires_grad_()]
+    inside[0] = True
+    opt = make(row, params, backend)
+    oracle = Oracle(row.name, opt)
+    for skip in ([], [0], [1]):  # also a step of one kind alone
+        set_gradients(params, skip)
+        oracle.step([row.lr], [row.options])
+    assert torch.equal(base[~inside], before[~inside])
+    assert not torch.equal(base[inside], before[inside])
 
 
 @dtypes
