@@ -1,5 +1,6 @@
 """The GPU report: stages, what it reads from their output, and the parts that need no GPU."""
 
+import json
 import math
 import sys
 import time
