@@ -25,6 +25,7 @@ Row = dict[str, Any]
 
 BASELINE = "float32"
 CONTROL = "float32, weights rounded once"
+SIGNIFICANT = 2.1  # standard errors, the 95 % of about 20 degrees of freedom
 COLORS = {"float32": "#0b6bcb", "bf16 nearest": "#d9480f", "bf16 stochastic": "#2b8a3e"}
 COLORS |= {"bf16 split": "#862e9c"}
 INTRODUCTION = """\
@@ -40,8 +41,7 @@ nothing but the storage differs: weights, gradients (of the parameters' dtype) a
 - **difference**: from float32's run of the same seed, mean over seeds, with its standard error;
   **worst** is the largest of them.
 - **{control}**: float32 throughout, but the initial weights are rounded to bfloat16.
-  What it differs by is how far any disturbance, however small, takes two runs apart; a difference
-  of that size is none that the storage is to blame for.
+  What it differs by is what any disturbance, however small, does to a run.
 - **held**: bytes of parameter and states per parameter, **moved**: bytes read and written per
   parameter in a step, both measured from the tensors; a gradient takes 4 or 2 bytes more."""
 
@@ -103,25 +103,38 @@ def main_table(rows: Sequence[Row]) -> str:
     return results_page.table(header, lines)
 
 
+def resolution(rows: Sequence[Row]) -> float | None:
+    """Returns how far a kind's mean difference must be from 0 to be told from chance, or None.
+
+    The differences of one kind scatter over the seeds by what chance does to two runs; all kinds
+    are taken together, as three numbers alone say little about their own scatter.
+    """
+    grid = by_kind(rows)
+    baseline = grid.get(BASELINE, {})
+    samples = [differences(runs, baseline) for kind, runs in grid.items() if kind != BASELINE]
+    samples = [sample for sample in samples if len(sample) > 1]
+    if not samples:
+        return None
+    pooled = math.sqrt(float(np.mean([deviation(sample) ** 2 for sample in samples])))
+    return SIGNIFICANT * pooled / math.sqrt(max(map(len, samples)))
+
+
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Says of each kind whether it is as good as float32, as far as these runs can tell."""
-    numbers = {row["kind"]: row for row in summary(rows)}
-    if BASELINE not in numbers or CONTROL not in numbers:
-        return ["Nothing was compared."]
-    grid = by_kind(rows)
-    noise = max(map(abs, differences(grid[CONTROL], grid[BASELINE])), default=math.nan)
-    lines = [f"The control ends within {noise:.4f} of float32."]
-    spread = numbers[BASELINE]["spread"]
-    if spread is not None:
-        lines = [f"{lines[0][:-1]}; float32's own spread over seeds is {spread:.4f}."]
+    numbers, limit = {row["kind"]: row for row in summary(rows)}, resolution(rows)
+    if limit is None:
+        return ["Nothing was compared: one seed does not tell chance from storage."]
+    baseline = numbers[BASELINE]
+    lines = [
+        f"A mean difference below {limit:.4f} cannot be told from chance; float32's own spread "
+        f"over seeds is {baseline['spread'] or math.nan:.4f}."
+    ]
     for kind, row in numbers.items():
-        if kind in (BASELINE, CONTROL):
-            continue
         apart = row["difference"]
-        if apart is None:
+        if kind == BASELINE or apart is None:
             continue
-        text = "within the control" if abs(apart) <= noise else "worse" if apart > 0 else "better"
-        lines.append(f"{kind}: {apart:+.4f} ({apart / numbers[BASELINE]['loss']:+.2%}), {text}")
+        text = "not told from float32" if abs(apart) < limit else "worse" if apart > 0 else "better"
+        lines.append(f"{kind}: {apart:+.4f} ({apart / baseline['loss']:+.2%}), {text}")
     return lines
 
 
@@ -158,7 +171,10 @@ def render(rows: Sequence[Row], config: dict[str, Any], machine: dict[str, str])
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """Returns a figure: loss difference by bytes held, a dot a kind, a thin bar over the seeds."""
+    """Returns a figure: loss difference by bytes held, a dot a kind, a thin bar over the seeds.
+
+    Kinds that hold equally many bytes stand side by side.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -167,15 +183,17 @@ def plot(rows: Sequence[Row]) -> Figure:
         figure = Figure(figsize=(8, 4.8), layout="constrained")
         axes = figure.subplots()
         baseline = grid.get(BASELINE, {})
-        control = differences(grid.get(CONTROL, {}), baseline)
-        if control:
-            noise = max(map(abs, control))
-            axes.axhspan(-noise, noise, color="#dee2e6", label="float32, weights rounded once")
+        limit = resolution(rows)
+        if limit is not None:
+            axes.axhspan(-limit, limit, color="#e9ecef", label="means that chance explains")
+        taken: list[int] = []
         for kind, runs in grid.items():
             apart = differences(runs, baseline)
             if kind == CONTROL or not apart:
                 continue
             held = next(iter(runs.values()))["bytes_held"]
+            held += 0.07 * taken.count(round(held))
+            taken.append(round(held))
             params, _, states = kind.partition(", ")
             color = COLORS[params]
             axes.plot([held, held], [min(apart), max(apart)], color=color, linewidth=1)
@@ -193,6 +211,6 @@ def plot(rows: Sequence[Row]) -> Figure:
         axes.set_ylabel("validation loss less float32's (nats per byte)")
         axes.grid(alpha=0.25)
         axes.margins(x=0.12)
-        if control:
+        if limit is not None:
             axes.legend(frameon=False, fontsize=8)
     return figure
