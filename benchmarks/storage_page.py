@@ -28,6 +28,7 @@ CONTROL = "float32, weights rounded once"
 SIGNIFICANT = 2.1  # standard errors, the 95 % of about 20 degrees of freedom
 COLORS = {"float32": "#0b6bcb", "bf16 nearest": "#d9480f", "bf16 stochastic": "#2b8a3e"}
 COLORS |= {"bf16 split": "#862e9c"}
+MARKERS = {"float32 states": "o", "bf16 states": "s", "8-bit states": "^"}
 INTRODUCTION = """\
 {runs} runs on {device}, torch {torch}, one thread each; written by
 `python benchmarks/bench_storage.py` and `--report`. Each trains the GPT of the main job ({layers}
@@ -180,7 +181,7 @@ def plot(rows: Sequence[Row]) -> Figure:
 
     grid = by_kind(rows)
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 4.8), layout="constrained")
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
         baseline = grid.get(BASELINE, {})
         limit = resolution(rows)
@@ -192,25 +193,15 @@ def plot(rows: Sequence[Row]) -> Figure:
             if kind == CONTROL or not apart:
                 continue
             held = next(iter(runs.values()))["bytes_held"]
-            held += 0.07 * taken.count(round(held))
+            held += 0.15 * taken.count(round(held))
             taken.append(round(held))
             params, _, states = kind.partition(", ")
-            color = COLORS[params]
+            color, marker = COLORS[params], MARKERS[states or "float32 states"]
             axes.plot([held, held], [min(apart), max(apart)], color=color, linewidth=1)
-            axes.plot([held], [np.mean(apart)], "o", color=color)
-            axes.annotate(
-                f"{params}\n{states or 'float32 states'}",
-                (held, float(np.mean(apart))),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color=color,
-            )
+            axes.plot([held], [np.mean(apart)], marker, color=color, label=kind)
         axes.axhline(0, color="#868e96", linewidth=0.8)
         axes.set_xlabel("bytes held per parameter (parameter and AdamW's states)")
         axes.set_ylabel("validation loss less float32's (nats per byte)")
         axes.grid(alpha=0.25)
-        axes.margins(x=0.12)
-        if limit is not None:
-            axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -186,8 +186,8 @@ def test_page_and_plot():
     for text in ("9 runs on Fancy 3, torch 9.9", "mean over 2 seeds", "for 5 updates", "## Failed"):
         assert text in page
     axes = storage_page.plot(ROWS).axes[0]
-    texts = [text.get_text() for text in axes.texts]
-    assert "bf16 nearest\nfloat32 states" in texts
+    labels = [line.get_label() for line in axes.lines]
+    assert {"float32", "bf16 nearest", "bf16 split"} <= set(labels)
     assert storage_page.verdicts([])[0].startswith("Nothing was compared")
 
 
