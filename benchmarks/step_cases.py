@@ -80,7 +80,7 @@ def size_cases(sizes: dict[str, int], rounds: int) -> tuple[Case, ...]:
             ((size,),),
             rounds=rounds,
             dtype=dtype,
-            calls_per_turn=max(1, min(20, 2**22 // size)),
+            calls_per_turn=max(1, min(5, 2**22 // size)),
             in_plot=True,
         )
         for name, size in sizes.items()
@@ -108,7 +108,8 @@ CASES = (
     Case("storage, 1 x 64M", BIG, rounds=10, kinds=tuple(KINDS)),
     Case("1 x 64M, SGD", BIG, rounds=10, algorithm="SGD"),
     Case("1 x 64M, Lion", BIG, rounds=8, algorithm="Lion"),
-    Case("1 x 64M, LAMB", BIG, rounds=5, algorithm="LAMB"),
+    # torch's norm of one tensor of 64M on a CPU is off by .6 %, and with it LAMB in plain torch.
+    Case("64 x 1M, LAMB", ((2**20,),) * 64, rounds=5, algorithm="LAMB"),
     Case("1 x 64M, clipped", BIG, rounds=10, max_norm=1.0, min_ratio=1.0),
     Case("300 x 10,000, clipped", ((10_000,),) * 300, rounds=50, max_norm=1.0, min_ratio=1.0),
 )
