@@ -13,11 +13,22 @@ STATE_NAMES = {
     "sgd": ("momentum_buffer",),
     "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     "lion": ("exp_avg",),
+    "lamb": ("exp_avg", "exp_avg_sq"),
 }
+FEWEST_STATES = {"sgd": 0, "adam": 2, "lion": 1, "lamb": 2}
 HYPER_NAMES = {
     "sgd": ("weight_decay", "maximize", "momentum", "dampening", "nesterov"),
     "adam": ("weight_decay", "maximize", "beta1", "beta2", "eps", "decoupled_weight_decay"),
     "lion": ("weight_decay", "maximize", "beta1", "beta2"),
+    "lamb": (
+        "weight_decay",
+        "maximize",
+        "beta1",
+        "beta2",
+        "eps",
+        "bias_correction",
+        "always_adapt",
+    ),
 }
 
 
@@ -38,7 +49,7 @@ def step(
     read on the device, so that one graph serves a whole schedule.
 
     Args:
-        algorithm: "sgd", "adam" or "lion".
+        algorithm: "sgd", "adam", "lion" or "lamb", which takes two launches.
         params, grads: float32, bfloat16 or float16, dense; a gradient for each parameter.
         states: the arrays of the first parameter, then of the next: float32, laid out as it, in the
             order of `STATE_NAMES`; for "sgd" none or one each, for "adam" two, or three for
@@ -71,7 +82,7 @@ def step(
             f"{len(params)} parameters, {len(grads)} gradients, {len(counters)} counters and "
             f"{len(states)} states"
         )
-    fewest = {"sgd": 0, "adam": 2, "lion": 1}[algorithm]
+    fewest = FEWEST_STATES[algorithm]
     if params and not fewest <= kept <= len(names):
         raise ValueError(f"{algorithm} has {fewest} to {len(names)} states, got {kept}")
     if len(hyper) != len(hyper_names):

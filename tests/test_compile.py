@@ -69,6 +69,7 @@ OPERATOR_CASES = [
         {"weight_decay": 0.1, "betas": (0.9, 0.95), "amsgrad": True, "maximize": True},
     ),
     ("lion", 1, [0.1, 0.0, 0.9, 0.99], "Lion", {"weight_decay": 0.1}),
+    ("lamb", 2, [0.1, 0.0, 0.9, 0.95, 1e-6, 1.0, 1.0], "LAMB", ADAM),
 ]
 operator_cases = pytest.mark.parametrize(
     ("algorithm", "num_states", "hyper", "name", "options"), OPERATOR_CASES

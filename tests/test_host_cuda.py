@@ -102,7 +102,7 @@ class Twins:
         assert ours.keys() == theirs.keys()
         assert not [name for name in ours if not same_bits(ours[name], theirs[name])]
         table = self.opts[0]._table
-        assert table is None or table._ticket.item() == 0
+        assert table is None or not table._ticket.any()
 
     @staticmethod
     def tensors(opt):
@@ -204,7 +204,8 @@ def test_longer_chunks(cuda, row):
     twins = Twins(cuda, row, shapes, shifts=same(1))
     twins.step()
     numels = [param.numel() for param in twins.ours]
-    assert cuda.runner.blocks - before == sum(-(-numel // (2 * CHUNK)) for numel in numels)
+    chunks = sum(-(-numel // (2 * CHUNK)) for numel in numels)
+    assert cuda.runner.blocks - before == chunks * (2 if row.name == "LAMB" else 1)
 
 
 @dtypes
@@ -277,12 +278,13 @@ def test_a_step_counts_once_and_one_without_gradients_not_at_all(cuda, row):
 
 @pytest.mark.parametrize("row", cases.SCHEDULES, ids=str)
 def test_a_schedule_is_filled_in_as_on_the_cpu(cuda, row):
-    schedule = getattr(lrs_ext, row.name)(row.lr, row.total_steps, **row.options)
+    budget = () if row.name == "inverse_sqrt" else (row.total_steps,)
+    schedule = getattr(lrs_ext, row.name)(row.lr, *budget, **row.options)
     native = ops.native_schedule.__wrapped__(schedule)
-    points = np.array(native.sample_points, dtype=np.int64)
+    points = np.array(native.points, dtype=np.int64)
     ours, theirs = torch.full((1201,), -1.0), torch.full((1201,), -1.0)
     native.fill_cuda(
-        target=ours.data_ptr(), count=1200, sample_points=points.ctypes.data, device=0, stream=0
+        target=ours.data_ptr(), count=1200, points=points.ctypes.data, device=0, stream=0
     )
     native.fill_cpu(theirs.data_ptr(), 1200)
     assert same_bits(ours, theirs)
