@@ -209,3 +209,18 @@ def test_bad_options_are_refused(options, message, capsys):
 def test_a_report_without_results_says_what_to_do(tmp_path, capsys):
     assert bench_storage.main(["--report", "--results", str(tmp_path / "none.jsonl")]) == 1
     assert "run this without --report" in capsys.readouterr().err
+
+
+def test_the_readme_says_what_was_measured():
+    root = Path(__file__).parents[1]
+    numbers = json.loads((root / "benchmarks" / "results" / "storage.json").read_text())["summary"]
+    measured = {entry["kind"]: entry for entry in numbers}
+    section = (root / "README.md").read_text().partition("### Storage types")[2]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")][2:]
+    kinds = storages.KINDS.values()
+    for cells, kind in zip(rows[: len(kinds)], kinds, strict=True):
+        dtype, _, held, moved, difference, _ = (cell.strip() for cell in cells)
+        assert getattr(torch, dtype) == kind.param_dtype
+        assert float(held) == pytest.approx(kind.bytes_held(), abs=0.01)
+        assert float(moved) == pytest.approx(kind.bytes_moved(), abs=0.05)
+        assert difference == f"{measured[kind.name]['difference']:+.3f}".replace("+0.000", "0")
