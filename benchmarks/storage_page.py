@@ -25,7 +25,8 @@ Row = dict[str, Any]
 
 BASELINE = "float32"
 CONTROL = "float32, weights rounded once"
-SIGNIFICANT = 2.1  # standard errors, the 95 % of about 20 degrees of freedom
+# Standard errors: 95 % for ten comparisons at once, of about 20 degrees of freedom.
+SIGNIFICANT = 3.2
 COLORS = {"float32": "#0b6bcb", "bf16 nearest": "#d9480f", "bf16 stochastic": "#2b8a3e"}
 COLORS |= {"bf16 split": "#862e9c"}
 MARKERS = {"float32 states": "o", "bf16 states": "s", "8-bit states": "^"}

@@ -172,9 +172,9 @@ def test_numbers_of_the_page():
     assert numbers["float32"]["spread"] == pytest.approx(0.141421)
     assert "bf16 stochastic" not in numbers
     # Differences (+0.01, -0.01), (+0.1, +0.2) and (+0.005, -0.001) scatter by 0.0417 together.
-    assert storage_page.resolution(ROWS) == pytest.approx(2.1 * 0.0417053 / 2**0.5, rel=1e-5)
+    assert storage_page.resolution(ROWS) == pytest.approx(3.2 * 0.0417053 / 2**0.5, rel=1e-5)
     lines = storage_page.verdicts(ROWS)
-    assert lines[0].startswith("A mean difference below 0.0619 cannot be told from chance; float32")
+    assert lines[0].startswith("A mean difference below 0.0944 cannot be told from chance; float32")
     assert "bf16 nearest: +0.1500 (+13.64%), worse" in lines
     assert "bf16 split: +0.0020 (+0.18%), not told from float32" in lines
     assert storage_page.resolution(ROWS[:1] + ROWS[2:3]) is None
