@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "schedules.h"
 #include "step_cpu.h"
@@ -60,6 +61,11 @@ const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"momentum", lrs::kMomentum},
                                            {"dampening", lrs::kDampening},
                                            {"nesterov", lrs::kNesterov}};
+
+const std::map<std::string, lrs::MovingNumber lrs::Group::*> kMoving = {
+    {"weight_decay", &lrs::Group::weight_decay},
+    {"momentum", &lrs::Group::momentum},
+    {"beta1", &lrs::Group::momentum}};
 
 template <typename T>
 T at(const std::map<std::string, T>& map, const std::string& name) {
@@ -124,10 +130,16 @@ class Schedule {
   std::vector<int64_t> points_;
 };
 
+// Of each moving hyper-parameter: address and length of its float32 values, one a step.
+using MovingNumbers = std::map<std::string, std::pair<uintptr_t, int64_t>>;
+
 lrs::Group make_group(uintptr_t lr, int64_t capacity, double scale,
-                      const std::map<std::string, double>& hyper) {
-  lrs::Group group{pointer<const float>(lr), capacity, scale, {}};
+                      const std::map<std::string, double>& hyper, const MovingNumbers& moving) {
+  lrs::Group group{pointer<const float>(lr), capacity, scale, {}, {}, {}};
   for (const auto& [name, value] : hyper) group.hyper[at(kHyper, name)] = value;
+  for (const auto& [name, row] : moving) {
+    group.*at(kMoving, name) = {pointer<const float>(row.first), row.second};
+  }
   return group;
 }
 
@@ -344,19 +356,21 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "write_group_cpu",
       [](uintptr_t target, uintptr_t lr, int64_t capacity, double scale,
-         const std::map<std::string, double>& hyper) {
-        *pointer<lrs::Group>(target) = make_group(lr, capacity, scale, hyper);
+         const std::map<std::string, double>& hyper, const MovingNumbers& moving) {
+        *pointer<lrs::Group>(target) = make_group(lr, capacity, scale, hyper, moving);
       },
-      "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a);
+      "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a, "moving"_a = MovingNumbers());
 #ifdef LRS_WITH_CUDA
   m.def(
       "write_group_cuda",
       [](uintptr_t target, uintptr_t lr, int64_t capacity, double scale,
-         const std::map<std::string, double>& hyper, int device, uintptr_t stream) {
-        lrs::write_group_cuda(pointer<lrs::Group>(target), make_group(lr, capacity, scale, hyper),
-                              device, pointer<void>(stream));
+         const std::map<std::string, double>& hyper, const MovingNumbers& moving, int device,
+         uintptr_t stream) {
+        lrs::write_group_cuda(pointer<lrs::Group>(target),
+                              make_group(lr, capacity, scale, hyper, moving), device,
+                              pointer<void>(stream));
       },
-      "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a, "device"_a, "stream"_a);
+      "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a, "moving"_a, "device"_a, "stream"_a);
   m.def("cuda_unavailable_reason", &lrs::cuda_unavailable_reason);
   m.attr("cuda_runtime_version") = lrs::cuda_runtime_version();
   m.attr("cuda_architectures") = LRS_CUDA_ARCHS;

@@ -118,8 +118,7 @@ void visit_chunks(const StepTable& table, const void* const* gradients, int64_t 
     const TensorEntry& entry = table.tensors[chunk.tensor];
     const double step = static_cast<double>(*entry.step) + 1.0;
     if (entry.group != folded_group || step != folded_step) {
-      const Group& group = table.groups[entry.group];
-      update = LAMB::fold(group.hyper, learning_rate(group, *table.step), step, scale);
+      update = fold<LAMB>(table, entry, scale);
       folded_group = entry.group;
       folded_step = step;
     }

@@ -12,13 +12,6 @@ namespace lrs {
 // most of the traffic.
 constexpr int kLambLane = 4;
 
-__device__ __forceinline__ LAMB fold_lamb(const StepTable& table, const TensorEntry& entry) {
-  const Group& group = table.groups[entry.group];
-  const double step = static_cast<double>(*entry.step) + 1.0;
-  return LAMB::fold(group.hyper, learning_rate(group, *table.step), step,
-                    grad_scale(table.scaling));
-}
-
 // Calls `visit` with the width of a lane and its first element, for all that is this thread's.
 template <typename Visit>
 __device__ __forceinline__ void visit_lanes(Range range, Range vector, const Visit& visit) {
@@ -138,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const void* gradient = gradients.address[chunk.tensor - launch.first_tensor];
   if (gradient == nullptr) return;
   const TensorEntry entry = table.tensors[chunk.tensor];
-  if (threadIdx.x == 0) shared_update = fold_lamb(table, entry);
+  if (threadIdx.x == 0) shared_update = fold<LAMB>(table, entry, grad_scale(table.scaling));
   __syncthreads();
   const LAMB update = shared_update;
   const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
@@ -170,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (gradients.address[chunk.tensor - launch.first_tensor] != nullptr) {
       const TensorEntry entry = table.tensors[chunk.tensor];
       if (threadIdx.x == 0) {
-        shared_update = fold_lamb(table, entry);
+        shared_update = fold<LAMB>(table, entry, grad_scale(table.scaling));
         shared_step_size = shared_update.step_size(table.tensor_squares[chunk.tensor]);
       }
       __syncthreads();

@@ -196,8 +196,7 @@ void step_chunks_of(const StepTable& table, const void* const* gradients, int64_
     const TensorEntry& entry = table.tensors[chunk.tensor];
     const double step = static_cast<double>(*entry.step) + 1.0;
     if (entry.group != folded_group || step != folded_step) {
-      const Group& group = table.groups[entry.group];
-      update = Update::fold(group.hyper, learning_rate(group, *table.step), step, scale);
+      update = fold<Update>(table, entry, scale);
       folded_group = entry.group;
       folded_step = step;
     }

@@ -292,10 +292,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (gradient != nullptr) {
       const TensorEntry entry = table.tensors[chunk.tensor];
       if (threadIdx.x == 0) {
-        const Group& group = table.groups[entry.group];
-        const double step = static_cast<double>(*entry.step) + 1.0;
-        shared_update = Update::fold(group.hyper, learning_rate(group, *table.step), step,
-                                     grad_scale(table.scaling));
+        shared_update = fold<Update>(table, entry, grad_scale(table.scaling));
       }
       __syncthreads();
       const Update update = shared_update;

@@ -126,8 +126,12 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       }
       if (state.contains(param)) {
         const py::dict param_state = state[param];
-        size_t index = 0;
+        int index = 0;
         for (const py::handle& name : py::reinterpret_borrow<py::list>(state_names[group])) {
+          if (index == kMaxStates ||
+              (index == kMaxCompressedStates && state_type != StateType::kFloat32)) {
+            throw std::invalid_argument("more states than the storage has room for");
+          }
           entry.states[index] =
               states(state_type, hold(param_state[name]), tensor.device, entry.numel);
           if (state_type == StateType::kBlock8) {

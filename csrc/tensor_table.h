@@ -25,12 +25,21 @@ struct TensorEntry {
   int64_t position;  // among all parameters of the optimizer
 };
 
+// A number that moves with the step: values[min(step, capacity - 1)]. `values` is null where the
+// number is fixed.
+struct MovingNumber {
+  const float* values;
+  int64_t capacity;
+};
+
 // A parameter group. Its learning rate is lr[min(step, capacity - 1)] * scale.
 struct Group {
   const float* lr;
   int64_t capacity;
   double scale;
   double hyper[kNumHyper];
+  MovingNumber weight_decay;  // in the place of hyper[kWeightDecay]
+  MovingNumber momentum;      // in the place of hyper[kMomentum], which is also kBeta1
 };
 
 struct Chunk {
@@ -111,6 +120,12 @@ LRS_HOST_DEVICE double learning_rate(const Group& group, int64_t step) {
   return static_cast<double>(group.lr[step < last ? step : last]) * group.scale;
 }
 
+LRS_HOST_DEVICE double number_at(const MovingNumber& number, double fixed, int64_t step) {
+  if (number.values == nullptr) return fixed;
+  const int64_t last = number.capacity - 1;
+  return static_cast<double>(number.values[step < last ? step : last]);
+}
+
 LRS_HOST_DEVICE bool is_skipped(const GradScaling& scaling) {
   return scaling.found_inf != nullptr && *scaling.found_inf != 0.0f;
 }
@@ -126,6 +141,19 @@ LRS_HOST_DEVICE double grad_scale(const GradScaling& scaling) {
     scale *= clip >= 1.0 ? 1.0 : clip;
   }
   return scale;
+}
+
+// The coefficients of the next update of a tensor, whose gradients are multiplied by `grad_scale`.
+template <typename Update>
+LRS_HOST_DEVICE Update fold(const StepTable& table, const TensorEntry& entry, double grad_scale) {
+  const Group& group = table.groups[entry.group];
+  const int64_t step = *table.step;
+  double hyper[kNumHyper];
+  for (int i = 0; i < kNumHyper; ++i) hyper[i] = group.hyper[i];
+  hyper[kWeightDecay] = number_at(group.weight_decay, hyper[kWeightDecay], step);
+  hyper[kMomentum] = number_at(group.momentum, hyper[kMomentum], step);
+  const double tensor_step = static_cast<double>(*entry.step) + 1.0;
+  return Update::fold(hyper, learning_rate(group, step), tensor_step, grad_scale);
 }
 
 }  // namespace LRS_ISA

@@ -91,7 +91,12 @@ class Step:
     def grad_norm_cuda(self, sums: int, norm: int) -> None: ...
 
 def write_group_cpu(
-    target: int, lr: int, capacity: int, scale: float, hyper: Mapping[str, float]
+    target: int,
+    lr: int,
+    capacity: int,
+    scale: float,
+    hyper: Mapping[str, float],
+    moving: Mapping[str, tuple[int, int]] = ...,
 ) -> None: ...
 def write_group_cuda(
     target: int,
@@ -99,6 +104,7 @@ def write_group_cuda(
     capacity: int,
     scale: float,
     hyper: Mapping[str, float],
+    moving: Mapping[str, tuple[int, int]],
     device: int,
     stream: int,
 ) -> None: ...

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrs_ext.layout import same_layout
 from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import step_counter
 
@@ -59,15 +60,21 @@ def last_step(states: dict[Any, Any]) -> int | None:
 
 
 def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Makes `state` equal to `loaded`; tensors that are in both keep their address."""
+    """Makes `state` equal to `loaded`; tensors that are alike in both keep their address."""
     for name in [name for name in state if name not in loaded]:
         del state[name]
     for name, value in loaded.items():
         present = state.get(name)
-        if isinstance(present, Tensor) and isinstance(value, Tensor):
+        if isinstance(present, Tensor) and isinstance(value, Tensor) and _are_alike(present, value):
             present.copy_(value)
         else:
             state[name] = value
+
+
+def _are_alike(present: Tensor, value: Tensor) -> bool:
+    is_same_kind = (present.dtype, present.device) == (value.dtype, value.device)
+    # The codes of a block lie together in memory, where the parameter may have moved since.
+    return is_same_kind and same_layout(present, value)
 
 
 def _wrap(value: Any) -> Any:

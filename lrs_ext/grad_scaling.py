@@ -24,20 +24,27 @@ class StepScaling:
         """Limits the norm of the next step's gradients, which is `norm` as they are stored."""
         self._norm = norm
         if isinstance(max_norm, Tensor):
-            self._max_norm = max_norm.detach().to(norm, non_blocking=True)
+            self._max_norm = max_norm.detach().reshape(()).to(norm, non_blocking=True)
         else:
             self._max_norm = torch.full_like(norm, max_norm)
 
-    def take(self, loss_scale: Tensor | None, found_inf: Tensor | None) -> ops.GradScaling | None:
+    def take(
+        self, loss_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
+    ) -> ops.GradScaling | None:
         """Returns what the step now beginning reads, None if it is nothing; the limit is used up.
 
         Args:
             loss_scale, found_inf: as a GradScaler hands them over, on any device.
+            device: of the parameters.
         """
         norm, max_norm = self._norm, self._max_norm
         if loss_scale is None and found_inf is None and norm is None:
             return None
         self._norm = self._max_norm = None
+        if loss_scale is not None:
+            loss_scale = loss_scale.to(device, non_blocking=True)
+        if found_inf is not None:
+            found_inf = found_inf.to(device, non_blocking=True)
         return ops.GradScaling(loss_scale, found_inf, norm, max_norm)
 
 
@@ -80,6 +87,8 @@ def clip_grad_norm_(optimizer: ScheduledOptimizer, max_norm: float | Tensor) -> 
     if isinstance(max_norm, Tensor):
         if max_norm.numel() != 1:
             raise ValueError(f"max_norm must have one element, got shape {tuple(max_norm.shape)}")
-    elif isinstance(max_norm, (bool, str)) or not float(max_norm) > 0.0:
+    elif isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
+        raise TypeError(f"max_norm must be a positive number, got {max_norm!r}")
+    elif not max_norm > 0.0:
         raise ValueError(f"max_norm must be a positive number, got {max_norm!r}")
     return optimizer.clip_(max_norm)

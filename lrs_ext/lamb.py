@@ -7,7 +7,9 @@ from torch.optim.optimizer import ParamsT
 
 from lrs_ext.learning_rates import Group
 from lrs_ext.optimizers import (
+    Betas,
     LearningRate,
+    Number,
     check_betas,
     check_tensor_lr,
     counter_in_state,
@@ -25,7 +27,8 @@ class LAMB(ScheduledOptimizer):
     Args:
         params, lr: as for `AdamW`; every parameter is a layer of its own.
         betas, eps, weight_decay, maximize: as in apex and timm, with their defaults, except that
-            gradients are not clipped: see `torch.nn.utils.clip_grad_norm_`.
+            gradients are not clipped: see `torch.nn.utils.clip_grad_norm_`. weight_decay and
+            betas[0] may be schedules.
         bias_correction: False takes the moments as they are, as the first BERT runs did.
         always_adapt: False makes the ratio 1 in groups without weight decay, as in apex and timm;
             the paper has no such exception.
@@ -53,9 +56,9 @@ class LAMB(ScheduledOptimizer):
         self,
         params: ParamsT,
         lr: LearningRate = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-6,
-        weight_decay: float = 1e-2,
+        weight_decay: Number = 1e-2,
         *,
         bias_correction: bool = True,
         always_adapt: bool = True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,12 @@ class LearningRates:
             )
         return self.rebuilt(groups, self.buffer.values.device, schedule.capacity)
 
+    def is_synced(self, index: int, group: Group) -> bool:
+        """Returns whether the row has what the host put into ``group["lr"]``."""
+        source, lr = self._sources[index], group["lr"]
+        is_filled = self.buffer.schedules[index] is source.schedule
+        return is_filled and lr is source.seen and not self._has_moved(index, lr)
+
     def _has_moved(self, index: int, lr: float | Tensor | None) -> bool:
         """Whether a tensor that the kernels read in place has got another memory."""
         row = self._sources[index].row
@@ -166,6 +172,15 @@ class LearningRates:
             if source.value is not None and group["lr"] is source.scheduled:
                 group["lr"] = source.scheduled = source.seen = source.value(self.step)
 
+    def mark(self) -> Mark:
+        """Returns where the host stands, for a later `roll_back`."""
+        return Mark(self.step, tuple(self._skips))
+
+    def roll_back(self, mark: Mark) -> None:
+        """Follows the device's step back to where it stood."""
+        self.step = mark.step
+        self._skips = list(mark.skips)
+
     def schedule(self, index: int) -> Schedule | None:
         """Returns the schedule that is in charge of the group, if any."""
         source = self._sources[index]
@@ -181,8 +196,14 @@ class LearningRates:
             if self.step != host_step and self.schedule(index) is not None:
                 self._follow_schedule(index, group)
 
-    def save(self, index: int, saved_group: Group, updates: int | None) -> None:
-        """Adds to a group of a checkpoint what it takes to resume; see `saved_position`."""
+    def save(
+        self, index: int, saved_group: Group, updates: int | None, numbers: Mapping[str, Any]
+    ) -> None:
+        """Adds to a group of a checkpoint what it takes to resume; see `saved_position`.
+
+        Args:
+            numbers: what `HyperSchedules.save` has of it.
+        """
         schedule = self.schedule(index)
         lr = float(saved_group["lr"])
         saved_group["lr"] = lr
@@ -192,6 +213,7 @@ class LearningRates:
                 "step": self.step,
                 "lr": lr,
                 "updates": updates,
+                "numbers": numbers,
             }
         )
 
@@ -290,11 +312,23 @@ class LearningRates:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """The host's count of updates, and which of them may still turn out to have been skipped."""
+
+    step: int
+    skips: tuple[HostCopy, ...] = ()
+
+
+@dataclass(frozen=True)
 class Position:
-    """Where a group of a checkpoint stood: its schedule, if one was in charge, and the step."""
+    """Where a group of a checkpoint stood: its schedule, if one was in charge, and the step.
+
+    `numbers` are what `HyperSchedules.save` has put there.
+    """
 
     schedule: Schedule | None
     step: int
+    numbers: Mapping[str, Any]
 
 
 def saved_position(group: Group, updates: int | None) -> Position | None:
@@ -314,7 +348,8 @@ def saved_position(group: Group, updates: int | None) -> Position | None:
     if saved["lr"] != lr or saved["updates"] != updates:
         return None
     fields = saved["schedule"]
-    return Position(None if fields is None else Schedule.from_dict(fields), saved["step"])
+    schedule = None if fields is None else Schedule.from_dict(fields)
+    return Position(schedule, saved["step"], saved.get("numbers", {}))
 
 
 def check_learning_rate(lr: float | Tensor | Schedule) -> None:

@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -226,6 +227,9 @@ def host_value(tensor: Tensor) -> float | None:
     return float(tensor)
 
 
+_NOTHING_MOVES: Mapping[str, Tensor] = MappingProxyType({})
+
+
 class GroupTable:
     """The parameter groups' hyper-parameters, where the step kernels read them.
 
@@ -235,10 +239,24 @@ class GroupTable:
     def __init__(self, groups: int, device: torch.device) -> None:
         self.rows = torch.zeros(groups, _C.group_bytes // 8, dtype=torch.int64, device=device)
 
-    def write(self, index: int, lr: Tensor, hyper: Mapping[str, float]) -> None:
-        """Writes row `index`; `lr` is float32, contiguous: one value a step, the last one holds."""
+    def write(
+        self,
+        index: int,
+        lr: Tensor,
+        hyper: Mapping[str, float],
+        moving: Mapping[str, Tensor] = _NOTHING_MOVES,
+    ) -> None:
+        """Writes row `index`.
+
+        Args:
+            lr: float32, contiguous: one value a step, the last one holds. Nobody keeps it alive.
+            hyper: the numbers that the update reads, by native name.
+            moving: for "weight_decay" and "momentum" or "beta1", values as those of `lr`, in the
+                place of the number.
+        """
         row = self.rows[index]
-        arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), 1.0, dict(hyper))
+        addresses = {name: (values.data_ptr(), values.numel()) for name, values in moving.items()}
+        arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), 1.0, dict(hyper), addresses)
         if row.device.type == "cpu":
             _C.write_group_cpu(*arguments)
         elif _cuda_unavailable_reason(row.device.type) is None:

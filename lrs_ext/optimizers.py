@@ -16,6 +16,8 @@ from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import step_counter
 
 LearningRate = float | Tensor | Schedule
+Number = float | Schedule
+Betas = tuple[Number, float]
 
 
 class SGD(ScheduledOptimizer):
@@ -27,7 +29,9 @@ class SGD(ScheduledOptimizer):
     Args:
         params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
         lr: a float, a one-element tensor or a `Schedule`, here or in a group.
-        momentum, dampening, weight_decay, nesterov, maximize: as in torch.
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch; momentum and
+            weight_decay may be schedules too. Where the momentum of a schedule is 0, the momentum
+            buffer is the (dampened) gradient; torch would leave it alone.
         foreach, differentiable, fused: accepted for compatibility; every step is fused.
         backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
         state_dtype, master_weights, stochastic_rounding: see `lrs_ext.state_storage.Storage`.
@@ -46,6 +50,11 @@ class SGD(ScheduledOptimizer):
     ...     opt.step()
     >>> p.tolist(), opt.current_lr()
     ([0.25, 0.25, 0.25], [0.0])
+    >>> cycle = lrs_ext.one_cycle(0.1, total_steps=4)
+    >>> opt = lrs_ext.SGD([p], lr=cycle, momentum=cycle.momentum)
+    >>> opt.step()
+    >>> round(opt.param_groups[0]["lr"], 6), round(opt.param_groups[0]["momentum"], 6)
+    (0.055, 0.9)
     """
 
     algorithm = "sgd"
@@ -54,9 +63,9 @@ class SGD(ScheduledOptimizer):
         self,
         params: ParamsT,
         lr: LearningRate = 1e-3,
-        momentum: float = 0,
+        momentum: Number = 0,
         dampening: float = 0,
-        weight_decay: float = 0,
+        weight_decay: Number = 0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
@@ -134,7 +143,9 @@ class Adam(ScheduledOptimizer):
         params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
         lr: a float, a one-element tensor or a `Schedule`, here or in a group.
         betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch; betas that
-            are tensors on a device make every step wait for it.
+            are tensors on a device make every step wait for it. weight_decay and betas[0] may be
+            schedules; as in torch under `OneCycleLR`, ``m' = m / (1 - b1^k)`` in update k has the
+            b1 of that update.
         foreach, capturable, differentiable, fused: accepted for compatibility; every step is fused.
         backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
         state_dtype, master_weights, stochastic_rounding: see `lrs_ext.state_storage.Storage`.
@@ -151,6 +162,10 @@ class Adam(ScheduledOptimizer):
     >>> opt.step()
     >>> p.item(), round(opt.param_groups[0]["lr"], 6)
     (0.5, 0.473684)
+    >>> cycle = lrs_ext.one_cycle(0.1, total_steps=4)
+    >>> opt = lrs_ext.Adam([p], lr=cycle, betas=(cycle.momentum, 0.999))
+    >>> opt.param_groups[0]["betas"]
+    (0.95, 0.999)
     """
 
     algorithm = "adam"
@@ -159,9 +174,9 @@ class Adam(ScheduledOptimizer):
         self,
         params: ParamsT,
         lr: LearningRate = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: Number = 0,
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
@@ -239,9 +254,9 @@ class AdamW(Adam):
         self,
         params: ParamsT,
         lr: LearningRate = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: Number = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -286,6 +301,7 @@ class Lion(ScheduledOptimizer):
         lr: a float, a one-element tensor or a `Schedule`, here or in a group; the paper advises a
             third to a tenth of AdamW's, with a weight decay as many times larger.
         betas, weight_decay, maximize: as in `torch.optim.AdamW`; the decay is decoupled.
+            weight_decay and betas[0] may be schedules.
         foreach, capturable, differentiable, fused: accepted for compatibility; every step is fused.
         backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
         state_dtype, master_weights, stochastic_rounding: see `lrs_ext.state_storage.Storage`.
@@ -311,8 +327,8 @@ class Lion(ScheduledOptimizer):
         self,
         params: ParamsT,
         lr: LearningRate = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: Number = 0.0,
         *,
         maximize: bool = False,
         foreach: bool | None = None,

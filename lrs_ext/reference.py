@@ -8,7 +8,8 @@ Args of both functions, for one parameter:
     state: its float32 arrays by name, updated in place.
     step: float64, 0-d: which update of this parameter it is, from 1.
     lr: float64, 0-d.
-    hyper: the group's hyper-parameters by name.
+    hyper: the group's hyper-parameters by name; `weight_decay` and `momentum` or `beta1`, which may
+        move with the step, are float64, 0-d.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lrs_ext import ops
 from lrs_ext.block_codes import random_words
 from lrs_ext.state_storage import Storage, unpacked, unpacked_param
 
-Hyper = Mapping[str, float]
+Hyper = Mapping[str, Any]
 
 
 def sgd(
@@ -38,17 +39,14 @@ def sgd(
 ) -> None:
     """Updates one parameter as `torch.optim.SGD` does."""
     value, direction = _prepare(param, grad, hyper)
-    if hyper["weight_decay"] != 0.0:
-        direction = direction + hyper["weight_decay"] * value
+    direction = _decayed(direction, value, hyper["weight_decay"])
     if "momentum_buffer" in state:
-        momentum_buffer = state["momentum_buffer"]
+        momentum_buffer, momentum = state["momentum_buffer"], hyper["momentum"].float()
         # The first update takes the gradient whole: the dampening starts with the second.
         grad_share = torch.where(step == 1.0, 1.0, 1.0 - hyper["dampening"]).float()
-        momentum_buffer.mul_(hyper["momentum"]).add_(direction * grad_share)
-        if hyper["nesterov"]:
-            direction = direction + hyper["momentum"] * momentum_buffer
-        else:
-            direction = momentum_buffer
+        momentum_buffer.mul_(momentum).add_(direction * grad_share)
+        ahead = direction + momentum * momentum_buffer
+        direction = ahead if hyper["nesterov"] else momentum_buffer
     param.copy_(value - lr.float() * direction)
 
 
@@ -66,10 +64,10 @@ def adam(
     beta1, beta2, weight_decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
     if hyper["decoupled_weight_decay"]:
         value = value * (1.0 - lr * weight_decay).float()
-    elif weight_decay != 0.0:
-        direction = direction + weight_decay * value
+    else:
+        direction = _decayed(direction, value, weight_decay)
     exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-    exp_avg.lerp_(direction, 1.0 - beta1)
+    exp_avg.lerp_(direction, (1.0 - beta1).float())
     exp_avg_sq.mul_(beta2).addcmul_(direction, direction, value=1.0 - beta2)
     second_moment = exp_avg_sq
     if "max_exp_avg_sq" in state:
@@ -92,8 +90,8 @@ def lion(
 ) -> None:
     """Updates one parameter as algorithm 2 of Chen et al., arXiv 2302.06675."""
     value, grad = _prepare(param, grad, hyper)
-    exp_avg = state["exp_avg"]
-    direction = hyper["beta1"] * exp_avg + (1.0 - hyper["beta1"]) * grad
+    exp_avg, beta1 = state["exp_avg"], hyper["beta1"]
+    direction = beta1.float() * exp_avg + (1.0 - beta1).float() * grad
     sign = torch.where(direction.isnan(), direction, direction.sign())  # torch's sign of nan is 0
     value = value * (1.0 - lr * hyper["weight_decay"]).float()
     exp_avg.mul_(hyper["beta2"]).add_(grad, alpha=1.0 - hyper["beta2"])
@@ -113,20 +111,18 @@ def lamb(
     value, grad = _prepare(param, grad, hyper)
     beta1, beta2, weight_decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
     exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-    exp_avg.lerp_(grad, 1.0 - beta1)
+    exp_avg.lerp_(grad, (1.0 - beta1).float())
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    if not hyper["bias_correction"]:
-        beta1 = beta2 = 0.0
-    bias_correction1 = 1.0 - beta1**step
-    bias_correction2 = 1.0 - beta2**step
+    corrects = 1.0 if hyper["bias_correction"] else 0.0
+    bias_correction1 = 1.0 - corrects * beta1**step
+    bias_correction2 = 1.0 - corrects * beta2**step
     denominator = exp_avg_sq.sqrt() / bias_correction2.sqrt().float() + hyper["eps"]
     direction = exp_avg / denominator / bias_correction1.float()
-    if weight_decay != 0.0:
-        direction = direction + weight_decay * value
-    if hyper["always_adapt"] or weight_decay != 0.0:
-        param_norm, direction_norm = (x.double().norm() for x in (value, direction))
-        has_ratio = (param_norm != 0.0) & (direction_norm != 0.0)
-        lr = lr * torch.where(has_ratio, param_norm / direction_norm, 1.0)
+    direction = _decayed(direction, value, weight_decay)
+    param_norm, direction_norm = (x.double().norm() for x in (value, direction))
+    adapts = (weight_decay != 0.0) | bool(hyper["always_adapt"])
+    has_ratio = adapts & (param_norm != 0.0) & (direction_norm != 0.0)
+    lr = lr * torch.where(has_ratio, param_norm / direction_norm, 1.0)
     param.copy_(value - lr.float() * direction)
 
 
@@ -221,6 +217,11 @@ def _grad_scale(scaling: ops.GradScaling) -> Tensor | None:
         clip = (scaling.max_norm / (norm + 1e-6)).clamp(max=1.0)
         scale = clip if scale is None else clip * scale
     return None if scale is None else scale.float()
+
+
+def _decayed(direction: Tensor, value: Tensor, weight_decay: Tensor) -> Tensor:
+    # Where there is no decay, infinite parameters must not count.
+    return torch.where(weight_decay != 0.0, direction + weight_decay.float() * value, direction)
 
 
 def _prepare(param: Tensor, grad: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,12 @@ from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tensors
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
+from lrs_ext.hyper_schedules import HyperSchedules, numbers_of, put_schedules, with_peaks
 from lrs_ext.layout import dense_copies, is_dense
 from lrs_ext.learning_rates import (
     Group,
     LearningRates,
+    Mark,
     check_learning_rate,
     saved_position,
 )
@@ -32,6 +35,12 @@ from lrs_ext.tensor_checks import (
     common_device,
 )
 
+# What a row of the group table holds: learning rates, numbers, rows of numbers that move.
+Written = tuple[Tensor | None, dict[str, float], Mapping[str, Tensor]]
+
+
+_CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
+
 
 class ScheduledOptimizer(torch.optim.Optimizer):
     """One launch a step for every tensor of every group, on one device.
@@ -43,6 +52,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
     _released: GradientRelease
+    may_have_skipped: bool  # whether a flag on the device decided on the last step
+    _table: Table | None
+    _table_names: list[list[str]]
 
     # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
     # lends the optimizer the attributes `grad_scale` and `found_inf`.
@@ -60,11 +72,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_learning_rate(defaults["lr"])
-        self._check(defaults)
+        self._numbers = numbers_of(defaults)
+        self._check(with_peaks(self._numbers, defaults))
         self._requested_backend = backend
         self._storage = storage or Storage()
         self._counters: dict[Tensor, Tensor] = {}
         self._rates: LearningRates | None = None
+        self.was_captured = False
         super().__init__(params, defaults)
         self._start()
 
@@ -141,26 +155,78 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._forget_tables()
         for index in indices:
             self.schedule_buffer.fill_(index, schedule)
-        self._sync_groups()
+        self.sync_groups()
+
+    def sync_groups(self) -> None:
+        """Writes what has changed in `param_groups` to the device, without waiting.
+
+        Every step does so first. A loop that only replays a CUDA graph, which holds a step, does it
+        after a change of a learning rate, a weight decay or other numbers of a group.
+
+        Raises:
+            ValueError: a number is invalid.
+
+        >>> import lrs_ext
+        >>> opt = lrs_ext.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+        >>> opt.param_groups[0]["weight_decay"] = lrs_ext.linear(0.1, total_steps=100)
+        >>> opt.sync_groups()
+        >>> opt.param_groups[0]["weight_decay"]
+        0.1
+        """
+        if len(self.param_groups) != len(self._written):
+            raise RuntimeError(
+                f"there are {len(self.param_groups)} parameter groups where there were "
+                f"{len(self._written)}: add them with add_param_group, remove them by making a new "
+                "optimizer"
+            )
+        names = []
+        for index, group in enumerate(self.param_groups):
+            self._learning_rates.sync(index, group)
+            step = self._learning_rates.step
+            fixed = self._hyper_schedules.sync(index, group, step, self._check)
+            row, hyper = self._learning_rates.row(index), self._hyper(fixed)
+            moving = self._hyper_schedules.rows(index)
+            written_row, written_hyper, written_moving = self._written[index]
+            if row is not written_row or moving is not written_moving or hyper != written_hyper:
+                check_numbers(hyper)
+                self._groups.write(index, row, hyper, moving)
+                self._written[index] = (row, hyper, moving)
+            names.append(self._state_names(fixed))
+        if names != self._table_names:
+            self._table_names = names
+            self._table = None
+            self._singles.clear()
+
+    def forget_graphs(self) -> None:
+        """Says that no captured CUDA graph holds a step any more, so that everything may change.
+
+        Until then, what such a graph would not notice is an error: new groups, other tensors.
+        """
+        self.was_captured = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; the schedules go on where they are.
 
         Raises:
-            RuntimeError: a parameter has a dtype, layout or device that the kernels do not serve.
+            RuntimeError: a parameter has a dtype, layout or device that the kernels do not serve,
+                or a CUDA graph holds a step.
         """
+        if self.was_captured:
+            raise RuntimeError(f"a new group is not in the captured CUDA graph: {_CAPTURE_AGAIN}")
         super().add_param_group(param_group)
         try:
             check_learning_rate(self.param_groups[-1]["lr"])
-            self._check(self.param_groups[-1])
+            fixed = with_peaks(self._numbers, self.param_groups[-1])
+            self._check(fixed)
             common_device(_all_params(self.param_groups))
-            check_params(self.param_groups[-1]["params"], type(self).__name__)
-            self._check_storage(self.param_groups[-1])
+            check_params(fixed["params"], type(self).__name__)
+            self._check_storage(fixed)
         except Exception:
             self.param_groups.pop()
             raise
         if self._rates is not None:
             self._rates = self._rates.rebuilt(self.param_groups, self._device)
+            self._hyper_schedules.add(self.param_groups[-1], self._rates.step)
             self._forget_tables()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -180,6 +246,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         had_state = bool(self.state)
+        is_captured = self._is_on_gpu and torch.cuda.is_current_stream_capturing()
+        if is_captured:
+            self._check_capture()
         parts = self._ready_parts()
         has_released = self._released.finish()
         if not parts and not has_released:
@@ -189,7 +258,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             # gradients and a zero learning rate. It must not count as an update.
             return loss
         found_inf = getattr(self, "found_inf", None)
-        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
+        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf, self._device)
         if self._released.is_in_force and scaling is not None:
             raise RuntimeError(
                 "gradients released in the backward pass can no longer be unscaled or clipped: use "
@@ -200,11 +269,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if not parts:
             self.schedule_buffer.step.add_(1)
         self.committed_steps += 1
-        if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
+        self.may_have_skipped = found_inf is not None
+        if is_captured:
             self.was_captured = True
             self._learning_rates.advance(self.param_groups)
         else:
             self._learning_rates.advance(self.param_groups, found_inf)
+        self._hyper_schedules.show(self.param_groups, self._learning_rates.step)
         return loss
 
     def step_in_backward(self) -> GradientRelease:
@@ -252,15 +323,16 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     profile_hook_step = staticmethod(watched_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as in torch; each group also has its schedule and position.
+        """Returns the state as in torch; each group also has its schedules and position.
 
         Reads the position, and with it the learning rates, from the device.
         """
-        self._learning_rates.follow_device(self.param_groups)
+        self._follow_device()
         state_dict = super().state_dict()
         updates = last_step(state_dict["state"])
         for index, group in enumerate(state_dict["param_groups"]):
-            self._learning_rates.save(index, group, updates)
+            numbers = self._hyper_schedules.save(index, group)
+            self._learning_rates.save(index, group, updates, numbers)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -288,9 +360,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def state_to_come(self) -> list[dict[str, Tensor]]:
         """Returns what arrays are kept for each parameter, on the meta device."""
+        fixed = map(self._hyper_schedules.fixed, itertools.count(), self.param_groups)
         return [
             self._storage.arrays(param, self._state_names(group), "meta")
-            for group in self.param_groups
+            for group in fixed
             for param in group["params"]
         ]
 
@@ -323,6 +396,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Shows each driven group's learning rate; see `LearningRates.show`."""
         self._learning_rates.show(self.param_groups, lrs)
 
+    def mark(self) -> Mark:
+        """Returns where the host stands, for a later `roll_back_`."""
+        return self._learning_rates.mark()
+
+    def roll_back_(self, mark: Mark) -> None:
+        """Follows on the host the schedule buffer's step, which has been put back."""
+        self._learning_rates.roll_back(mark)
+        self._hyper_schedules.show(self.param_groups, mark.step)
+
     # The parts of a step
 
     @property
@@ -334,26 +416,48 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = LearningRates(self.param_groups, self._device, step)
+        self._hyper_schedules = HyperSchedules(self._numbers, self.param_groups, self._device, step)
         self._scaling = StepScaling()
         self._released = GradientRelease((), self._update_one)
-        self.committed_steps, self.was_captured = 0, False
+        self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
         self._forget_tables()
 
     def _forget_tables(self) -> None:
         self._is_on_gpu = self._device.type == "cuda"
         self._groups = ops.GroupTable(len(self.param_groups), self._device)
         self._written = _nothing_written(self.param_groups)
-        self._table: Table | None = None
-        self._table_names: list[list[str]] = []
+        self._table, self._table_names = None, []
         self._copies: dict[Tensor, Tensor] = {}  # dense ones, of parameters with gaps
         self._singles: dict[Tensor, Any] = {}  # tables of step_in_backward
 
     def _check_storage(self, group: Group) -> None:
         self._storage.check(group["params"], self._state_names(group))
 
+    def _check_capture(self) -> None:
+        """Raises RuntimeError where replays of the step now captured would not do as it does."""
+        params = _all_params(self.param_groups)
+        missing = [p for p in params if p.requires_grad and p.grad is None]
+        if missing and not self._released.is_in_force:
+            raise RuntimeError(
+                f"{len(missing)} of {len(params)} parameters have no gradient in the capture, "
+                "whose replays would leave them out: capture the backward pass that makes all "
+                "gradients, or freeze these parameters with requires_grad_(False)"
+            )
+        if self._table is None or self._copies:
+            raise RuntimeError(
+                "a captured step makes no tables or states: make a step before the capture, and "
+                "parameters with gaps between their elements contiguous"
+            )
+        for index, group in enumerate(self.param_groups):
+            if not self._learning_rates.is_synced(index, group):
+                raise RuntimeError(
+                    f"the learning rate of group {index} has changed since the last step, and each "
+                    "replay would write it again: call sync_groups() before the capture"
+                )
+
     def _ready_parts(self) -> list[Part]:
         """Returns what a step launches: parts with what the host has changed and with gradients."""
-        self._sync_groups()
+        self.sync_groups()
         table = self._table
         param_lists = [group["params"] for group in self.param_groups]
         if self._copies or table is None or not table.refresh(param_lists, self.state):
@@ -362,37 +466,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             parts = [table]
         return [part for part in parts if part.has_gradients]
 
-    def _sync_groups(self) -> None:
-        """Writes what has changed in `param_groups` since the last step to the device."""
-        if len(self.param_groups) != len(self._written):
-            raise RuntimeError(
-                f"there are {len(self.param_groups)} parameter groups where there were "
-                f"{len(self._written)}: add them with add_param_group, remove them by making a new "
-                "optimizer"
-            )
-        names = []
-        for index, group in enumerate(self.param_groups):
-            self._learning_rates.sync(index, group)
-            row, hyper = self._learning_rates.row(index), self._hyper(group)
-            written_row, written_hyper = self._written[index]
-            if row is not written_row or hyper != written_hyper:
-                check_numbers(hyper)
-                self._groups.write(index, row, hyper)
-                self._written[index] = (row, hyper)
-            names.append(self._state_names(group))
-        if names != self._table_names:
-            self._table_names = names
-            self._table = None
-            self._singles.clear()
-
     @torch.no_grad()
     def _prepare(self, param_lists: list[list[Tensor]]) -> list[Part]:
         """Brings the parts up to date, with states for parameters that have their first gradient.
 
         Everything is checked before anything is changed. Returns nothing if there is nothing to do.
         """
-        for params in param_lists:
-            check_params(params, type(self).__name__)
+        for index, group in enumerate(self.param_groups):
+            check_params(group["params"], type(self).__name__)
+            self._check_storage(self._hyper_schedules.fixed(index, group))
         params = _all_params(self.param_groups)
         gradients = [checked_gradient(param, type(self).__name__) for param in params]
         if all(gradient is None for gradient in gradients):
@@ -424,13 +506,18 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         table = self._table
         refreshed = (selection.param_lists, selection.state, selection.gradients)
         if table is None or not table.refresh(*refreshed):
+            if self.was_captured:
+                raise RuntimeError(
+                    "a parameter or a state is another tensor, or elsewhere in memory, than when a "
+                    f"CUDA graph captured the step: {_CAPTURE_AGAIN}"
+                )
             table = self._table = self._make_table(selection)
         return table
 
     @torch.no_grad()
     def _update_one(self, param: Tensor) -> None:
         """Updates one dense parameter from its gradient, without advancing the schedule."""
-        self._sync_groups()
+        self.sync_groups()
         table, param_lists, state = self._singles.get(param, (None, [], {}))
         is_ready = state.get(param) is self.state.get(param)
         if table is None or not is_ready or not table.refresh(param_lists, state):
@@ -489,14 +576,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         updates = []
         rows = zip(selection.positions, selection.steps, selection.gradients, strict=True)
         for index, params in enumerate(selection.param_lists):
-            lr, hyper = self._learning_rates.current(index), self._written[index][1]
+            lr, step = self._learning_rates.current(index), self.schedule_buffer.step
+            hyper = self._hyper_schedules.current(index, self._written[index][1], step)
             for param in params:
-                position, step, grad = next(rows)
-                if step is None or grad is None:
+                position, count, grad = next(rows)
+                if count is None or grad is None:
                     continue
                 state, names = selection.state.get(param, {}), self._table_names[index]
                 updates.append(
-                    reference.TensorUpdate(param, grad, state, names, step, lr, hyper, position)
+                    reference.TensorUpdate(param, grad, state, names, count, lr, hyper, position)
                 )
         return updates
 
@@ -516,25 +604,37 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
         self._backend = ops.select_backend(self._requested_backend, self._device)
         self._rates = self._learning_rates.rebuilt(self.param_groups, self._device)
+        self._hyper_schedules = self._hyper_schedules.moved(
+            self.param_groups, self._device, self._rates.step
+        )
         for state in self.state.values():
             for name, value in state.items():
                 if isinstance(value, Tensor):
                     state[name] = value.to(self._device)
         self._counters = {p: c.to(self._device) for p, c in self._counters.items()}
         self._forget_tables()
-        self._sync_groups()
+        self.sync_groups()
+
+    def _follow_device(self) -> None:
+        """Takes the position from the device, which alone knows of replayed updates."""
+        rates = self._learning_rates
+        for index, group in enumerate(self.param_groups):
+            self._hyper_schedules.sync(index, group, rates.step, self._check)
+        rates.follow_device(self.param_groups)
+        self._hyper_schedules.show(self.param_groups, rates.step)
 
     # Pickling, copying, loading
 
     def __getstate__(self) -> dict[str, Any]:
-        rates = self._learning_rates
-        rates.follow_device(self.param_groups)
+        self._follow_device()
+        rates, groups = self._learning_rates, range(len(self.param_groups))
         return {
             **super().__getstate__(),
             "_requested_backend": self._requested_backend,
             "_storage": self._storage,
             "_counters": self._counters,
-            "_schedules": [rates.schedule(index) for index in range(len(self.param_groups))],
+            "_schedules": [rates.schedule(index) for index in groups],
+            "_number_schedules": [self._hyper_schedules.in_charge(index) for index in groups],
             "_schedule_step": rates.step,
             "_values": rates.buffer.values,
         }
@@ -546,10 +646,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             return
         state = dict(state)
         schedules, step = state.pop("_schedules"), state.pop("_schedule_step")
-        values = state.pop("_values")
+        values, number_schedules = state.pop("_values"), state.pop("_number_schedules")
         super().__setstate__(state)
-        for group, schedule in zip(self.param_groups, schedules, strict=True):
-            group["lr"] = group["lr"] if schedule is None else schedule
+        self._numbers = numbers_of(self.defaults)
+        for index, group in enumerate(self.param_groups):
+            group["lr"] = schedules[index] or group["lr"]
+            put_schedules(self._numbers, group, number_schedules[index])
         self._start(step)
         self.schedule_buffer.values.copy_(values)  # what write_ has put there is in no schedule
 
@@ -558,13 +660,17 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for group in groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            self._check(group)
-            self._check_storage(group)
         states = {
             param: unwrap_state(param, saved, self._storage) for param, saved in saved_state.items()
         }
         updates = last_step(states)
         positions = [saved_position(group, updates) for group in groups]
+        for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
+            self._hyper_schedules.resume(index, group, position)
+            fixed = with_peaks(self._numbers, group)
+            self._check(fixed)
+            self._check_storage(fixed)
+            check_numbers(self._hyper(fixed))
         for param in [param for param in self.state if param not in states]:
             del self.state[param]
         for param, loaded in states.items():
@@ -577,13 +683,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             if param not in self.state:
                 del self._counters[param]
         self._rates = self._learning_rates.loaded(groups, positions, updates)
+        self._hyper_schedules.load(groups, self._rates.step)
         self.param_groups = groups
         self._written = _nothing_written(groups)
+        self.sync_groups()
 
 
 def _all_params(groups: list[Group]) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
 
 
-def _nothing_written(groups: list[Group]) -> list[tuple[Tensor | None, dict[str, float]]]:
-    return [(None, {}) for _ in groups]
+def _nothing_written(groups: list[Group]) -> list[Written]:
+    return [(None, {}, {}) for _ in groups]

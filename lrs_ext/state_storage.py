@@ -129,8 +129,15 @@ class Storage:
                     state[name] = laid_out_as(param, value, torch.int16)
                 continue
             state[name] = value.clone(memory_format=torch.preserve_format)
-            if name + _SCALE_SUFFIX in saved:
-                state[name + _SCALE_SUFFIX] = saved[name + _SCALE_SUFFIX].clone()
+            scale = saved.get(name + _SCALE_SUFFIX)
+            if scale is not None:
+                blocks = block_codes.num_blocks(param.numel())
+                if scale.shape != (blocks,):
+                    raise ValueError(
+                        f"the loaded {name + _SCALE_SUFFIX} has shape {tuple(scale.shape)}, its "
+                        f"parameter {blocks} blocks: the checkpoint belongs to another model"
+                    )
+                state[name + _SCALE_SUFFIX] = scale.clone()
             self._convert(param, state, name)
         return state
 

@@ -44,17 +44,20 @@ DTYPE = tl.constexpr(11)
 POSITION = tl.constexpr(12)
 TENSOR_COLUMNS = tl.constexpr(13)
 
-# Columns of a row of the group table. From SCALE on, they are float64.
+# Columns of a row of the group table. From SCALE to ALWAYS_ADAPT, they are float64.
 LR = tl.constexpr(0)
 CAPACITY = tl.constexpr(1)
 SCALE = tl.constexpr(2)
 WEIGHT_DECAY = tl.constexpr(3)
 MAXIMIZE = tl.constexpr(4)
-BETA1 = MOMENTUM = tl.constexpr(5)
+MOMENTUM = tl.constexpr(5)  # beta1 too
 BETA2 = DAMPENING = tl.constexpr(6)
 EPS = NESTEROV = tl.constexpr(7)
 DECOUPLED = tl.constexpr(8)
-GROUP_COLUMNS = tl.constexpr(10)  # LAMB has one more
+ALWAYS_ADAPT = tl.constexpr(9)
+WEIGHT_DECAYS = tl.constexpr(10)  # the address of its values and their number, or zeros
+MOMENTA = tl.constexpr(12)  # likewise; of beta1 too
+GROUP_COLUMNS = tl.constexpr(14)
 
 # Codes in the column DTYPE; the third is float16.
 FLOAT32 = tl.constexpr(0)
@@ -108,14 +111,21 @@ class Lion(NamedTuple):
 
 
 @jit
-def sgd_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> SGD:
+def sgd_fold(
+    group: tl.tensor,
+    lr: tl.tensor,
+    weight_decay: tl.tensor,
+    momentum: tl.tensor,
+    step: tl.tensor,
+    scale: tl.tensor,
+) -> SGD:
     # The first update makes the gradient itself the momentum buffer.
     grad_share = tl.where(step == 1.0, 1.0, 1.0 - tl.load(group + DAMPENING))
     return SGD(
         grad_factor=tl.where(tl.load(group + MAXIMIZE) != 0.0, -scale, scale).to(tl.float32),
-        weight_decay=tl.load(group + WEIGHT_DECAY).to(tl.float32),
+        weight_decay=weight_decay.to(tl.float32),
         lr=lr.to(tl.float32),
-        momentum=tl.load(group + MOMENTUM).to(tl.float32),
+        momentum=momentum.to(tl.float32),
         grad_share=grad_share.to(tl.float32),
         nesterov=tl.load(group + NESTEROV) != 0.0,
     )
@@ -142,10 +152,15 @@ def power(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 
 @jit
-def adam_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> Adam:
-    beta1 = tl.load(group + BETA1)
+def adam_fold(
+    group: tl.tensor,
+    lr: tl.tensor,
+    weight_decay: tl.tensor,
+    beta1: tl.tensor,
+    step: tl.tensor,
+    scale: tl.tensor,
+) -> Adam:
     beta2 = tl.load(group + BETA2)
-    weight_decay = tl.load(group + WEIGHT_DECAY)
     decoupled = tl.load(group + DECOUPLED) != 0.0
     bias_correction1 = 1.0 - power(beta1, step)
     bias_correction2 = 1.0 - power(beta2, step)
@@ -186,12 +201,18 @@ def adam_apply(
 
 
 @jit
-def lion_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> Lion:
-    beta1 = tl.load(group + BETA1)
+def lion_fold(
+    group: tl.tensor,
+    lr: tl.tensor,
+    weight_decay: tl.tensor,
+    beta1: tl.tensor,
+    step: tl.tensor,
+    scale: tl.tensor,
+) -> Lion:
     beta2 = tl.load(group + BETA2)
     return Lion(
         grad_factor=tl.where(tl.load(group + MAXIMIZE) != 0.0, -scale, scale).to(tl.float32),
-        param_share=(1.0 - lr * tl.load(group + WEIGHT_DECAY)).to(tl.float32),
+        param_share=(1.0 - lr * weight_decay).to(tl.float32),
         lr=lr.to(tl.float32),
         beta1=beta1.to(tl.float32),
         beta2=beta2.to(tl.float32),
@@ -363,15 +384,14 @@ def update_chunk_of(
         addresses += (tl.load(row + STATES + i),)
         if STATE_TYPE == BLOCK8_STATE:
             scales += (tl.load(row + SCALES + i),)
+    bfloat16_arrays = addresses
+    if PARAM_KIND == SPLIT:
+        bfloat16_arrays += (tl.load(row + REMAINDER),)
     code = tl.load(row + DTYPE)
     if code == FLOAT32:
         update_chunk(update, addresses, scales, begin, end, key, PLAIN, tl.float32)
     elif code == BFLOAT16:
-        if PARAM_KIND == SPLIT:
-            halves: tl.tuple = (*addresses, tl.load(row + REMAINDER))
-            update_chunk(update, halves, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
-        else:
-            update_chunk(update, addresses, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
+        update_chunk(update, bfloat16_arrays, scales, begin, end, key, BFLOAT16_UPDATE, tl.bfloat16)
     else:
         update_chunk(update, addresses, scales, begin, end, key, PLAIN, tl.float16)
 
@@ -391,6 +411,19 @@ def grad_scale(
 
 
 @jit
+def number_at(
+    group: tl.tensor, step: tl.tensor, FIXED: tl.constexpr, VALUES: tl.constexpr
+) -> tl.tensor:
+    """Returns the number in column FIXED of a group, or its value of a step if it moves."""
+    fixed = tl.load(group.to(tl.pointer_type(tl.float64), bitcast=True) + FIXED)
+    address = tl.load(group + VALUES)
+    position = tl.minimum(step, tl.load(group + VALUES + 1) - 1)
+    values = address.to(tl.pointer_type(tl.float32))
+    value = tl.load(values + position, address != 0, other=0.0)
+    return tl.where(address != 0, value.to(tl.float64), fixed)
+
+
+@jit
 def fold(
     row: tl.tensor, groups: tl.tensor, step: tl.tensor, scale: tl.tensor, FOLD: tl.constexpr
 ) -> tl.tuple:
@@ -398,10 +431,14 @@ def fold(
     group = groups + tl.load(row + GROUP) * GROUP_COLUMNS
     doubles = group.to(tl.pointer_type(tl.float64), bitcast=True)
     lrs = tl.load(group + LR).to(tl.pointer_type(tl.float32))
-    position = tl.minimum(tl.load(step), tl.load(group + CAPACITY) - 1)
+    now = tl.load(step)
+    position = tl.minimum(now, tl.load(group + CAPACITY) - 1)
     lr = tl.load(lrs + position).to(tl.float64) * tl.load(doubles + SCALE)
+    weight_decay = number_at(group, now, WEIGHT_DECAY, WEIGHT_DECAYS)
+    momentum = number_at(group, now, MOMENTUM, MOMENTA)
     tensor_step = tl.load(row + TENSOR_STEP).to(tl.pointer_type(tl.float32))
-    return FOLD(doubles, lr, tl.load(tensor_step).to(tl.float64) + 1.0, scale)
+    count = tl.load(tensor_step).to(tl.float64) + 1.0
+    return FOLD(doubles, lr, weight_decay, momentum, count, scale)
 
 
 @jit
@@ -514,7 +551,7 @@ def step(
     Args:
         algorithm: a key of `ALGORITHMS`.
         tensors: int64 `(N, 13)`, a TensorEntry a row; its null pointers are 0.
-        groups: int64 `(G, 10)`, a Group a row; its doubles are bit-cast.
+        groups: int64 `(G, 14)`, a Group a row; its doubles are bit-cast.
         chunks: int32 `(C, 2)`: the tensor, and the index of the chunk within it.
         gradients: int64 `(N,)`, addresses; 0 where a tensor has no gradient.
         step: int64, 0-d: committed updates; advances by one, even if no tensor has a gradient.

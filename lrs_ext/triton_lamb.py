@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrs_ext.triton_kernels import (
-    BETA1,
+    ALWAYS_ADAPT,
     BETA2,
     BFLOAT16,
     DECOUPLED,
@@ -24,7 +24,6 @@ from lrs_ext.triton_kernels import (
     STATES,
     TENSOR_COLUMNS,
     THREADS,
-    WEIGHT_DECAY,
     commit,
     fold,
     grad_scale,
@@ -35,7 +34,6 @@ from lrs_ext.triton_kernels import (
 from lrs_ext.triton_storage import jit
 
 BIAS_CORRECTION = DECOUPLED
-ALWAYS_ADAPT = tl.constexpr(9)
 
 LANE = tl.constexpr(4)  # 16 bytes of the moments
 PIECE = tl.constexpr(THREADS.value * LANE.value)
@@ -60,10 +58,15 @@ class LAMB(NamedTuple):
 
 
 @jit
-def lamb_fold(group: tl.tensor, lr: tl.tensor, step: tl.tensor, scale: tl.tensor) -> LAMB:
-    beta1 = tl.load(group + BETA1)
+def lamb_fold(
+    group: tl.tensor,
+    lr: tl.tensor,
+    weight_decay: tl.tensor,
+    beta1: tl.tensor,
+    step: tl.tensor,
+    scale: tl.tensor,
+) -> LAMB:
     beta2 = tl.load(group + BETA2)
-    weight_decay = tl.load(group + WEIGHT_DECAY)
     corrects = tl.load(group + BIAS_CORRECTION) != 0.0
     bias_correction1 = tl.where(corrects, 1.0 - power(beta1, step), 1.0)
     bias_correction2 = tl.where(corrects, 1.0 - power(beta2, step), 1.0)

@@ -46,7 +46,8 @@ def random_bits(key: tl.tensor, index: tl.tensor) -> tl.tensor:
 
 @jit
 def state_random(random: tl.tensor, INDEX: tl.constexpr) -> tl.tensor:
-    return (random >> (16 + 8 * INDEX)) & 0xFF
+    # A third state is float32 and takes none.
+    return (random >> (16 + 8 * INDEX)) & 0xFF if INDEX < 2 else random
 
 
 @jit

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lrs_ext.state_storage import Storage
+
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -152,16 +154,79 @@ ELEMENTWISE_UPDATES = STATE_UPDATES[:-1]
 TORCH_OPTIMIZERS = ["SGD", "Adam", "AdamW"]  # those that torch.optim has too
 OPTIMIZERS = [*TORCH_OPTIMIZERS, "Lion", "LAMB"]
 
-# How states and bfloat16 parameters are kept, but for the default.
-STORAGES = [
-    {**({} if dtype == torch.float32 else {"state_dtype": dtype}), **kind}
-    for dtype in (torch.float32, torch.bfloat16, torch.uint8)
-    for kind in ({}, {"master_weights": True}, {"stochastic_rounding": True})
-    if kind or dtype != torch.float32
+
+@dataclass(frozen=True)
+class MovingRow:
+    """An optimizer and the schedules of its numbers, by the keys of `numbers`: weight_decay, and
+    momentum or, for betas[0], beta1. `options` has the fixed beta2.
+    """
+
+    update: UpdateRow
+    numbers: dict = field(hash=False)
+
+    def __str__(self):
+        numbers = ",".join(f"{name}={schedule}" for name, schedule in self.numbers.items())
+        return f"{self.update}:{numbers}"
+
+
+DECAY = ScheduleRow("linear", 0.3, 5)
+RISE = ScheduleRow("constant", 0.9, 20, {"warmup_steps": 4})
+FALL = ScheduleRow("polynomial", 0.95, 5, {"min_lr": 0.5, "power": 2.0})
+TO_ZERO = ScheduleRow("cosine", 0.8, 4)
+MOVING = [
+    MovingRow(UpdateRow("SGD"), {"weight_decay": DECAY}),
+    MovingRow(UpdateRow("SGD", {"dampening": 0.25}), {"momentum": FALL, "weight_decay": DECAY}),
+    MovingRow(UpdateRow("SGD", {"nesterov": True, "maximize": True}), {"momentum": RISE}),
+    MovingRow(UpdateRow("SGD", {"dampening": 0.5, "weight_decay": 0.1}), {"momentum": TO_ZERO}),
+    MovingRow(UpdateRow("Adam", {"betas": (None, 0.9)}), {"beta1": FALL, "weight_decay": DECAY}),
+    MovingRow(
+        UpdateRow("AdamW", {"betas": (None, 0.9), "amsgrad": True}),
+        {"beta1": RISE, "weight_decay": DECAY},
+    ),
+    MovingRow(UpdateRow("AdamW", {"betas": (None, 0.95)}), {"beta1": TO_ZERO}),
+    MovingRow(UpdateRow("Lion", {"betas": (None, 0.9)}), {"beta1": FALL, "weight_decay": DECAY}),
+    MovingRow(
+        UpdateRow("LAMB", {"betas": (None, 0.9), "always_adapt": False}),
+        {"beta1": RISE, "weight_decay": DECAY},
+    ),
 ]
-# One row for each update and number of states that can be compressed.
-COMPRESSED_UPDATES = [UPDATES[0], UPDATES[5], *(row for row in UPDATES if row.name == "Lion")][:3]
-COMPRESSED_UPDATES.append(next(row for row in UPDATES if row.name == "AdamW"))
+# All numbers of each optimizer.
+MOVING_ALL = [MOVING[i] for i in (1, 4, 5, 7, 8)]
+
+
+@dataclass(frozen=True)
+class StorageRow:
+    """The keywords of an optimizer that say how it keeps states and bfloat16 parameters."""
+
+    state_dtype: torch.dtype = torch.float32
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+
+    def __str__(self):
+        param = "split" if self.master_weights else "nearest"
+        param = "stochastic" if self.stochastic_rounding else param
+        return f"{str(self.state_dtype).removeprefix('torch.')}-{param}"
+
+    @property
+    def options(self):
+        return dict(vars(self))
+
+    @property
+    def storage(self):
+        return Storage(**self.options)
+
+
+STORAGES = [
+    StorageRow(state_dtype, **param)
+    for state_dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    for param in ({}, {"master_weights": True}, {"stochastic_rounding": True})
+]
+# The optimizers that have these keywords.
+STORING_OPTIMIZERS = [name for name in OPTIMIZERS if name != "LAMB"]
+# Bytes that one state takes for each parameter, the scales of 8-bit blocks included.
+STATE_BYTES = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.uint8: 1.0 + 4 / 128}
+# One row for each combination of states that can be compressed.
+STORED_UPDATES = [UPDATES[i] for i in (1, 4, 7, 14, 19)]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REFUSED_DTYPES = [torch.float64, torch.complex64, torch.int32]

@@ -127,10 +127,14 @@ def sgd(
     weight_decay=0.0,
     nesterov=False,
     maximize=False,
+    has_buffer=None,
 ):
-    """Stochastic gradient descent; momentum as in Sutskever et al., ICML 2013, in torch's form."""
+    """Stochastic gradient descent; momentum as in Sutskever et al., ICML 2013, in torch's form.
+
+    A momentum that moves has a buffer where it is 0 too.
+    """
     grad = (-grad if maximize else grad) + weight_decay * param
-    if momentum == 0:
+    if not (momentum != 0 if has_buffer is None else has_buffer):
         return param - lr * grad, state
     if "momentum_buffer" in state:
         buffer = momentum * state["momentum_buffer"] + (1 - dampening) * grad
@@ -224,3 +228,63 @@ def lamb(
 
 
 UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "Lion": lion, "LAMB": lamb}
+
+# Storage: how numbers are read back from what an optimizer keeps. All results are float64.
+
+BLOCK = 128  # elements that share a scale, in the order in which they lie in memory
+
+
+def _largest_floats(mantissa_bits, count):
+    """0, and in order the largest floats up to 1 with so many bits of mantissa."""
+    steps = 2**mantissa_bits
+    floats = {1.0} | {(1 + m / steps) * 0.5**e for e in range(1, 20) for m in range(steps)}
+    return torch.tensor([0.0, *sorted(floats)[-count:]], dtype=torch.float64)
+
+
+SIGNED_SHARES = _largest_floats(3, 127)  # of which the highest bit of a code is the sign
+ROOT_SHARES = _largest_floats(4, 255)
+
+
+def flat(tensor):
+    """The elements in the order of memory."""
+    return torch.as_strided(tensor, (tensor.numel(),), (1,))
+
+
+def spread(scales, numel):
+    """The scale of each element."""
+    return scales.double().repeat_interleave(BLOCK)[:numel]
+
+
+def block_numbers(codes, scales, is_root):
+    """What block-quantised codes stand for: means of squares are kept as roots."""
+    words = flat(codes).long()
+    shares = ROOT_SHARES[words] if is_root else SIGNED_SHARES[words % 128]
+    sign = 1.0 if is_root else torch.where(words < 128, 1.0, -1.0).double()
+    numbers = sign * shares * spread(scales, words.numel())
+    values = torch.empty_like(codes, dtype=torch.float64)
+    flat(values).copy_(numbers**2 if is_root else numbers)
+    return values
+
+
+def joined(high, low):
+    """The float32 of which a bfloat16 is the rounded high half, and an int16 the low half."""
+    bits = flat(high).view(torch.int16).long() * 2**16 + flat(low).long()
+    values = torch.empty_like(high, dtype=torch.float32)
+    flat(values).view(torch.int32).copy_(bits)
+    return values.double()
+
+
+def kept_numbers(param, state):
+    """A parameter and its states by name, from the arrays that an optimizer keeps."""
+    param, state = param.detach().cpu(), {name: t.detach().cpu() for name, t in state.items()}
+    low = state.pop("master_remainder", None)
+    value = param.double() if low is None else joined(param, low)
+    numbers = {}
+    for name, array in state.items():
+        if name.endswith("_scale"):
+            continue
+        scales = state.get(f"{name}_scale")
+        is_root = name == "exp_avg_sq"
+        plain = scales is None
+        numbers[name] = array.double() if plain else block_numbers(array, scales, is_root)
+    return value, numbers

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import lrs_ext
-from lrs_ext import functional
+from lrs_ext import _C, functional
 
 STEPS = 30
 
@@ -138,6 +138,16 @@ def test_the_compiler_copies_no_parameter_or_state():
     assert not re.findall(
         r"empty_strided\w*\(|clone|copy_\(|cpp_fused", code.partition("def call")[2]
     )
+
+
+@pytest.mark.parametrize("name", cases.OPTIMIZERS)
+def test_the_operator_serves_every_optimizer(name):
+    opt = getattr(lrs_ext, name)([torch.ones(1, requires_grad=True)], lr=0.1)
+    group, algorithm = opt.param_groups[0], opt.algorithm
+    assert set(functional.HYPER_NAMES[algorithm]) == set(opt._hyper(group))
+    names = opt._state_names(group)
+    assert functional.STATE_NAMES[algorithm][: len(names)] == tuple(names)
+    assert functional.STATE_NAMES.keys() == set(_C.algorithms)
 
 
 def call(**changes):

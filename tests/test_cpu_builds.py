@@ -4,6 +4,7 @@ Each is compiled here into a library of its own, with the very commands of the p
 """
 
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from lrs_ext import _C, ops
 pytestmark = pytest.mark.xdist_group(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-CHUNK = 2045  # no multiple of any vector: chunks begin and end anywhere
+CHUNK = 15 * ops.QUANT_BLOCK
 
 DRIVER = """
 #include "step_cpu.h"
@@ -39,17 +40,36 @@ void load_bfloat16(const BFloat16* s, float* t, int64_t n) { convert(s, t, n); }
 void load_float16(const Float16* s, float* t, int64_t n) { convert(s, t, n); }
 void store_bfloat16(const float* s, BFloat16* t, int64_t n) { convert(s, t, n); }
 void store_float16(const float* s, Float16* t, int64_t n) { convert(s, t, n); }
-void step(Algorithm algorithm, const TensorEntry* tensors, const Group* groups, const Chunk* chunks,
-          int64_t num_chunks, int64_t chunk_elements, int64_t* step, const void* const* gradients,
-          Squares* chunk_squares, Squares* tensor_squares) {
-  const StepTable table{algorithm, tensors, 0, groups, chunks, num_chunks, chunk_elements, step,
-                        nullptr, chunk_squares, tensor_squares};
+void step(Algorithm algorithm, StateType state_type, bool stochastic, const TensorEntry* tensors,
+          const Group* groups, const Chunk* chunks, int64_t num_chunks, int64_t chunk_elements,
+          int64_t* step, const void* const* gradients, Squares* chunk_squares,
+          Squares* tensor_squares) {
+  StepTable table{};
+  table.algorithm = algorithm;
+  table.state_type = state_type;
+  table.rounds_stochastically = stochastic;
+  table.tensors = tensors;
+  table.groups = groups;
+  table.chunks = chunks;
+  table.num_chunks = num_chunks;
+  table.chunk_elements = chunk_elements;
+  table.step = step;
+  table.chunk_squares = chunk_squares;
+  table.tensor_squares = tensor_squares;
   if (algorithm == Algorithm::kLAMB) {
     LRS_ISA::lamb_moments(table, gradients, 0, num_chunks);
     LRS_ISA::lamb_params(table, gradients, 0, num_chunks);
   } else {
     LRS_ISA::step_chunks(table, gradients, 0, num_chunks);
   }
+}
+void squares(const TensorEntry* tensors, const Chunk* chunks, int64_t num_chunks,
+             int64_t chunk_elements, const void* const* gradients, double* sums) {
+  StepTable table{};
+  table.tensors = tensors;
+  table.chunks = chunks;
+  table.chunk_elements = chunk_elements;
+  LRS_ISA::square_chunks(table, gradients, 0, num_chunks, sums);
 }
 }
 """
@@ -66,8 +86,8 @@ REQUIRED_FLAGS = {
 @dataclass(frozen=True)
 class Build:
     library: Path
-    loops: list[Path]  # the object files
-    remarks: str  # of the compiler on each loop; empty unless it is GCC
+    objects: dict[str, Path]  # by source
+    remarks: dict[str, str]  # of the compiler on each loop, by source; empty unless it is GCC
 
 
 def runs_here(isa):
@@ -88,29 +108,32 @@ def builds(tmp_path_factory):
     subprocess.run(configure, env=environment, check=True, capture_output=True)
     driver = folder / "driver.cpp"
     driver.write_text(DRIVER)
-    found = {}
+    sources = {}
     for entry in json.loads((folder / "compile_commands.json").read_text()):
         isa = re.search(r"-DLRS_ISA=(\w+)", entry["command"])
         if isa is not None:
             command = shlex.split(entry["command"])
-            flags = command[: command.index("-o")]
-            found.setdefault(isa[1], (flags, []))[1].append(entry["file"])
-    assert set(found) == set(VECTOR_BYTES)
-    return {isa: build(*found[isa], driver, folder / isa) for isa in found}
+            source = (command[: command.index("-o")], Path(entry["file"]))
+            sources.setdefault(isa[1], []).append(source)
+    assert set(sources) == set(VECTOR_BYTES)
+    return {isa: build(found, driver, folder / isa) for isa, found in sources.items()}
 
 
-def build(flags, sources, driver, target):
-    library = target.with_suffix(".so")
+def build(sources, driver, target):
+    flags = sources[0][0]
     version = subprocess.run([flags[0], "--version"], check=True, capture_output=True, text=True)
     is_gcc = "Free Software Foundation" in version.stdout
     report = ["-fopt-info-vec-optimized-missed"] if is_gcc else []
-    loops, remarks = [], ""
-    for source in sources:
-        loops.append(target.with_name(f"{target.name}_{Path(source).stem}.o"))
-        command = [*flags, *report, "-c", source, "-o", loops[-1]]
-        remarks += subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    subprocess.run([*flags, f"-I{ROOT}/csrc", "-shared", driver, *loops, "-o", library], check=True)
-    return Build(library, loops, remarks)
+    objects, remarks = {}, {}
+    for own_flags, source in sources:
+        objects[source.stem] = target.with_suffix(f".{source.stem}.o")
+        command = [*own_flags, *report, "-c", source, "-o", objects[source.stem]]
+        compiled = subprocess.run(command, check=True, capture_output=True, text=True)
+        remarks[source.stem] = compiled.stderr
+    library = target.with_suffix(".so")
+    inputs = [f"-I{ROOT}/csrc", driver, *objects.values()]
+    subprocess.run([*flags, "-shared", *inputs, "-o", library], check=True)
+    return Build(library, objects, remarks)
 
 
 @pytest.fixture(params=VECTOR_BYTES)
@@ -187,6 +210,7 @@ STATES = {
     "lamb": ["exp_avg", "exp_avg_sq"],
 }
 COUNTS = [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3), ("lion", 1), ("lamb", 2)]
+COMPRESSED_COUNTS = [("sgd", 1), ("adam", 2), ("lion", 1)]
 HYPER = {
     "sgd": {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
     "adam": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1},
@@ -195,66 +219,119 @@ HYPER = {
 }
 
 
-def updated(library, algorithm, names, dtype):
-    """Parameters, states by name and LAMB's sums after one update of fixed numbers by a library."""
-    generator = torch.Generator().manual_seed(0)
-    params = []
-    for numel in (1, 3, 8, 37, 1000, 3 * CHUNK + 5):
-        params.append(torch.randn(numel, generator=generator).to(dtype))
-        params[-1].grad = torch.randn(numel, generator=generator).to(dtype)
-    state = {p: {n: torch.rand(p.shape, generator=generator) + 0.5 for n in names} for p in params}
-    counters = [torch.tensor(1.0) for _ in params]
-    tensors = _C.StepTensors(ops._tensor_access(), [params], state, [names], counters)
-    assert tensors.refresh([params], state, None)
-    step = _C.Step(algorithm, tensors, CHUNK)
-    groups, lr = ops.GroupTable(1, torch.device("cpu")), torch.tensor([0.5, 0.02])
-    groups.write(0, lr, HYPER[algorithm])
-    rows, chunks = torch.from_numpy(step.tensor_rows), torch.from_numpy(step.chunk_rows)
-    gradients, committed = torch.from_numpy(step.gradient_addresses), torch.tensor(1)
-    sums = torch.zeros(len(chunks), 2, dtype=torch.float64)
-    norms = torch.rand(len(params), 2, generator=generator, dtype=torch.float64) + 0.5
-    library.step(
-        {"sgd": 0, "adam": 1, "lion": 2, "lamb": 3}[algorithm],
-        *map(pointer, (rows, groups.rows, chunks)),
-        ctypes.c_int64(len(chunks)),
-        ctypes.c_int64(CHUNK),
-        *map(pointer, (committed, gradients, sums, norms)),
-    )
-    return torch.cat(params), {n: torch.cat([state[p][n] for p in params]) for n in names}, sums
+class Update:
+    """Parameters of fixed numbers, how they are kept, and their native tables."""
+
+    def __init__(self, algorithm, names, dtype, row):
+        generator = torch.Generator().manual_seed(0)
+        self.params, self.state = [], {}
+        self.algorithm, self.row = algorithm, row
+        for numel in (1, 3, 8, 37, 1000, 3 * CHUNK + 5):
+            param = torch.randn(numel, generator=generator).to(dtype)
+            param.grad = torch.randn(numel, generator=generator).to(dtype)
+            numbers = {name: torch.rand(numel, generator=generator) + 0.5 for name in names}
+            self.params.append(param)
+            self.state[param] = row.storage.loaded(param, numbers)
+            row.storage.complete(param, self.state[param], names)
+        counters = [torch.tensor(1.0) for _ in self.params]
+        tables = [self.params], self.state, [names], counters, row.storage.state_type
+        self.tensors = _C.StepTensors(ops._tensor_access(), *tables)
+        assert self.tensors.refresh([self.params], self.state, None)
+        step = _C.Step(algorithm, self.tensors, CHUNK, row.storage.state_type)
+        self.rows = torch.from_numpy(step.tensor_rows)
+        self.chunks = torch.from_numpy(step.chunk_rows)
+        self.gradients = torch.from_numpy(step.gradient_addresses)
+        self.sums = torch.zeros(len(self.chunks), 2, dtype=torch.float64)  # LAMB's
+        norms = torch.rand(len(self.params), 2, generator=generator, dtype=torch.float64)
+        self.norms = norms + 0.5
+
+    def run(self, library):
+        """All arrays after one update by a library."""
+        groups, lr = ops.GroupTable(1, torch.device("cpu")), torch.tensor([0.5, 0.02])
+        groups.write(0, lr, HYPER[self.algorithm])
+        committed = torch.tensor(1)
+        library.step(
+            {"sgd": 0, "adam": 1, "lion": 2, "lamb": 3}[self.algorithm],
+            {"float32": 0, "bfloat16": 1, "block8": 2}[self.row.storage.state_type],
+            ctypes.c_bool(self.row.stochastic_rounding),
+            *map(pointer, (self.rows, groups.rows, self.chunks)),
+            ctypes.c_int64(len(self.chunks)),
+            ctypes.c_int64(CHUNK),
+            *map(pointer, (committed, self.gradients, self.sums, self.norms)),
+        )
+        arrays = [array for state in self.state.values() for array in state.values()]
+        return [*self.params, *arrays, self.sums]
+
+    def squares(self, library):
+        sums = torch.full((len(self.chunks),), -1.0, dtype=torch.float64)
+        library.squares(
+            *map(pointer, (self.rows, self.chunks)),
+            ctypes.c_int64(len(self.chunks)),
+            ctypes.c_int64(CHUNK),
+            *map(pointer, (self.gradients, sums)),
+        )
+        return sums
+
+
+def variants():
+    for row, dtype in itertools.product(cases.STORAGES, cases.DTYPES):
+        if row != cases.STORAGES[0] and dtype == torch.float16:
+            continue
+        is_plain = row.state_dtype == torch.float32
+        for algorithm, count in COUNTS if is_plain else COMPRESSED_COUNTS:
+            name = f"{algorithm}-{count}-{dtype}-{row}"
+            yield pytest.param(algorithm, STATES[algorithm][:count], dtype, row, id=name)
+
+
+@pytest.mark.parametrize(("algorithm", "names", "dtype", "row"), list(variants()))
+def test_every_build_gives_the_same_bits(builds, library, algorithm, names, dtype, row):
+    arrays = Update(algorithm, names, dtype, row).run(library)
+    baseline = ctypes.CDLL(str(builds["baseline"].library))
+    expected = Update(algorithm, names, dtype, row).run(baseline)
+    assert all(torch.equal(a, b) for a, b in zip(arrays, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize(("algorithm", "count"), COUNTS)
-def test_every_build_gives_the_same_bits(builds, library, algorithm, count, dtype):
-    names = STATES[algorithm][:count]
-    param, states, sums = updated(library, algorithm, names, dtype)
-    baseline = ctypes.CDLL(str(builds["baseline"].library))
-    expected, expected_states, expected_sums = updated(baseline, algorithm, names, dtype)
-    assert torch.equal(param, expected)
-    assert torch.equal(sums, expected_sums)
-    assert all(torch.equal(states[name], expected_states[name]) for name in names)
+def test_every_build_adds_squares_in_the_same_order(builds, library, dtype):
+    update = Update("sgd", [], dtype, cases.STORAGES[0])
+    sums = update.squares(library)
+    assert torch.equal(sums, update.squares(ctypes.CDLL(str(builds["baseline"].library))))
+    exact = sum(param.grad.double().square().sum() for param in update.params)
+    assert sums.sum().item() == pytest.approx(exact.item(), rel=1e-14)
 
 
 # Vectors.
 
+STEP, NORM, LAMB = "step_cpu_chunks", "norm_cpu_chunks", "lamb_cpu_chunks"
 
-@pytest.mark.skipif(not IS_X86, reason="reads x86 assembly")
-@pytest.mark.parametrize("instruction", ["sqrtps", "divps", "mulpd"])
-def test_the_loops_of_adam_and_lamb_compute_in_vectors(builds, isa, instruction):
-    objdump = ["objdump", "-d", "--no-show-raw-insn", *builds[isa].loops]
+
+def count_in_vectors(builds, isa, source, instruction):
+    objdump = ["objdump", "-d", "--no-show-raw-insn", builds[isa].objects[source]]
     code = subprocess.run(objdump, check=True, capture_output=True, text=True).stdout
     register = {16: "%xmm", 32: "%ymm", 64: "%zmm"}[VECTOR_BYTES[isa]]
-    # Adam's with and without amsgrad's state, and LAMB's two; its sums of squares are doubles.
-    loops = len(cases.DTYPES) * (2 if instruction == "mulpd" else 4)
-    assert len(re.findall(rf"\sv?{instruction}\s.*{register}", code)) >= loops
+    return len(re.findall(rf"\sv?{instruction}\s.*{register}", code))
+
+
+@pytest.mark.skipif(not IS_X86, reason="reads x86 assembly")
+@pytest.mark.parametrize("instruction", ["sqrtps", "divps"])
+def test_the_loops_of_adam_take_roots_and_divide_in_vectors(builds, isa, instruction):
+    loops = sum(1 for variant in variants() if variant.values[0] == "adam")
+    assert count_in_vectors(builds, isa, STEP, instruction) >= loops
+    assert count_in_vectors(builds, isa, LAMB, instruction) >= 2 * len(cases.DTYPES)  # two passes
+
+
+@pytest.mark.skipif(not IS_X86, reason="reads x86 assembly")
+@pytest.mark.parametrize("source", [NORM, LAMB])
+def test_the_loops_of_the_norms_square_in_vectors(builds, isa, source):
+    assert count_in_vectors(builds, isa, source, "mulpd") >= len(cases.DTYPES)
 
 
 def test_the_compiler_vectorises_every_copy_of_the_element_loop(builds, isa):
-    remarks = builds[isa].remarks
+    remarks = builds[isa].remarks[STEP]
     if not remarks:
         pytest.skip("only GCC's remarks are understood")
     wide = re.compile(rf"(\S+): optimized: loop vectorized using {VECTOR_BYTES[isa]} byte vectors")
     vectorised = wide.findall(remarks)
-    assert len(vectorised) >= len(cases.DTYPES) * (len(COUNTS) + 1)  # LAMB has two
+    assert len(vectorised) >= sum(1 for _ in variants())
     missed = re.findall(r"(\S+): missed: couldn't vectorize loop", remarks)
     assert not set(vectorised) & set(missed)

@@ -5,11 +5,13 @@ CUDA has.
 """
 
 import contextlib
+import dataclasses
 import json
 
 import cases
 import pytest
 import torch
+from moving import with_schedules
 
 import lrs_ext
 from lrs_ext import ops
@@ -237,6 +239,26 @@ def test_a_captured_step_replays_a_schedule_as_eager_steps_do(row, dtype):
         for a, b in zip(eager.tensors(), replayed.tensors(), strict=True):
             assert torch.equal(a, b)
     assert replayed.opt.schedule_buffer.step.item() == steps + 2
+    assert replayed.graph is not None
+
+
+@pytest.mark.parametrize("row", cases.MOVING, ids=str)
+def test_numbers_that_move_do_so_in_a_captured_step(row):
+    update = dataclasses.replace(row.update, options=with_schedules(row))
+    schedule = lrs_ext.rex(update.lr, 9)
+    eager, replayed = (Captured(update, schedule, torch.float32, first) for first in (12, 3))
+    changes = {6: lrs_ext.linear(0.5, 500), 9: 0.25}
+    for k in range(12):
+        torch.manual_seed(k)
+        gradients = [torch.randn(shape).cuda() for shape in SHAPES]
+        for run in (eager, replayed):
+            if k in changes:
+                run.opt.param_groups[0]["weight_decay"] = changes[k]
+                with sync_is_an_error():
+                    run.opt.sync_groups()
+            run.step(k, gradients)
+        for a, b in zip(eager.tensors(), replayed.tensors(), strict=True):
+            assert torch.equal(a, b)
     assert replayed.graph is not None
 
 

@@ -61,7 +61,7 @@ def test_released_gradients_give_the_same_training(backend, row):
 @pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
 def test_every_storage_draws_the_same_random_bits(backend, storage):
     row = next(row for row in cases.UPDATES if row.name == "AdamW")
-    models, opts = zip(*(make(backend, row, **storage) for _ in range(2)), strict=True)
+    models, opts = zip(*(make(backend, row, **storage.options) for _ in range(2)), strict=True)
     opts[0].step_in_backward()
     for model, opt in zip(models, opts, strict=True):
         model.bfloat16()

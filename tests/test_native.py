@@ -1,5 +1,6 @@
 """The native core from below: ranges, tables, what makes a table stale, and who may run it."""
 
+import itertools
 import re
 
 import cases
@@ -115,16 +116,79 @@ def test_a_row_has_the_addresses_size_group_and_dtype_of_its_tensor():
     tensors = Tensors(groups, without_state=idle)
     rows = _C.Step("adam", tensors.native, CHUNK).tensor_rows.tolist()
     expected = []
+    positions = itertools.count()  # among all, those without a state included
     for index, group in enumerate(groups):
         for param in group:
+            position = next(positions)
             if any(param is other for other in idle):
                 continue
             state = tensors.state[param]
             states = [state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr(), 0]
+            uncompressed = [0, 0, 0, 0]  # no scales, no remainder
             counter = state["step"].data_ptr()
             code = cases.DTYPES.index(param.dtype)
-            expected.append([param.data_ptr(), *states, counter, param.numel(), index, code])
+            rest = [counter, param.numel(), index, code, position]
+            expected.append([param.data_ptr(), *states, *uncompressed, *rest])
     assert rows == expected
+
+
+def test_a_row_has_the_addresses_of_scales_and_remainder():
+    params = [leaf(3, 100, dtype=dtype) for dtype in cases.DTYPES[:2]]
+    names = ["exp_avg", "exp_avg_sq"]
+    state = {}
+    for param in params:
+        state[param] = {name: torch.zeros_like(param, dtype=torch.uint8) for name in names}
+        state[param] |= {f"{name}_scale": torch.zeros(3) for name in names}
+    state[params[1]]["master_remainder"] = torch.zeros_like(params[1], dtype=torch.int16)
+    steps = [torch.tensor(0.0) for _ in params]
+    access = ops._tensor_access()
+    tensors = _C.StepTensors(access, [params], state, [names], steps, "block8")
+    for row, param in zip(
+        _C.Step("adam", tensors, CHUNK, "block8").tensor_rows.tolist(), params, strict=True
+    ):
+        own = state[param]
+        assert row[1:4] == [own["exp_avg"].data_ptr(), own["exp_avg_sq"].data_ptr(), 0]
+        scales = [own[f"{name}_scale"].data_ptr() for name in names]
+        assert row[4:7] == [*scales, 0]
+        remainder = own.get("master_remainder")
+        assert row[7] == (0 if remainder is None else remainder.data_ptr())
+
+
+MISMATCHES = {
+    "codes of another type": lambda s: s.update(exp_avg=torch.zeros(300)),
+    "too few scales": lambda s: s.update(exp_avg_scale=torch.zeros(2)),
+    "scales of another type": lambda s: s.update(exp_avg_scale=torch.zeros(3).double()),
+    "a remainder of another type": lambda s: s.update(master_remainder=torch.zeros(300)),
+}
+
+
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_arrays_of_another_kind_than_the_storage_are_refused(mismatch):
+    param = leaf(300, dtype=torch.bfloat16)
+    state = {
+        "exp_avg": torch.zeros(300, dtype=torch.uint8),
+        "exp_avg_scale": torch.zeros(3),
+        "master_remainder": torch.zeros(300, dtype=torch.int16),
+    }
+    tables = [[param]], {param: state}, [["exp_avg"]], [torch.tensor(0.0)]
+    _C.StepTensors(ops._tensor_access(), *tables, "block8")
+    MISMATCHES[mismatch](state)
+    with pytest.raises(ValueError):  # noqa: PT011 - of the native core, for no user's eyes
+        _C.StepTensors(ops._tensor_access(), *tables, "block8")
+
+
+@pytest.mark.parametrize(("state_type", "dtype"), [("float32", torch.float32), ("bfloat16", None)])
+def test_more_states_than_there_is_room_for_are_refused(state_type, dtype):
+    param, count = leaf(300), 3 if state_type == "bfloat16" else 4
+    state = {f"state{i}": torch.zeros(300, dtype=dtype or torch.bfloat16) for i in range(count)}
+    tables = [[param]], {param: state}, [list(state)], [torch.tensor(0.0)]
+    with pytest.raises(ValueError, match="more states than the storage has room for"):
+        _C.StepTensors(ops._tensor_access(), *tables, state_type)
+
+
+def test_a_chunk_is_a_whole_number_of_quantisation_blocks():
+    with pytest.raises(ValueError, match="whole number of quantisation blocks"):
+        _C.Step("adam", Tensors([[leaf(3)]]).native, 2045)
 
 
 def test_tables_of_many_tensors():
@@ -133,7 +197,7 @@ def test_tables_of_many_tensors():
     step = _C.Step("adam", tensors.native, CHUNK)
     assert step.chunk_rows.tolist() == [[i, 0] for i in range(len(params))]
     assert step.tensor_rows[:, 0].tolist() == [param.data_ptr() for param in params]
-    assert step.tensor_rows[:, 6].tolist() == [0] * 4500 + [1] * 4501
+    assert step.tensor_rows[:, 10].tolist() == [0] * 4500 + [1] * 4501
 
 
 def test_gradient_addresses_are_those_of_the_moment():
@@ -151,6 +215,30 @@ def test_gradient_addresses_are_those_of_the_moment():
         first, empty, third, last = step.gradient_addresses.tolist()
         assert (first, third, last) == (params[0].grad.data_ptr(), params[2].grad.data_ptr(), 0)
         assert empty != 0  # an empty gradient is still one: its tensor's counter advances
+
+
+MOVING = ("weight_decay", "momentum", "beta1")
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_group_that_moves_has_the_address_and_length_of_its_values(name):
+    values, lr, row = torch.rand(5), torch.rand(3), torch.zeros(_C.group_bytes // 8).long()
+    hyper = {name: 0.5}
+    _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, 1.0, hyper)
+    fixed = row.clone()
+    assert fixed.count_nonzero() == 4
+    assert fixed[-4:].eq(0).all()
+    moving = {name: (values.data_ptr(), 5)}
+    _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, 1.0, hyper, moving)
+    places = [values.data_ptr(), 5]
+    assert row[-4:].tolist() == ([*places, 0, 0] if name == MOVING[0] else [0, 0, *places])
+    assert torch.equal(row[:-4], fixed[:-4])
+
+
+def test_no_other_number_moves():
+    lr, row = torch.rand(3), torch.zeros(_C.group_bytes // 8).long()
+    with pytest.raises(KeyError, match="eps"):
+        _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, 1.0, {}, {"eps": (lr.data_ptr(), 3)})
 
 
 # What makes a table stale. Each change is applied to tensors that have just been refreshed.

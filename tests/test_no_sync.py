@@ -1,10 +1,12 @@
 """The host never waits: no operation inside a step reads a value from the device."""
 
 import contextlib
+import dataclasses
 
 import cases
 import pytest
 import torch
+from moving import put, with_schedules
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,6 +98,33 @@ def test_steps_never_wait(backend, row, lr):
             opt.step()
             opt.zero_grad()
     assert opt.schedule_buffer.step.item() == 6
+
+
+@pytest.mark.parametrize("row", cases.MOVING, ids=str)
+def test_steps_with_numbers_that_move_never_wait(backend, row):
+    update = dataclasses.replace(row.update, options=with_schedules(row))
+    params, opt = make(update, backend, lrs_ext.rex(0.1, 4, warmup_steps=1))
+    group, found = opt.param_groups[0], {}
+    for k in range(9):
+        set_gradients(params, k)
+        with no_sync(backend):
+            if k == 3:
+                found = {
+                    name: group["betas"][0] if name == "beta1" else group[name]
+                    for name in row.numbers
+                }
+                for name in row.numbers:
+                    put(group, name, 0.125)
+            if k == 5:
+                for name in row.numbers:
+                    put(group, name, found[name])
+            if k == 6:
+                group["weight_decay"] = lrs_ext.linear(0.5, 20)
+            if k == 7:
+                opt.sync_groups()
+            opt.step()
+            opt.zero_grad()
+    assert opt.schedule_buffer.step.item() == 9
 
 
 @pytest.mark.parametrize("row", cases.STATE_UPDATES, ids=str)

@@ -319,3 +319,72 @@ def test_a_closure_that_fails_changes_nothing(backend):
     with pytest.raises(KeyError, match="data"):
         run.opt.step(closure)
     assert equal(run.tensors(), spared.tensors())
+
+
+# How states and parameters are kept.
+
+STORAGE_MISTAKES = {
+    "state_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8-bit blocks), got "
+    "torch.float16": {"state_dtype": torch.float16},
+    "got torch.int8": {"state_dtype": torch.int8},
+    "nothing for stochastic_rounding to do: choose one": {
+        "master_weights": True,
+        "stochastic_rounding": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", cases.STORING_OPTIMIZERS)
+@pytest.mark.parametrize("message", STORAGE_MISTAKES)
+def test_storages_that_do_not_exist_are_refused(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(lrs_ext, name)([leaf()], **STORAGE_MISTAKES[message])
+
+
+FLOAT16 = "float16 parameters are rounded to nearest and have float32 states: leave state_dtype"
+
+
+@pytest.mark.parametrize("name", cases.STORING_OPTIMIZERS)
+@pytest.mark.parametrize("row", cases.STORAGES[1:], ids=str)
+def test_float16_parameters_have_one_storage(name, row):
+    half = leaf(dtype=torch.float16)
+    with pytest.raises(ValueError, match=FLOAT16):
+        getattr(lrs_ext, name)([leaf(), half], **row.options)
+    opt = getattr(lrs_ext, name)([leaf()], **row.options)
+    with pytest.raises(ValueError, match=FLOAT16):
+        opt.add_param_group({"params": [half]})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("row", cases.STORAGES[3:], ids=str)
+def test_amsgrad_needs_float32_states(name, row):
+    message = "max_exp_avg_sq needs float32 states: use state_dtype=torch.float32 or no amsgrad"
+    with pytest.raises(ValueError, match=message):
+        getattr(lrs_ext, name)([leaf()], amsgrad=True, **row.options)
+    opt = getattr(lrs_ext, name)([leaf()], **row.options)
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group({"params": [leaf()], "amsgrad": True})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("change", ["amsgrad", "float16"])
+def test_a_storage_that_no_longer_fits_is_refused_by_the_step(change):
+    param = leaf()
+    opt = lrs_ext.AdamW([param], lr=0.1, state_dtype=torch.uint8)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        opt.step()
+    if change == "amsgrad":
+        opt.param_groups[0]["amsgrad"] = True
+    else:
+        param.grad = None
+        param.data = param.data.half()
+        param.grad = torch.ones_like(param)
+    before, state = param.detach().clone(), {n: t.clone() for n, t in opt.state[param].items()}
+    with pytest.raises(ValueError, match="float32 states"):
+        opt.step()
+    assert torch.equal(param, before)
+    assert state.keys() == opt.state[param].keys()
+    assert all(torch.equal(t, opt.state[param][n]) for n, t in state.items())
+    assert opt.schedule_buffer.step.item() == 2

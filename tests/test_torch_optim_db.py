@@ -19,6 +19,12 @@ DB = {
 }
 optimizers = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 torch_optimizers = pytest.mark.parametrize("name", cases.TORCH_OPTIMIZERS)
+OWN_KEYWORDS = {
+    "backend": None,
+    "state_dtype": torch.float32,
+    "master_weights": False,
+    "stochastic_rounding": False,
+}
 
 
 def optimizer_inputs():
@@ -141,11 +147,12 @@ def test_every_list_of_schedulers_matches_torch(backend, name, schedulers):
 
 
 @torch_optimizers
-def test_the_signature_is_that_of_torch_and_a_backend(name):
+def test_the_signature_is_that_of_torch_and_four_keywords(name):
     ours = dict(inspect.signature(getattr(lrs_ext, name)).parameters)
     theirs = inspect.signature(getattr(torch.optim, name)).parameters
-    backend = ours.pop("backend")
-    assert (backend.kind, backend.default) == (backend.KEYWORD_ONLY, None)
+    for keyword, default in OWN_KEYWORDS.items():
+        parameter = ours.pop(keyword)
+        assert (parameter.kind, parameter.default) == (parameter.KEYWORD_ONLY, default)
     described = [{n: (p.kind, p.default) for n, p in s.items()} for s in (ours, theirs)]
     assert described[0] == described[1]
     positional = [n for n, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -4,6 +4,7 @@ Without a GPU, Triton's interpreter runs the kernel on CPU tensors. Run as a scr
 compiles the kernel ahead of time and prints a report: a process either interprets or compiles.
 """
 
+import dataclasses
 import decimal
 import functools
 import itertools
@@ -27,7 +28,7 @@ if not HAS_GPU and not COMPILES:
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from lrs_ext import _C, triton_kernels, triton_lamb  # noqa: E402
+from lrs_ext import _C, triton_kernels, triton_lamb, triton_norm  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 CHUNK = 2048
@@ -69,9 +70,10 @@ class Entry:
 
     def row(self):
         arrays = [self.address(array) for array in (self.param, *self.states)]
-        arrays += [0] * (4 - len(arrays))
+        arrays += [0] * (8 - len(arrays))  # neither scales nor a remainder
         code = DTYPES.index(self.param.values.dtype)
-        return [*arrays, self.step.data_ptr(), self.numel(), self.group, code]
+        position = 0  # for random bits
+        return [*arrays, self.step.data_ptr(), self.numel(), self.group, code, position]
 
     def numel(self):
         return self.first + self.param.values.numel()
@@ -86,7 +88,11 @@ class Entry:
 
 @dataclass
 class Group:
-    """Options as torch.optim names them; beta1 and beta2 apart."""
+    """Options as torch.optim names them; beta1 and beta2 apart.
+
+    Where there are `weight_decays` or `momenta`, one a step, they are in the place of weight_decay
+    and of momentum or beta1.
+    """
 
     lrs: tuple[float, ...] = (0.1,)
     scale: float = 1.0
@@ -101,10 +107,30 @@ class Group:
     decoupled: bool = False
     bias_correction: bool = True
     always_adapt: bool = False
+    weight_decays: tuple[float, ...] = ()
+    momenta: tuple[float, ...] = ()
 
     @functools.cached_property
     def lr_values(self):
         return torch.tensor(self.lrs, device=DEVICE)
+
+    @functools.cached_property
+    def decay_values(self):
+        return torch.tensor(self.weight_decays, device=DEVICE)
+
+    @functools.cached_property
+    def momentum_values(self):
+        return torch.tensor(self.momenta, device=DEVICE)
+
+    def at(self, step):
+        """The group with the numbers of a step."""
+        numbers = {}
+        if self.weight_decays:
+            numbers["weight_decay"] = self.decay_values[min(step, len(self.weight_decays) - 1)]
+        if self.momenta:
+            momentum = self.momentum_values[min(step, len(self.momenta) - 1)]
+            numbers |= {"momentum": momentum, "beta1": momentum}
+        return dataclasses.replace(self, **{name: n.item() for name, n in numbers.items()})
 
     def lr(self, step):
         return self.lr_values[min(step, len(self.lrs) - 1)].item() * self.scale
@@ -118,7 +144,11 @@ class Group:
         }
         hyper = (self.weight_decay, self.maximize, *columns[algorithm])
         doubles = torch.tensor((self.scale, *hyper), dtype=torch.float64)
-        return [self.lr_values.data_ptr(), len(self.lrs), *doubles.view(torch.int64).tolist()]
+        moving = []
+        for values in (self.decay_values, self.momentum_values):
+            moving += [values.data_ptr() if len(values) else 0, len(values)]
+        first = [self.lr_values.data_ptr(), len(self.lrs)]
+        return [*first, *doubles.view(torch.int64).tolist(), *moving]
 
 
 class Launcher:
@@ -136,6 +166,7 @@ class Launcher:
             "chunks": self.table(chunks).reshape(-1, 2).to(torch.int32),
             "step": self.step,
             "ticket": self.ticket,
+            "scaling": (None,) * 4,
             "chunk_elements": chunk,
         }
         if is_lamb:
@@ -276,7 +307,7 @@ def test_one_launch_updates_all_tensors(algorithm):
                 grads.append(None)
                 expected.append((param.double(), states))
                 continue
-            group = launch.groups[entry.group]
+            group = launch.groups[entry.group].at(step)
             before = (param.double(), grad.double(), states, counts[i], group.lr(step), group)
             grads.append(Array(grad, shift))
             expected.append(EXPECTED[algorithm](*before))
@@ -386,8 +417,47 @@ def test_groups_are_those_of_the_native_core(algorithm):
         },
     }[algorithm]
     row = torch.zeros(_C.group_bytes // 8, dtype=torch.int64)
-    _C.write_group_cpu(row.data_ptr(), group.lr_values.data_ptr(), 2, group.scale, hyper)
+    lr = (group.lr_values.data_ptr(), 2, group.scale)
+    _C.write_group_cpu(row.data_ptr(), *lr, hyper)
     assert row.tolist() == group.row(algorithm)
+    group.weight_decays, group.momenta = (0.1, 0.2), (0.3, 0.2, 0.1)
+    del group.decay_values, group.momentum_values
+    moving = {"weight_decay": (group.decay_values.data_ptr(), 2)}
+    moving["momentum" if algorithm == "sgd" else "beta1"] = (group.momentum_values.data_ptr(), 3)
+    _C.write_group_cpu(row.data_ptr(), *lr, hyper, moving)
+    assert row.tolist() == group.row(algorithm)
+
+
+@pytest.mark.parametrize("algorithm", NUM_STATES)
+def test_numbers_that_move_are_read_at_the_step(algorithm):
+    torch.manual_seed(0)
+    own = [
+        {"weight_decays": (0.3, 0.0, 0.1)},
+        {"momenta": (0.5, 0.9), "weight_decay": 0.1},
+        {"momenta": (0.0, 0.25, 0.5, 0.75), "weight_decays": (0.1, 0.2)},
+        {"momenta": (0.9, 0.0), "maximize": True, "nesterov": True},
+    ]
+    groups = [Group(lrs=(0.02, 0.01), **options) for options in own]
+    count = max(NUM_STATES[algorithm])
+    entries = [
+        Entry(Array(random(300, dtype)), [Array(torch.zeros(300)) for _ in range(count)], group)
+        for dtype, group in itertools.product(DTYPES, range(len(groups)))
+    ]
+    launch = Launcher(algorithm, groups, entries)
+    for step in range(5):
+        grads, expected = [], []
+        for entry in entries:
+            param, group = entry.param.values.cpu(), groups[entry.group].at(step)
+            grad = random(300, param.dtype)
+            states = [state.values.cpu().double() for state in entry.states]
+            before = (param.double(), grad.double(), states, step, group.lr(step), group)
+            grads.append(Array(grad))
+            expected.append(EXPECTED[algorithm](*before))
+        launch(grads)
+        for entry, (param, states) in zip(entries, expected, strict=True):
+            assert_close(entry.param.values, param, PARAM[entry.param.values.dtype])
+            for actual, state in zip(entry.states, states, strict=True):
+                assert_close(actual.values, state, STATE)
 
 
 @pytest.mark.gpu
@@ -413,18 +483,17 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 REGISTERS = {"cuda": 64, "hip": 128}  # a thread, for 1,024 threads on each multiprocessor
-# The kernels of each algorithm and their arguments: tables, counts, constants.
+# The kernels of each algorithm and their arguments: tables, scalings, counts, constants.
 TABLES, COUNTS = ["*i64", "*i64", "*i32", "*i64", "*i64", "*i32"], ["i32", "i32"]
-LAUNCHES = {
-    name: (triton_kernels.step_kernel, [*TABLES, *COUNTS], (CHUNK, *constants))
-    for name, constants in triton_kernels.ALGORITHMS.items()
-} | {
-    f"lamb {part}": (kernel, [*TABLES, "*fp64", *COUNTS], (CHUNK,))
-    for part, kernel in [
-        ("moments", triton_lamb.moments_kernel),
-        ("params", triton_lamb.params_kernel),
-    ]
+SCALINGS = ("loss_scale", "found_inf", "norm", "max_norm")
+ARGUMENTS = [*TABLES, *["*fp32"] * 4, *COUNTS]
+LAMB_ARGUMENTS = [*TABLES, "*fp64", *["*fp32"] * 4, *COUNTS]
+NORM_ARGUMENTS = ["*i64", "*i32", "*i64", "*fp64", "*fp32", "*i32", "i32", "constexpr"]
+LAMB_KERNELS = {
+    "lamb moments": triton_lamb.moments_kernel,
+    "lamb params": triton_lamb.params_kernel,
 }
+LAUNCHES = [*triton_kernels.ALGORITHMS, *LAMB_KERNELS]
 # Loads and stores of 128 bits in the aligned paths, float32 plus two 16-bit types, for the fewest
 # plus the most states. SGD moves two lanes a piece; beside states, 16-bit lanes are 64 bits wide.
 WIDE_ACCESSES = {
@@ -436,16 +505,37 @@ WIDE_ACCESSES = {
 }
 
 
-def compile_kernel(launch, target, **options):
-    """Compiles ahead of time and describes the result."""
-    kernel, arguments, constants = LAUNCHES[launch]
+def compile_step(algorithm, target, storage=("float32", "nearest"), scaled=False, **options):
+    state_type, param_kind = storage
+    constants = (
+        *(CHUNK, *triton_kernels.ALGORITHMS[algorithm]),
+        triton_kernels.STATE_TYPES[state_type],
+        triton_kernels.PARAM_KINDS[param_kind],
+        True,
+    )
+    kernel = triton_kernels.step_kernel
+    return compile_launch(kernel, target, ARGUMENTS, constants, scaled, **options)
+
+
+def compile_launch(kernel, target, arguments, constants, scaled=False, **options):
     names = kernel.arg_names
     arguments = [*arguments, *["constexpr"] * len(constants)]
-    source = triton.compiler.ASTSource(
-        kernel,
-        signature=dict(zip(names, arguments, strict=True)),
-        constexprs=dict(zip(names[-len(constants) :], constants, strict=True)),
-    )
+    constexprs = dict(zip(names[-len(constants) :], constants, strict=True))
+    signature = dict(zip(names, arguments, strict=True))
+    for name in () if scaled else SCALINGS:
+        signature[name], constexprs[name] = "constexpr", None
+    return compile_kernel(kernel, target, signature, constexprs, **options)
+
+
+def compile_norm(target):
+    kernel = triton_norm.norm_kernel
+    signature = dict(zip(kernel.arg_names, NORM_ARGUMENTS, strict=True))
+    return compile_kernel(kernel, target, signature, {"CHUNK": CHUNK})
+
+
+def compile_kernel(kernel, target, signature, constexprs, **options):
+    """Compiles ahead of time and describes the result."""
+    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constexprs)
     gpu = triton.backends.compiler.GPUTarget(*TARGETS[target])
     options["num_warps"] = triton_kernels.THREADS.value // gpu.warp_size
     options["enable_fp_fusion"] = False
@@ -474,10 +564,32 @@ def resources(stages):
     return [int(number) for number in found.groups()]
 
 
+# How states and bfloat16 parameters are kept beside float32 and rounded to nearest.
+STORAGES = [
+    ("float32", "split"),
+    ("bfloat16", "stochastic"),
+    ("block8", "split"),
+    ("block8", "stochastic"),
+]
+STORAGE_KERNELS = [*((name, "sm_90") for name in triton_kernels.ALGORITHMS), ("adam", "gfx942")]
+# Beside compressed states the conversions take registers: for 768 threads on each multiprocessor,
+# and for 512 where blocks are encoded.
+STORAGE_REGISTERS = {"float32": 80, "bfloat16": 80, "block8": 128}
+
+
 def compile_all():
-    rows = itertools.product(LAUNCHES, TARGETS)
-    report = {f"{name}-{target}": compile_kernel(name, target) for name, target in rows}
-    report["starved"] = compile_kernel("adam", "sm_90", maxnreg=24)
+    rows = itertools.product(triton_kernels.ALGORITHMS, TARGETS)
+    report = {f"{name}-{target}": compile_step(name, target) for name, target in rows}
+    for (name, kernel), target in itertools.product(LAMB_KERNELS.items(), TARGETS):
+        compiled = compile_launch(kernel, target, LAMB_ARGUMENTS, (CHUNK, True))
+        report[f"{name}-{target}"] = compiled
+    for (name, target), storage in itertools.product(STORAGE_KERNELS, STORAGES):
+        kind = "-".join(storage)
+        report[f"{name}-{target}-{kind}"] = compile_step(name, target, storage)
+    for target in ("sm_90", "gfx942"):
+        report[f"scaled-{target}"] = compile_step("adam", target, scaled=True)
+        report[f"norm-{target}"] = compile_norm(target)
+    report["starved"] = compile_step("adam", "sm_90", maxnreg=24)
     return report
 
 
@@ -499,6 +611,24 @@ def test_compiles_to_wide_accesses_without_spills(report, launch, target):
     assert kernel["registers"] <= REGISTERS[TARGETS[target][0]]
     assert (kernel["wide_loads"], kernel["wide_stores"]) == WIDE_ACCESSES[launch]
     assert kernel["exchanges"] == 0  # between threads, through shared memory
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids="-".join)
+@pytest.mark.parametrize(("algorithm", "target"), STORAGE_KERNELS)
+def test_every_storage_compiles_without_spills(report, algorithm, target, storage):
+    kernel = report[f"{algorithm}-{target}-{'-'.join(storage)}"]
+    assert kernel["stack"] == 0
+    assert kernel["registers"] <= max(STORAGE_REGISTERS[storage[0]], REGISTERS[TARGETS[target][0]])
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("kernel", ["scaled", "norm"])
+def test_scaled_steps_and_norms_compile_without_spills(report, kernel, target):
+    found = report[f"{kernel}-{target}"]
+    assert found["stack"] == 0
+    assert found["registers"] <= REGISTERS[TARGETS[target][0]]
+    if kernel == "scaled":
+        assert (found["wide_loads"], found["wide_stores"]) == WIDE_ACCESSES["adam"]
 
 
 def test_spills_are_seen(report):

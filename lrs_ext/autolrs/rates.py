@@ -256,9 +256,9 @@ class BufferRates(Rates):
         optimizer = self._buffered
         steps, self._steps_seen = self._steps_seen, optimizer.committed_steps
         missed = self._steps_seen - steps - 1
-        if missed and not optimizer.was_captured:
+        if optimizer.may_have_skipped or (missed and not optimizer.was_captured):
             # A skipped update counts, as it does in the rest of the run, but not on the device.
-            self._start.add_(missed)
+            self._start.copy_(optimizer.schedule_buffer.step - self.updates)
             self._put()
         self._show_now()
 

@@ -24,6 +24,7 @@ from lrs_ext.autolrs.live_state import (
     tensors_in,
 )
 from lrs_ext.autolrs.random_state import on_host, random_state, set_random_state
+from lrs_ext.learning_rates import Mark
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 PLACEMENTS = ("device", "pinned")
@@ -78,6 +79,7 @@ class Snapshot:
         self._numbers: dict[str, Any] = {}  # entries of the optimizer's state that are no tensors
         self._extra: dict[int | str, Any] = {}
         self._random: dict[str, Any] = {}
+        self._mark = Mark(0)  # of an optimizer of `lrs_ext`, on the host
         live, to_come = self._live_tensors(), state_to_come(optimizer)
         homes = self._homes_by_param(to_come)
         homes |= _devices({name: t for name, t in to_come.items() if not t.is_meta} | live)
@@ -100,6 +102,8 @@ class Snapshot:
         self._reserve(live, _devices(live), self._states())
         _copy_all((self._memory[name], tensor) for name, tensor in live.items())
         self._captured = set(live)
+        if isinstance(self._optimizer, ScheduledOptimizer):
+            self._mark = self._optimizer.mark()
         self._numbers = {
             name: copy.deepcopy(value) for name, value in state_entries(self._optimizer, False)
         }
@@ -127,6 +131,7 @@ class Snapshot:
         known = self._captured - changed
         _copy_all((tensor, self._memory[name]) for name, tensor in live.items() if name in known)
         if isinstance(self._optimizer, ScheduledOptimizer):
+            self._optimizer.roll_back_(self._mark)
             for name in live.keys() - self._captured:
                 if _kind(name) in ("state", "counter"):
                     live[name].zero_()
@@ -177,6 +182,8 @@ class Snapshot:
         for name, tensor in saved.items():
             self._memory[name].copy_(tensor)
         self._captured = set(saved)
+        if _SCHEDULE_STEP in saved:
+            self._mark = Mark(int(saved[_SCHEDULE_STEP]))
         self._numbers = copy.deepcopy(state["numbers"])
         present = self._states()
         self._extra = {
