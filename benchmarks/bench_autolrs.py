@@ -17,18 +17,15 @@ from __future__ import annotations
 
 import argparse
 import ast
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +34,7 @@ import autolrs_page
 import torch
 from autolrs_contestants import CONTESTANTS, GRID, GRIDDED, Options
 from autolrs_tasks import TASKS
-from tqdm import tqdm
+from job_runner import read_lines, run_jobs
 
 import lrs_ext
 
@@ -64,7 +61,6 @@ QUICK_METHODS = ("cosine offset=-1", "cosine offset=0", "cosine offset=1", "auto
 # counts as that much.
 DIVERGED = 2.0
 WARM_UP_STEPS = 200
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -218,55 +214,7 @@ def finite(value: float) -> float | None:
 
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Returns the results in the files; of two for one job, the later."""
-    rows = {}
-    for path in paths:
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # the run was killed while it wrote
-                    continue
-                rows[job_of(row).key] = row
-    return list(rows.values())
-
-
-def start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
-
-
-def finished(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
-    """Yields the results as they come; one worker is this process."""
-    if workers == 1:
-        torch.set_num_threads(1)
-        yield from map(run_job, jobs)
-        return
-    os.environ.update(ONE_THREAD)  # read when a worker starts
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=start_worker)
-    try:
-        futures = [pool.submit(run_job, job) for job in jobs]
-        for future in concurrent.futures.as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def run_jobs(jobs: Sequence[Job], results: Path, workers: int) -> None:
-    """Runs the jobs and appends each result when it is there."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    updates = sum(job.total_steps for job in jobs)
-    with (
-        results.open("a", encoding="utf-8") as file,
-        tqdm(total=updates, unit="update", unit_scale=True, smoothing=0.05) as bar,
-    ):
-        if file.tell() > 0:
-            file.write("\n")  # ends a line that a killed run has left
-        for row in finished(jobs, workers):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            bar.update(row["total_steps"])
-            bar.set_postfix_str(f"{row['task']} {row['contestant']}")
+    return list({job_of(row).key: row for row in read_lines(paths)}.values())
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -372,7 +320,7 @@ def run_missing(jobs: Sequence[Job], files: Sequence[Path], args: argparse.Names
     missing = [job for job in jobs if args.again or job.key not in done]
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done", file=sys.stderr)
     if missing:
-        run_jobs(missing, args.results, args.workers)
+        run_jobs(run_job, missing, lambda job: job.total_steps, args.results, args.workers)
 
 
 if __name__ == "__main__":

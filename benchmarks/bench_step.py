@@ -5,9 +5,9 @@
     python benchmarks/bench_step.py --json step.json      # also the numbers
     python benchmarks/bench_step.py --report              # also a page in benchmarks/results/
 
-The contenders take turns within one process. A step of torch is `optimizer.step()` and then
-`scheduler.step()` of a LambdaLR with the same schedule; ours is `optimizer.step()`. Afterwards all
-of them have made equally many steps and must have arrived at the same parameters.
+The contenders take turns within one process, see step_contenders.py. Afterwards all of them have
+made equally many steps and must have arrived at the same parameters, up to rounding where they are
+stored in fewer bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,140 +27,22 @@ from typing import Any
 import results_page
 import timing
 import torch
+from step_cases import Case, cases
+from step_contenders import BACKENDS, Contender, contenders, missing_peers, unavailable
 from torch import Tensor
 
-import lrs_ext
-from lrs_ext import ops
-
-LR = 1e-3
-TOTAL_STEPS = 100_000
 WARMUP = 3
-BASELINE = "torch fused"
-BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-# Distance between final parameters over the distance travelled. A step that is left out shows as
-# 1 / steps, about 1e-3 or more here. For bfloat16 parameters torch rounds its states, we do not.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 HOST_BOUND_ELEMENTS = 2**15  # on a CPU, a step over fewer than these is all overhead
 
 
-@dataclass(frozen=True)
-class Case:
-    """Parameters to update; the limits hold for CPUs."""
-
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-    rounds: int
-    dtype: torch.dtype = torch.float32
-    min_ratio: float | None = None
-    max_host_seconds: float | None = None
-    calls_per_turn: int = 1
-
-    @property
-    def elements(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
-
-
-def gpt2_shapes() -> tuple[tuple[int, ...], ...]:
-    """The 148 parameters of GPT-2 with 124M parameters."""
-    width, layers = 768, 12
-    norm = ((width,), (width,))
-    attention = ((width, 3 * width), (3 * width,), (width, width), (width,))
-    mlp = ((width, 4 * width), (4 * width,), (4 * width, width), (width,))
-    return ((50257, width), (1024, width), *(norm + attention + norm + mlp) * layers, *norm)
-
-
-CASES = (
-    Case("1 x 64M", ((2**26,),), rounds=15, min_ratio=1.0),
-    Case("300 x 10,000", ((10_000,),) * 300, calls_per_turn=5, rounds=100, min_ratio=3.0),
-    Case(
-        "300 x 16",
-        ((16,),) * 300,
-        rounds=30,
-        min_ratio=10.0,
-        max_host_seconds=50e-6,
-        calls_per_turn=20,
-    ),
-)
-GPU_CASES = (
-    Case("1 x 256M", ((2**28,),), rounds=15),
-    Case("GPT-2 124M", gpt2_shapes(), rounds=50),
-    Case("1 x 64M bf16", ((2**26,),), rounds=30, dtype=torch.bfloat16),
-    Case("GPT-2 124M bf16", gpt2_shapes(), rounds=50, dtype=torch.bfloat16),
-)
-QUICK_CASES = (
-    Case("1 x 1M", ((2**20,),), rounds=5),
-    Case("30 x 1,000", ((1_000,),) * 30, rounds=5),
-    Case("30 x 16", ((16,),) * 30, rounds=5),
-)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to update: `start` takes parameters and returns what makes one step."""
-
-    name: str
-    start: Callable[[list[Tensor]], timing.Call]
-    is_ours: bool
-
-    def bytes_per_parameter(self, dtype: torch.dtype) -> int:
-        """The least traffic: reads of all, writes of all but the gradient."""
-        state = 4 if self.is_ours else dtype.itemsize
-        return 3 * dtype.itemsize + 4 * state
-
-
-def contenders(device: torch.device) -> list[Contender]:
-    """Every backend that is available, and torch's own; the baseline comes first."""
-    theirs = {BASELINE: start_torch(fused=True)}
-    if device.type == "cuda":
-        theirs["torch fused, tensor lr"] = start_torch(tensor_lr=True, fused=True)
-        theirs["torch foreach"] = start_torch(foreach=True)
-    missing = unavailable(device)
-    backends = [name for name in BACKENDS[device.type] if name not in missing]
-    return [
-        *(Contender(name, start, is_ours=False) for name, start in theirs.items()),
-        *(Contender(f"lrs_ext {name}", start_ours(name), is_ours=True) for name in backends),
-    ]
-
-
-def unavailable(device: torch.device) -> dict[str, str]:
-    """Returns the backends that cannot take part, with the reason."""
-    reasons = {name: ops.unavailable_reason(name, device.type) for name in BACKENDS[device.type]}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def start_ours(backend: str) -> Callable[[list[Tensor]], timing.Call]:
-    def start(params: list[Tensor]) -> timing.Call:
-        schedule = lrs_ext.rex(LR, total_steps=TOTAL_STEPS)
-        return lrs_ext.AdamW(params, lr=schedule, backend=backend).step
-
-    return start
-
-
-def start_torch(*, tensor_lr: bool = False, **options: bool) -> Callable[..., timing.Call]:
-    def start(params: list[Tensor]) -> timing.Call:
-        lr = torch.tensor(LR, device=params[0].device) if tensor_lr else LR
-        optimizer = torch.optim.AdamW(params, lr=lr, **options)
-        # REX as a user of torch writes it, without the cost of a call into lrs_ext.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (TOTAL_STEPS - step) / (TOTAL_STEPS - 0.5 * step)
-        )
-
-        def step() -> None:
-            optimizer.step()
-            scheduler.step()
-
-        return step
-
-    return start
-
-
-def missing_memory(case: Case, device: torch.device, count: int) -> str | None:
-    """Returns why `count` contenders do not fit on a GPU, or None if they do."""
+def missing_memory(case: Case, device: torch.device) -> str | None:
+    """Returns why the contenders do not fit on a GPU, or None if they do."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
-    # Each holds parameters, gradients and states; foreach and the comparison need temporaries.
-    needed = case.elements * ((count + 1) * (2 * case.dtype.itemsize + 8) + 16)
+    # Foreach and the comparison need temporaries.
+    held = sum(c.bytes_held + c.param_dtype.itemsize for c in contenders(case, device))
+    needed = case.elements * (held + 24)
     free = torch.cuda.mem_get_info(device)[0]
     if needed < 0.95 * free:
         return None
@@ -171,9 +53,12 @@ def blank_result(case: Case) -> dict[str, Any]:
     return {
         "name": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
+        "algorithm": case.algorithm,
         "tensors": len(case.shapes),
         "parameters": case.elements,
         "rounds": case.rounds,
+        "compares_storage": bool(case.kinds),
+        "in_plot": case.in_plot,
         "skipped": None,
         "errors": {},
         "rows": [],
@@ -187,14 +72,44 @@ class Entrant:
     step: timing.Call
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What all begin with, by the dtype of their parameters."""
+
+    params: dict[torch.dtype, list[Tensor]]
+    gradients: dict[torch.dtype, list[Tensor]]
+
+    @staticmethod
+    def of(case: Case, device: torch.device, dtypes: set[torch.dtype]) -> Beginning:
+        generator = torch.Generator(device).manual_seed(0)
+        options = {"device": device, "generator": generator}
+        params = [torch.randn(shape, **options).mul_(0.02) for shape in case.shapes]
+        gradients = [torch.randn(shape, **options) for shape in case.shapes]
+        return Beginning(
+            {dtype: [param.to(dtype) for param in params] for dtype in dtypes},
+            {dtype: [gradient.to(dtype) for gradient in gradients] for dtype in dtypes},
+        )
+
+
 def line_up(
-    initial: list[Tensor], gradients: list[Tensor], device: torch.device, errors: dict[str, str]
-) -> dict[str, Entrant]:
-    """Gives every contender its own parameters and its first steps; notes who cannot take part."""
+    case: Case, device: torch.device, errors: dict[str, str]
+) -> tuple[dict[str, Entrant], Beginning]:
+    """Gives every contender its own parameters and its first steps; notes who cannot take part.
+
+    Returns:
+        The entrants by name, and what they began with.
+    """
     entrants = {}
-    for contender in contenders(device):
-        params = [tensor.clone().requires_grad_() for tensor in initial]
-        give_gradients(params, gradients)
+    invited = contenders(case, device)
+    start = Beginning.of(case, device, {contender.param_dtype for contender in invited})
+    for contender in invited:
+        dtype = contender.param_dtype
+        params = [tensor.clone().requires_grad_() for tensor in start.params[dtype]]
+        if case.kinds:  # many contenders with large arrays: gradients are only read
+            for param, gradient in zip(params, start.gradients[dtype], strict=True):
+                param.grad = gradient
+        else:
+            give_gradients(params, start.gradients[dtype])
         try:
             step = contender.start(params)
             for _ in range(WARMUP):
@@ -204,16 +119,12 @@ def line_up(
             errors[contender.name] = one_line(error)
         else:
             entrants[contender.name] = Entrant(contender, params, step)
-    return entrants
+    return entrants, start
 
 
 def run_case(case: Case, device: torch.device, result: dict[str, Any]) -> None:
     """Measures one case; `result` gets plain numbers for JSON, times in seconds."""
-    generator = torch.Generator(device).manual_seed(0)
-    options = {"dtype": case.dtype, "device": device, "generator": generator}
-    initial = [torch.randn(shape, **options).mul_(0.02) for shape in case.shapes]
-    gradients = [torch.randn(shape, **options) for shape in case.shapes]
-    entrants = line_up(initial, gradients, device, result["errors"])
+    entrants, start = line_up(case, device, result["errors"])
     calls = {name: entrant.step for name, entrant in entrants.items()}
     on_gpu = device.type == "cuda"
     per_turn = case.calls_per_turn
@@ -222,18 +133,23 @@ def run_case(case: Case, device: torch.device, result: dict[str, Any]) -> None:
     shows_host = on_gpu or case.elements <= HOST_BOUND_ELEMENTS
     fresh = None
     if shows_host and len(case.shapes) > 1:
+
+        def prepare(name: str) -> None:
+            entrant = entrants[name]
+            give_gradients(entrant.params, start.gradients[entrant.contender.param_dtype])
+
         fresh = timing.host_seconds(
-            calls,
-            case.rounds,
-            device,
-            prepare=lambda name: give_gradients(entrants[name].params, gradients),
-            calls_per_turn=per_turn,
+            calls, case.rounds, device, prepare=prepare, calls_per_turn=per_turn
         )
     rows = {
         name: {
             "name": name,
             "is_ours": entrant.contender.is_ours,
-            "bytes_per_parameter": entrant.contender.bytes_per_parameter(case.dtype),
+            "kind": entrant.contender.kind,
+            "param_dtype": str(entrant.contender.param_dtype).removeprefix("torch."),
+            "bytes_per_parameter": entrant.contender.bytes_moved,
+            "bytes_held": entrant.contender.bytes_held,
+            "tolerance": entrant.contender.tolerance,
             "step": dataclasses.asdict(steps[name]),
             "host": dataclasses.asdict(host[name]) if shows_host else None,
             "host_new_gradients": dataclasses.asdict(fresh[name]) if fresh else None,
@@ -243,12 +159,12 @@ def run_case(case: Case, device: torch.device, result: dict[str, Any]) -> None:
         }
         for name, entrant in entrants.items()
     }
-    if BASELINE in entrants:
+    baseline = entrants.get(contenders(case, device)[0].name)
+    if baseline is not None:
+        initial = start.params[baseline.contender.param_dtype]
         for name, row in rows.items():  # after equally many steps of each
-            row["ratio"] = steps[BASELINE].median / steps[name].median
-            row["difference"] = difference(
-                entrants[name].params, entrants[BASELINE].params, initial
-            )
+            row["ratio"] = steps[baseline.contender.name].median / steps[name].median
+            row["difference"] = difference(entrants[name].params, baseline.params, initial)
     if on_gpu:
         for name, row in rows.items():
             row["launches"] = timing.launches(entrants[name].step)
@@ -290,11 +206,10 @@ def checks(case: Case, result: dict[str, Any], device: torch.device) -> list[dic
 
     for name, error in result["errors"].items():
         add(name, error, "runs", False)
-    tolerance = TOLERANCE[case.dtype]
     for row in result["rows"]:
         if not row["is_ours"]:
             continue
-        apart = row["difference"]
+        apart, tolerance = row["difference"], row["tolerance"]
         apart = math.nan if apart is None else apart
         what = f"{row['name']}: distance from torch's result"
         add(what, f"{apart:.1e}", f"<= {tolerance:.0e}", apart <= tolerance)
@@ -349,17 +264,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run_cases(args: argparse.Namespace, bench: dict[str, Any]) -> None:
     """Fills in `cases` and `checks`."""
     device = args.device
-    cases = QUICK_CASES if args.quick else CASES
-    if device.type == "cuda" and not args.quick:
-        cases += GPU_CASES
-    for case in cases:
+    for case in cases(device.type, args.quick):
         if args.rounds is not None:
             case = dataclasses.replace(case, rounds=args.rounds)
         print(f"{case.name} ...", file=sys.stderr, flush=True)
         result = blank_result(case)
         gc.collect()  # an optimizer and its scheduler hold each other
         try:
-            result["skipped"] = missing_memory(case, device, len(contenders(device)))
+            result["skipped"] = missing_memory(case, device)
             if result["skipped"] is None:
                 run_case(case, device, result)
         except Exception as error:  # the other cases' numbers are worth having all the same
@@ -379,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench: dict[str, Any] = {
         "machine": timing.machine(device),
         "copy_bytes_per_second": timing.copy_bandwidth(device, 2**24 if args.quick else None),
-        "baseline": BASELINE,
         "unavailable": unavailable(device),
+        "missing_peers": missing_peers(),
         "cases": [],
         "checks": [],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -82,8 +82,14 @@ class History:
         return History(**{**values, "losses": values["losses"].to(device)})
 
 
-def build_optimizer(model: GPT, schedule: str, config: Config) -> torch.optim.Optimizer:
-    """The optimizer with its schedule inside; weight decay on matrices only."""
+def build_optimizer(
+    model: GPT, schedule: str, config: Config, storage: Mapping[str, Any] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer with its schedule inside; weight decay on matrices only.
+
+    Args:
+        storage: keywords that say how parameters and states are kept.
+    """
     if config.lr is None:
         rate = math.sqrt(math.prod(config.lr_bounds))  # AutoLRS replaces it
     else:
@@ -96,10 +102,11 @@ def build_optimizer(model: GPT, schedule: str, config: Config) -> torch.optim.Op
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    options = {"backend": config.backend, **(storage or {})}
     if config.optimizer == "sgd":
-        return lrs_ext.SGD(groups, lr=rate, momentum=0.9, backend=config.backend)
+        return lrs_ext.SGD(groups, lr=rate, momentum=0.9, **options)
     make = {"adamw": lrs_ext.AdamW, "adam": lrs_ext.Adam}[config.optimizer]
-    return make(groups, lr=rate, betas=(0.9, 0.99), backend=config.backend)
+    return make(groups, lr=rate, betas=(0.9, 0.99), **options)
 
 
 def build_auto(

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: tests, sanitizers, benchmarks and the main job.
+"""Everything that needs a GPU, in one command: tests, features, sanitizers, benchmarks, the job.
 
     python benchmarks/gpu_report.py               # writes benchmarks/results/<device>.json and .md
     python benchmarks/gpu_report.py --minutes 20  # on a slower machine
@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_features
 import results_page
 import timing
 import torch
@@ -186,6 +187,18 @@ def run_sanitizer(limit: float, *, tool: str) -> Outcome:
     return outcome
 
 
+def run_feature(limit: float, *, name: str) -> Outcome:
+    """Runs one check of gpu_features.py with every backend that there is."""
+    command = [sys.executable, BENCHMARKS / "gpu_features.py", name, "--device", "cuda"]
+    code, output = run_command(command, limit)
+    found = [line for line in output.splitlines() if line.startswith(f"{name}, ")]
+    outcome: Outcome = {"passed": code == 0 and bool(found)}
+    outcome["detail"] = "; ".join(found) if code == 0 else ending(code, output, limit)
+    if not outcome["passed"]:
+        outcome["output"] = tail(output)
+    return outcome
+
+
 def run_benchmark(limit: float, *, folder: Path) -> Outcome:
     """Runs bench_step.py; what it had measured when it failed is kept."""
     numbers = folder / "bench_step.json"
@@ -239,8 +252,10 @@ def stages(folder: Path) -> dict[str, tuple[Stage, float]]:
     """The stages with their longest time in seconds; what only a GPU can tell comes first."""
     found: dict[str, tuple[Stage, float]] = {
         "GPU tests": (functools.partial(run_tests, gpu=True, folder=folder), 240),
-        "step benchmark": (functools.partial(run_benchmark, folder=folder), 180),
     }
+    for name in gpu_features.CHECKS:
+        found[name] = (functools.partial(run_feature, name=name), 60)
+    found["step benchmark"] = (functools.partial(run_benchmark, folder=folder), 240)
     for tool in SANITIZERS:
         found[tool] = (functools.partial(run_sanitizer, tool=tool), 90)
     found["AutoLRS suggestion"] = (functools.partial(run_suggestion, folder=folder), 60)

@@ -14,14 +14,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import step_plot
+
 FOLDER = Path(__file__).resolve().parent / "results"
+PLOT_PLACE = "## Optimizer step"
+LEAST_SHARE = 0.9  # of the speed that a storage type's bytes allow
 
 
 def write(document: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """Writes `name`.json and `name`.md; returns their paths."""
-    numbers, page = write_json(document, folder, name), folder / f"{name}.md"
-    page.write_text(render(document), encoding="utf-8")
-    return [numbers, page]
+    """Writes `name`.json, `name`.md and, if there is one to draw, `name`.png; returns their paths.
+
+    The plot needs matplotlib; without it there is none.
+    """
+    paths = [write_json(document, folder, name), folder / f"{name}.md"]
+    benches = [stage["bench"] for stage in document["stages"].values() if stage.get("bench")]
+    figures = [step_plot.plot(bench) for bench in benches if step_plot.can_plot(bench)]
+    page = render(document)
+    if figures:
+        paths.append(folder / f"{name}.png")
+        figures[0].savefig(paths[-1], dpi=130)
+        page = page.replace(PLOT_PLACE, f"{PLOT_PLACE}\n\n![Share of the copy rate]({name}.png)")
+    paths[1].write_text(page, encoding="utf-8")
+    return paths
 
 
 def write_json(document: dict[str, Any], folder: Path, name: str) -> Path:
@@ -61,7 +75,7 @@ def render(document: dict[str, Any]) -> str:
             parts += [f"### {name}: not passed", bullets(stage["failures"])]
     for stage in stages.values():
         if stage.get("bench"):
-            parts += ["## Optimizer step", bench_tables(stage["bench"])]
+            parts += [PLOT_PLACE, bench_tables(stage["bench"])]
             parts += ["## Where lrs_ext is not ahead", not_ahead(stage["bench"])]
     for name, stage in stages.items():
         if stage.get("output"):
@@ -72,17 +86,19 @@ def render(document: dict[str, Any]) -> str:
 def bench_tables(bench: dict[str, Any]) -> str:
     """Returns what bench_step.py measured, in Markdown."""
     copy = bench["copy_bytes_per_second"]
-    header = ["case", "optimizer", "step", "quartiles", "ratio", "GB/s", "of copy"]
+    header = ["case", "optimizer", "step", "quartiles", "ratio", "B/param", "GB/s", "of copy"]
     header += ["host us", "host us, new gradients", "launches"]
     rows = []
     notes = [f"lrs_ext {name}: not run, {why}" for name, why in bench["unavailable"].items()]
+    notes += [f"{name}: not run, {why}" for name, why in bench["missing_peers"].items()]
     for case in bench["cases"]:
         if case["skipped"] is not None:
             notes.append(f"{case['name']}: not run, {case['skipped']}")
         notes += [f"{case['name']}, {name}: {error}" for name, error in case["errors"].items()]
+        if case["compares_storage"]:
+            continue
         for row in case["rows"]:
             step = row["step"]
-            rate = row["bytes_per_parameter"] * case["parameters"] / step["median"]
             rows.append(
                 [
                     case["name"],
@@ -90,8 +106,9 @@ def bench_tables(bench: dict[str, Any]) -> str:
                     in_units(step["median"]),
                     f"{in_units(step['lower'])} to {in_units(step['upper'])}",
                     "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
-                    f"{rate / 1e9:.1f}",
-                    f"{rate / copy:.0%}",
+                    f"{row['bytes_per_parameter']:g}",
+                    f"{bytes_per_second(case, row) / 1e9:.1f}",
+                    f"{bytes_per_second(case, row) / copy:.0%}",
                     microseconds(row["host"]),
                     microseconds(row["host_new_gradients"]),
                     "-" if row["launches"] is None else str(row["launches"]),
@@ -103,16 +120,53 @@ def bench_tables(bench: dict[str, Any]) -> str:
     ]
     parts = [
         f"A copy moves {copy / 1e9:.1f} GB/s, read and written. The ratio says how many times "
-        f"faster than {bench['baseline']} a step is.",
+        "faster than its case's first optimizer a step is.",
         table(header, rows),
         *([bullets(notes)] if notes else []),
+        *(storage_table(case) for case in bench["cases"] if case["compares_storage"]),
         table(("case", "check", "measured", "target", "result"), checks),
     ]
     return "\n\n".join(parts)
 
 
+def storage_table(case: dict[str, Any]) -> str:
+    """Returns the storage types of one case: bytes, speed and what float32's GB/s would allow."""
+    header = ["optimizer", "B/param held", "moved", "step", "quartiles", "ratio", "GB/s"]
+    rows = []
+    for row in case["rows"]:
+        step, share = row["step"], share_of_float32(case, row)
+        cells = [row["name"], f"{row['bytes_held']:.4g}", f"{row['bytes_per_parameter']:.4g}"]
+        cells += [in_units(step["median"])]
+        cells += [f"{in_units(step['lower'])} to {in_units(step['upper'])}"]
+        cells += ["-" if row["ratio"] is None else f"{row['ratio']:.2f}"]
+        cells += [f"{bytes_per_second(case, row) / 1e9:.1f}"]
+        rows.append([*cells, "-" if share is None else f"{share:.0%}"])
+    introduction = (
+        f"{case['name']}, {case['algorithm']}: the last column is the share of the speed that the "
+        "bytes of a storage type allow at float32's GB/s, of the same backend."
+    )
+    return f"{introduction}\n\n{table([*header, 'of allowed'], rows)}"
+
+
+def bytes_per_second(case: dict[str, Any], row: dict[str, Any]) -> float:
+    return row["bytes_per_parameter"] * case["parameters"] / row["step"]["median"]
+
+
+def share_of_float32(case: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Returns a row's rate over that of float32 storage with the same backend, None if unknown."""
+    if row["kind"] is None:
+        return None
+    backend = row["name"].partition(",")[0]
+    for other in case["rows"]:
+        if other["kind"] == "float32" and other["name"].partition(",")[0] == backend:
+            return bytes_per_second(case, row) / bytes_per_second(case, other)
+    return None
+
+
 def not_ahead(bench: dict[str, Any]) -> str:
-    """Lists where one of our rows is slower than the best of the others', or does more launches."""
+    """Lists where a row of ours is slower than the best of the others', does more launches, or has
+    a storage type whose bytes would allow more speed.
+    """
     measures = (
         ("step", lambda row: row["step"]["median"], in_units),
         ("host time", lambda row: row["host"] and row["host"]["median"], in_units),
@@ -121,10 +175,15 @@ def not_ahead(bench: dict[str, Any]) -> str:
     found, compared = [], 0
     for case in bench["cases"]:
         ours = [row for row in case["rows"] if row["is_ours"]]
-        theirs = [row for row in case["rows"] if not row["is_ours"]]
         for what, value, show in measures:
-            others = [(value(row), row["name"]) for row in theirs if value(row) is not None]
             for row in ours:
+                others = [
+                    (value(other), other["name"])
+                    for other in case["rows"]
+                    if not other["is_ours"]
+                    and other["param_dtype"] == row["param_dtype"]
+                    and value(other) is not None
+                ]
                 if not others or value(row) is None:
                     continue
                 compared += 1
@@ -134,6 +193,10 @@ def not_ahead(bench: dict[str, Any]) -> str:
                         f"{case['name']}, {row['name']}: {what} {show(value(row))}, "
                         f"{name} {show(best)}"
                     )
+        for row in ours if case["compares_storage"] else ():
+            share = share_of_float32(case, row)
+            if share is not None and share < LEAST_SHARE:
+                found.append(f"{case['name']}, {row['name']}: {share:.0%} of the speed allowed")
     if not compared:
         return "Nothing was compared."
     return bullets(found) if found else f"Ahead or level in all {compared} comparisons."

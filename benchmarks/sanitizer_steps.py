@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from storages import KINDS
 from torch import Tensor
 
 import lrs_ext
@@ -26,6 +27,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "Lion": ({}, {"weight_decay": 0.1, "maximize": True}),
     "LAMB": ({}, {"weight_decay": 0.0, "always_adapt": False, "maximize": True}),
 }
+STORED: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "AdamW": {}, "Lion": {}}
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
@@ -71,6 +73,30 @@ def run(
         raise RuntimeError(f"{optimizer.__name__} {options} {dtype}: a parameter is not finite")
 
 
+def run_scaled(backend: str, **options: Any) -> None:
+    """Clipped steps with a loss scale, of which one overflows."""
+    params = parameters(torch.bfloat16, "cpu" if backend == "cpu" else "cuda")
+    device = params[0].device
+    opt = lrs_ext.AdamW(params, lr=lrs_ext.rex(0.01, STEPS), backend=backend, **options)
+    for step in range(STEPS):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        opt.grad_scale = torch.full((), 256.0, device=device)
+        opt.found_inf = torch.full((), float(step == 1), device=device)
+        lrs_ext.clip_grad_norm_(opt, 1.0)
+        opt.step()
+
+
+def run_released(backend: str) -> None:
+    """Steps in the backward pass."""
+    params = parameters(torch.bfloat16, "cpu" if backend == "cpu" else "cuda")
+    opt = lrs_ext.AdamW(params, lr=lrs_ext.rex(0.01, STEPS), backend=backend)
+    opt.step_in_backward()
+    for _ in range(STEPS):
+        sum(param.square().sum() for param in params).backward()
+        opt.step()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=("cuda", "triton", "cpu"), default="cuda")
@@ -81,6 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for dtype in ops.DTYPES:
                 run(optimizer, options, dtype, backend)
         print(f"{name}: done", flush=True)
+    for name, options in STORED.items():
+        for kind in KINDS.values():
+            run(optimizers()[name], options | kind.options, kind.param_dtype, backend)
+        print(f"{name} with every storage type: done", flush=True)
+    run_scaled(backend)
+    run_scaled(backend, state_dtype=torch.uint8, master_weights=True)
+    run_released(backend)
+    print("scaled, clipped and released gradients: done", flush=True)
     return 0
 
 

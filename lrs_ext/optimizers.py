@@ -24,7 +24,7 @@ class SGD(ScheduledOptimizer):
     """`torch.optim.SGD` with a schedule where the number goes.
 
     ``b = momentum * b + (1 - dampening) * g``, ``p -= lr * b``; see `torch.optim.SGD` for the
-    variants. Arithmetic and states are float32 whatever the dtype of the parameters.
+    variants. Arithmetic is float32 whatever the dtype of the parameters; states are by default.
 
     Args:
         params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
@@ -34,6 +34,7 @@ class SGD(ScheduledOptimizer):
             buffer is the (dampened) gradient; torch would leave it alone.
         foreach, differentiable, fused: accepted for compatibility; every step is fused.
         backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
+        state_dtype, master_weights, stochastic_rounding: see `lrs_ext.state_storage.Storage`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in torch for the same mistake.
@@ -135,8 +136,8 @@ class Adam(ScheduledOptimizer):
     """`torch.optim.Adam` with a schedule where the number goes.
 
     ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, ``p -= lr * m' / (sqrt(v') + eps)`` with
-    the bias-corrected m' and v'. Arithmetic and states are float32 whatever the dtype of the
-    parameters.
+    the bias-corrected m' and v'. Arithmetic is float32 whatever the dtype of the parameters; states
+    are by default.
 
     Args:
         params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
@@ -147,6 +148,7 @@ class Adam(ScheduledOptimizer):
             b1 of that update.
         foreach, capturable, differentiable, fused: accepted for compatibility; every step is fused.
         backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
+        state_dtype, master_weights, stochastic_rounding: see `lrs_ext.state_storage.Storage`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in torch for the same mistake.
@@ -291,8 +293,8 @@ class Lion(ScheduledOptimizer):
     """Lion: the sign of a momentum, of which it keeps one array.
 
     ``p = p (1 - lr * weight_decay) - lr * sign(b1 m + (1 - b1) g)``, ``m = b2 m + (1 - b2) g``.
-    The sign of 0 is 0, and nan stays nan, where `torch.sign` would make it 0. Arithmetic and states
-    are float32 whatever the dtype of the parameters.
+    The sign of 0 is 0, and nan stays nan, where `torch.sign` would make it 0. Arithmetic is float32
+    whatever the dtype of the parameters; states are by default.
 
     Args:
         params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
@@ -302,6 +304,7 @@ class Lion(ScheduledOptimizer):
             weight_decay and betas[0] may be schedules.
         foreach, capturable, differentiable, fused: accepted for compatibility; every step is fused.
         backend: "cuda", "triton", "cpu" or "reference"; None picks by device.
+        state_dtype, master_weights, stochastic_rounding: see `lrs_ext.state_storage.Storage`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `torch.optim.AdamW` for the same mistake.

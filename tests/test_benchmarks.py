@@ -1,4 +1,4 @@
-"""The benchmarks: measuring, the step benchmark on tiny sizes, the pages and the GPU report."""
+"""The benchmarks: measuring, the step benchmark on tiny sizes, the pages."""
 
 import itertools
 import json
@@ -13,23 +13,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_step
-import gpu_report
 import results_page
-import sanitizer_steps
+import step_cases
+import step_contenders
+import step_plot
 import timing
+from storages import KINDS
 
 CPU = torch.device("cpu")
-JUNIT = """<?xml version="1.0" encoding="utf-8"?>
-<testsuites><testsuite>
-<testcase classname="tests.test_a" name="test_good[cuda]" time="0.1" />
-<testcase classname="tests.test_a" name="test_bad" time="0.1">
-  <failure message="assert 1 == 2&#10;more">long text</failure></testcase>
-<testcase classname="tests.test_a" name="test_broken" time="0.1"><error message="boom" /></testcase>
-<testcase classname="tests.test_a" name="test_passed_over" time="0.0">
-  <skipped type="pytest.skip" message="no CUDA device">where</skipped></testcase>
-<testcase classname="tests.test_a" name="test_expected" time="0.0">
-  <skipped type="pytest.xfail" message="known" /></testcase>
-</testsuite></testsuites>"""
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +40,11 @@ def row(name, step, host, launches, **options):
     return {
         "name": name,
         "is_ours": name.startswith("lrs_ext"),
+        "kind": "float32" if name.startswith("lrs_ext") else None,
+        "param_dtype": "float32",
         "bytes_per_parameter": 28,
+        "bytes_held": 12,
+        "tolerance": 1e-4,
         "step": spread(step),
         "host": spread(host),
         "host_new_gradients": None,
@@ -68,13 +63,13 @@ def document():
         row("lrs_ext cuda", 1e-3, 30e-6, 1),
         row("lrs_ext triton", 2.5e-3, 60e-6, None, ratio=0.8),
     ]
-    case = bench_step.blank_result(bench_step.QUICK_CASES[0])
+    case = bench_step.blank_result(step_cases.QUICK_CASES[0])
     unfit = case | {"name": "1 x 256M", "skipped": "needs 30.0 GiB, 10.0 GiB are free"}
     check = {"case": case["name"], "what": "speed", "measured": "nan", "target": ">= 1.0x"}
     bench = {
         "copy_bytes_per_second": 1e12,
-        "baseline": "torch fused",
         "unavailable": {"rocket": "no fuel"},
+        "missing_peers": {"flashoptim": "not installed"},
         "cases": [case | {"rows": rows, "errors": {"torch odd": "RuntimeError: no"}}, unfit],
         "checks": [check | {"passed": False}],
     }
@@ -135,21 +130,29 @@ def test_bench_step_end_to_end(tmp_path, capsys):
     assert bench_step.main([*options, "--json", str(numbers), "--report", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     bench = json.loads(numbers.read_text())
-    assert len(bench["cases"]) == len(bench["checks"]) == len(bench_step.QUICK_CASES)
+    kinds = len(KINDS) - 1
+    assert len(bench["cases"]) == len(step_cases.QUICK_CASES) == len(bench["checks"]) - kinds
     for case in bench["cases"]:
-        assert [row["name"] for row in case["rows"]] == ["torch fused", "lrs_ext cpu"]
         assert not case["errors"]
         assert case["name"] in printed
+        if not case["compares_storage"] and "optimi" not in printed:
+            baseline = "torch" if case["algorithm"] in ("Lion", "LAMB") else "torch fused"
+            assert case["rows"][0]["name"].endswith(baseline)
         for measured in case["rows"]:
             assert measured["step"]["median"] > 0
-            assert measured["difference"] < 1e-4
-    page = (tmp_path / f"cpu-{results_page.slug(bench['machine']['device'])}.md").read_text()
-    assert results_page.bench_tables(bench) in page
+            assert measured["tolerance"] is None or measured["difference"] <= measured["tolerance"]
+    name = f"cpu-{results_page.slug(bench['machine']['device'])}"
+    page = (tmp_path / f"{name}.md").read_text()
+    assert results_page.bench_tables(bench) in page.replace(
+        f"{results_page.PLOT_PLACE}\n\n![Share of the copy rate]({name}.png)",
+        results_page.PLOT_PLACE,
+    )
     assert results_page.bench_tables(bench) in printed
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
 def test_an_optimizer_that_does_nothing_fails_the_check(monkeypatch, capsys):
-    monkeypatch.setattr(bench_step, "start_ours", lambda backend: lambda params: lambda: None)
+    monkeypatch.setattr(step_contenders, "start_ours", lambda *_: lambda params: lambda: None)
     options = ["--device", "cpu", "--quick", "--rounds", "1"]
     assert bench_step.main(options) == 0
     assert bench_step.main([*options, "--check"]) == 1
@@ -157,17 +160,17 @@ def test_an_optimizer_that_does_nothing_fails_the_check(monkeypatch, capsys):
 
 
 def test_one_that_skips_a_step_fails_the_check(monkeypatch):
-    real = bench_step.start_ours
+    real = step_contenders.start_ours
 
-    def start(backend):
+    def start(*which):
         def start_late(params):
-            step, numbers = real(backend)(params), itertools.count()
+            step, numbers = real(*which)(params), itertools.count()
             return lambda: next(numbers) and step()
 
         return start_late
 
-    monkeypatch.setattr(bench_step, "start_ours", start)
-    case = bench_step.Case("3 x 50", ((50,),) * 3, rounds=300)
+    monkeypatch.setattr(step_contenders, "start_ours", start)
+    case = step_cases.Case("3 x 50", ((50,),) * 3, rounds=300)
     result = bench_step.blank_result(case)
     bench_step.run_case(case, CPU, result)
     assert [check["passed"] for check in bench_step.checks(case, result, CPU)] == [False]
@@ -177,8 +180,8 @@ def test_one_that_cannot_run_is_noted_and_fails_the_check(monkeypatch):
     def start(params):
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setattr(bench_step, "start_ours", lambda backend: start)
-    case = bench_step.QUICK_CASES[2]
+    monkeypatch.setattr(step_contenders, "start_ours", lambda *_: start)
+    case = step_cases.QUICK_CASES[2]
     result = bench_step.blank_result(case)
     bench_step.run_case(case, CPU, result)
     assert result["errors"] == {"lrs_ext cpu": "RuntimeError: no kernel"}
@@ -203,19 +206,65 @@ def test_gradients_are_new_tensors_at_new_addresses():
     ("step", "host", "passed"), [(1.0, 40e-6, True), (11.0, 60e-6, False), (math.nan, 1, False)]
 )
 def test_targets(step, host, passed):
-    case = bench_step.Case("x", ((16,),), 1, min_ratio=3.0, max_host_seconds=50e-6)
+    case = step_cases.Case("x", ((16,),), 1, min_ratio=3.0, max_host_seconds=50e-6)
     ours = row("lrs_ext cpu", step, host, None, ratio=10 / step, host_new_gradients=spread(host))
     checks = bench_step.checks(case, bench_step.blank_result(case) | {"rows": [ours]}, CPU)
     assert [check["passed"] for check in checks] == [True, passed, passed, passed]
 
 
-def test_cases_and_their_traffic():
-    shapes = bench_step.gpt2_shapes()
-    assert (len(shapes), sum(map(math.prod, shapes))) == (148, 124_439_808)
-    ours = bench_step.Contender("lrs_ext cuda", int, is_ours=True)
-    torchs = bench_step.Contender("torch fused", int, is_ours=False)
-    found = [c.bytes_per_parameter(d) for c in (ours, torchs) for d in bench_step.TOLERANCE]
-    assert found == [28, 22, 28, 14]
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "parameters"),
+    [
+        (step_cases.gpt2_shapes(), 148, 124_439_808),
+        (step_cases.llama_shapes(1), 291, 8_030_261_248),
+        (step_cases.resnet50_shapes(), 161, 25_557_032),
+    ],
+)
+def test_shapes_are_those_of_the_models(shapes, tensors, parameters):
+    assert (len(shapes), sum(map(math.prod, shapes))) == (tensors, parameters)
+
+
+@pytest.mark.parametrize(
+    ("options", "ours", "torchs"),
+    [
+        ({}, 28, 28),
+        ({"dtype": torch.bfloat16}, 22, 14),
+        ({"algorithm": "SGD"}, 20, 20),
+        ({"algorithm": "Lion"}, 20, 20),
+        ({"algorithm": "LAMB"}, 40, 40),
+        ({"algorithm": "LAMB", "dtype": torch.bfloat16}, 32, 20),
+        ({"max_norm": 1.0}, 32, 32),
+    ],
+)
+def test_traffic(options, ours, torchs):
+    case = step_cases.Case("x", ((16,),), 1, **options)
+    found = step_contenders.contenders(case, CPU)
+    assert not found[0].is_ours
+    assert found[-1].is_ours
+    assert [found[-1].bytes_moved, found[0].bytes_moved] == [ours, torchs]
+
+
+def test_storage_cases_have_every_kind():
+    case = step_cases.Case("x", ((16,),), 1, kinds=tuple(KINDS))
+    found = step_contenders.contenders(case, CPU)
+    assert [contender.kind for contender in found if contender.is_ours] == list(KINDS)
+    assert [contender.bytes_moved for contender in found if not contender.is_ours] == [28, 14]
+    for device in ("cpu", "cuda"):
+        kinds = [case.kinds for case in step_cases.cases(device, quick=False) if case.kinds]
+        assert kinds == [tuple(KINDS)]
+
+
+def test_others_take_part_where_they_are_installed(monkeypatch):
+    case = step_cases.Case("x", ((16,),), 1)
+    monkeypatch.setattr(step_contenders.importlib.util, "find_spec", lambda name: None)
+    assert "pip install torch-optimi" in step_contenders.missing_peers()["torch-optimi"]
+    assert len(step_contenders.peers(case, CPU)) == 0
+    monkeypatch.setattr(step_contenders.importlib.util, "find_spec", lambda name: name)
+    assert step_contenders.missing_peers() == {}
+    assert [peer.name for peer in step_contenders.peers(case, CPU)] == ["optimi"]
+    storage = step_cases.Case("x", ((16,),), 1, kinds=tuple(KINDS))
+    assert step_contenders.peers(storage, CPU) == []
+    assert len(step_contenders.peers(storage, torch.device("cuda"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -239,7 +288,7 @@ def test_bad_options_are_refused(options, message, capsys):
 
 def test_page(document, tmp_path):
     paths = results_page.write(document, tmp_path / "new", "fancy")
-    assert [path.name for path in paths] == ["fancy.json", "fancy.md"]
+    assert [path.name for path in paths] == ["fancy.json", "fancy.md", "fancy.png"]
     assert json.loads(paths[0].read_text()) == document
     page = paths[1].read_text()
     for text in (
@@ -248,6 +297,8 @@ def test_page(document, tmp_path):
         "`tests.test_a::test_bad` failed",
         "29.4",
         "lrs_ext rocket: not run, no fuel",
+        "flashoptim: not run, not installed",
+        "(fancy.png)",
         "1 x 256M: not run, needs 30.0 GiB, 10.0 GiB are free",
         "1 x 1M, torch odd: RuntimeError: no",
         "Segmentation fault",
@@ -266,6 +317,37 @@ def test_where_we_are_not_ahead(document):
     assert results_page.not_ahead(bench) == "Nothing was compared."
 
 
+def test_storage_types_are_held_against_the_speed_of_float32(document):
+    bench = document["stages"]["step benchmark"]["bench"]
+    small = {"kind": "bf16 split, bf16 states", "param_dtype": "bfloat16", "bytes_held": 7}
+    rows = [
+        row("torch fused", 2e-3, 1, 1),
+        row("torch fused, all bf16", 0.8e-3, 1, 1, param_dtype="bfloat16"),
+        row("lrs_ext cpu, float32", 1e-3, 1, 1),
+        row("lrs_ext cpu, small", 1e-3, 1, 1, bytes_per_parameter=14, **small),
+    ]
+    bench["cases"][:] = [bench["cases"][0] | {"rows": rows, "compares_storage": True}]
+    lines = results_page.not_ahead(bench).splitlines()
+    assert lines == [
+        "- 1 x 1M, lrs_ext cpu, small: step 1.000 ms, torch fused, all bf16 800.0 us",
+        "- 1 x 1M, lrs_ext cpu, small: 50% of the speed allowed",
+    ]
+    table = results_page.storage_table(bench["cases"][0]).splitlines()
+    assert table[-1].split("|")[-2].strip() == "50%"
+    assert table[-2].split("|")[-2].strip() == "100%"
+    assert results_page.storage_table(bench["cases"][0]) in results_page.bench_tables(bench)
+
+
+def test_plot_has_a_line_for_each_dtype(document):
+    bench = document["stages"]["step benchmark"]["bench"]
+    found = step_plot.lines(bench)
+    assert found["lrs_ext cuda", "float32"] == [(2**20, 28 * 2**20 / 1e-3 / 1e12)]
+    labels = [line.get_label() for line in step_plot.plot(bench).axes[0].lines]
+    assert "lrs_ext cuda, float32 parameters" in labels
+    bench["cases"][0]["in_plot"] = False
+    assert not step_plot.can_plot(bench)
+
+
 def test_tables_and_file_names_hold_any_text():
     text = results_page.table(("what", "n"), [("a|b\nc", "1"), ("d", "-"), ("e", "22")])
     assert text.splitlines() == [
@@ -277,125 +359,3 @@ def test_tables_and_file_names_hold_any_text():
     ]
     assert results_page.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert results_page.slug("Intel(R) Xeon(R) @ 2.2GHz") == "intel-r-xeon-r-2-2ghz"
-
-
-# The GPU report
-
-
-def test_junit_counts():
-    failures = [
-        "`tests.test_a::test_bad` failed: assert 1 == 2",
-        "`tests.test_a::test_broken` error: boom",
-    ]
-    counts = {"passed": 1, "failed": 1, "error": 1, "skipped": 1, "xfailed": 1}
-    assert gpu_report.read_junit(JUNIT, skips_fail=False) == (counts, failures)
-    failures.append("`tests.test_a::test_passed_over` skipped: no CUDA device")
-    assert gpu_report.read_junit(JUNIT, skips_fail=True) == (counts, failures)
-
-
-@pytest.mark.parametrize(("kind", "fails"), [("skip", True), ("xfail", False)])
-def test_a_skipped_gpu_test_fails_the_stage(kind, fails, monkeypatch, tmp_path):
-    def run_command(command, limit):
-        (xml,) = [part.partition("=")[2] for part in command if part.startswith("--junitxml=")]
-        odd = f'<testcase name="b"><skipped type="pytest.{kind}" message="m" /></testcase>'
-        Path(xml).write_text(f'<testsuites><testcase name="a" />{odd}</testsuites>')
-        return 0, "1 passed"
-
-    monkeypatch.setattr(gpu_report, "run_command", run_command)
-    outcome = gpu_report.run_tests(10, gpu=True, folder=tmp_path)
-    assert outcome["passed"] is not fails
-    assert gpu_report.run_tests(10, gpu=False, folder=tmp_path)["passed"]
-
-
-def test_commands_end_in_time():
-    started = time.monotonic()
-    waits = "import time; time.sleep(60)"
-    code, output = gpu_report.run_command([sys.executable, "-c", waits], 1.0)
-    assert time.monotonic() - started < 20
-    assert gpu_report.ending(code, output, 1.0) == "did not finish within 1 s"
-
-
-def test_commands_give_their_exit_code_and_output():
-    script = "import os, sys; print(os.environ['LRS_TEST']); sys.exit('bad')"
-    code, output = gpu_report.run_command([sys.executable, "-c", script], 60, {"LRS_TEST": "x"})
-    assert sorted(output.splitlines()) == ["bad", "x"]
-    assert gpu_report.ending(code, "x\nbad\n\n", 60) == "exit code 1: bad"
-    assert gpu_report.ending(0, "x", 60) == "exit code 0"
-
-
-def test_a_failed_stage_is_recorded_and_stops_no_other(capsys):
-    def crash(limit):
-        raise RuntimeError(f"lost {gpu_report.ROOT}/x\nmore")
-
-    def good(limit):
-        assert limit == 50
-        return {"passed": True, "detail": "fine"}
-
-    document, saved = {"stages": {}}, []
-    gpu_report.run_stages(
-        {"first": (crash, 50), "second": (good, 50), "third": (good, 1)},
-        document,
-        lambda: saved.append(list(document["stages"])),
-        time.monotonic() + 100,
-    )
-    assert saved == [["first"], ["first", "second"], ["first", "second", "third"]]
-    stages = document["stages"]
-    assert [stage["passed"] for stage in stages.values()] == [False, True, False]
-    assert stages["first"]["detail"] == "RuntimeError: lost ./x"
-    assert stages["third"]["detail"] == "no time was left: give more --minutes"
-    assert all(stage["seconds"] >= 0 for stage in stages.values())
-
-
-def test_a_killed_benchmark_keeps_its_numbers(document, monkeypatch, tmp_path):
-    bench = document["stages"]["step benchmark"]["bench"]
-    (tmp_path / "bench_step.json").write_text(json.dumps(bench))
-    monkeypatch.setattr(gpu_report, "run_command", lambda command, limit: (None, "1 x 1M ..."))
-    outcome = gpu_report.run_benchmark(7, folder=tmp_path)
-    assert outcome["bench"] == bench
-    assert not outcome["passed"]
-    assert outcome["detail"] == "0 of 1 checks passed; did not finish within 7 s"
-
-
-@pytest.mark.parametrize(
-    ("code", "output", "passed"),
-    [
-        (0, "========= ERROR SUMMARY: 0 errors", True),
-        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
-        (0, "========= ERROR SUMMARY: 10 errors", False),
-        (9, "========= ERROR SUMMARY: 0 errors", False),
-        (0, "Target application terminated before the first instrumented call", False),
-    ],
-)
-def test_sanitizer_summaries(code, output, passed, monkeypatch):
-    monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: name)
-    monkeypatch.setattr(gpu_report, "run_command", lambda *_: (code, output))
-    assert gpu_report.run_sanitizer(10, tool="memcheck")["passed"] is passed
-
-
-def test_a_missing_sanitizer_is_named(monkeypatch):
-    monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: None)
-    outcome = gpu_report.run_sanitizer(10, tool="memcheck")
-    assert not outcome["passed"]
-    assert "comes with the CUDA toolkit" in outcome["detail"]
-
-
-@pytest.mark.parametrize(
-    ("has_gpu", "message"),
-    [
-        (False, "sees no CUDA device: run this on a machine with an NVIDIA GPU"),
-        (True, "the cuda backend of lrs_ext cannot be used: reinstall with LRS_CUDA=1"),
-    ],
-)
-def test_an_unfit_machine_is_told_the_way_out(has_gpu, message, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr("lrs_ext.ops.unavailable_reason", lambda *_: "reinstall with LRS_CUDA=1")
-    assert gpu_report.main(["--out", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_sanitizer_steps_cover_every_optimizer(capsys):
-    assert sanitizer_steps.main(["--backend", "cpu"]) == 0
-    names = sanitizer_steps.optimizers()
-    assert {"SGD", "Adam", "AdamW", "Lion", "LAMB"} <= set(names)
-    assert capsys.readouterr().out.splitlines() == [f"{name}: done" for name in names]

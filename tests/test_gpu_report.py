@@ -1,0 +1,197 @@
+"""The GPU report: stages, what it reads from their output, and the parts that need no GPU."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gpu_features
+import gpu_report
+import sanitizer_steps
+
+JUNIT = """<?xml version="1.0" encoding="utf-8"?>
+<testsuites><testsuite>
+<testcase classname="tests.test_a" name="test_good[cuda]" time="0.1" />
+<testcase classname="tests.test_a" name="test_bad" time="0.1">
+  <failure message="assert 1 == 2&#10;more">long text</failure></testcase>
+<testcase classname="tests.test_a" name="test_broken" time="0.1"><error message="boom" /></testcase>
+<testcase classname="tests.test_a" name="test_passed_over" time="0.0">
+  <skipped type="pytest.skip" message="no CUDA device">where</skipped></testcase>
+<testcase classname="tests.test_a" name="test_expected" time="0.0">
+  <skipped type="pytest.xfail" message="known" /></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors are faster with one thread, also when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_junit_counts():
+    failures = [
+        "`tests.test_a::test_bad` failed: assert 1 == 2",
+        "`tests.test_a::test_broken` error: boom",
+    ]
+    counts = {"passed": 1, "failed": 1, "error": 1, "skipped": 1, "xfailed": 1}
+    assert gpu_report.read_junit(JUNIT, skips_fail=False) == (counts, failures)
+    failures.append("`tests.test_a::test_passed_over` skipped: no CUDA device")
+    assert gpu_report.read_junit(JUNIT, skips_fail=True) == (counts, failures)
+
+
+@pytest.mark.parametrize(("kind", "fails"), [("skip", True), ("xfail", False)])
+def test_a_skipped_gpu_test_fails_the_stage(kind, fails, monkeypatch, tmp_path):
+    def run_command(command, limit):
+        (xml,) = [part.partition("=")[2] for part in command if part.startswith("--junitxml=")]
+        odd = f'<testcase name="b"><skipped type="pytest.{kind}" message="m" /></testcase>'
+        Path(xml).write_text(f'<testsuites><testcase name="a" />{odd}</testsuites>')
+        return 0, "1 passed"
+
+    monkeypatch.setattr(gpu_report, "run_command", run_command)
+    outcome = gpu_report.run_tests(10, gpu=True, folder=tmp_path)
+    assert outcome["passed"] is not fails
+    assert gpu_report.run_tests(10, gpu=False, folder=tmp_path)["passed"]
+
+
+def test_commands_end_in_time():
+    started = time.monotonic()
+    waits = "import time; time.sleep(60)"
+    code, output = gpu_report.run_command([sys.executable, "-c", waits], 1.0)
+    assert time.monotonic() - started < 20
+    assert gpu_report.ending(code, output, 1.0) == "did not finish within 1 s"
+
+
+def test_commands_give_their_exit_code_and_output():
+    script = "import os, sys; print(os.environ['LRS_TEST']); sys.exit('bad')"
+    code, output = gpu_report.run_command([sys.executable, "-c", script], 60, {"LRS_TEST": "x"})
+    assert sorted(output.splitlines()) == ["bad", "x"]
+    assert gpu_report.ending(code, "x\nbad\n\n", 60) == "exit code 1: bad"
+    assert gpu_report.ending(0, "x", 60) == "exit code 0"
+
+
+def test_a_failed_stage_is_recorded_and_stops_no_other(capsys):
+    def crash(limit):
+        raise RuntimeError(f"lost {gpu_report.ROOT}/x\nmore")
+
+    def good(limit):
+        assert limit == 50
+        return {"passed": True, "detail": "fine"}
+
+    document, saved = {"stages": {}}, []
+    gpu_report.run_stages(
+        {"first": (crash, 50), "second": (good, 50), "third": (good, 1)},
+        document,
+        lambda: saved.append(list(document["stages"])),
+        time.monotonic() + 100,
+    )
+    assert saved == [["first"], ["first", "second"], ["first", "second", "third"]]
+    stages = document["stages"]
+    assert [stage["passed"] for stage in stages.values()] == [False, True, False]
+    assert stages["first"]["detail"] == "RuntimeError: lost ./x"
+    assert stages["third"]["detail"] == "no time was left: give more --minutes"
+    assert all(stage["seconds"] >= 0 for stage in stages.values())
+
+
+def test_a_killed_benchmark_keeps_its_numbers(monkeypatch, tmp_path):
+    bench = {"checks": [{"passed": False}]}
+    (tmp_path / "bench_step.json").write_text(json.dumps(bench))
+    monkeypatch.setattr(gpu_report, "run_command", lambda command, limit: (None, "1 x 1M ..."))
+    outcome = gpu_report.run_benchmark(7, folder=tmp_path)
+    assert outcome["bench"] == bench
+    assert not outcome["passed"]
+    assert outcome["detail"] == "0 of 1 checks passed; did not finish within 7 s"
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "passed"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", True),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
+        (0, "========= ERROR SUMMARY: 10 errors", False),
+        (9, "========= ERROR SUMMARY: 0 errors", False),
+        (0, "Target application terminated before the first instrumented call", False),
+    ],
+)
+def test_sanitizer_summaries(code, output, passed, monkeypatch):
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: name)
+    monkeypatch.setattr(gpu_report, "run_command", lambda *_: (code, output))
+    assert gpu_report.run_sanitizer(10, tool="memcheck")["passed"] is passed
+
+
+def test_a_missing_sanitizer_is_named(monkeypatch):
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: None)
+    outcome = gpu_report.run_sanitizer(10, tool="memcheck")
+    assert not outcome["passed"]
+    assert "comes with the CUDA toolkit" in outcome["detail"]
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "message"),
+    [
+        (False, "sees no CUDA device: run this on a machine with an NVIDIA GPU"),
+        (True, "the cuda backend of lrs_ext cannot be used: reinstall with LRS_CUDA=1"),
+    ],
+)
+def test_an_unfit_machine_is_told_the_way_out(has_gpu, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("lrs_ext.ops.unavailable_reason", lambda *_: "reinstall with LRS_CUDA=1")
+    assert gpu_report.main(["--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sanitizer_steps_cover_every_optimizer(capsys):
+    assert sanitizer_steps.main(["--backend", "cpu"]) == 0
+    names = sanitizer_steps.optimizers()
+    assert {"SGD", "Adam", "AdamW", "Lion", "LAMB"} <= set(names)
+    stored = [f"{name} with every storage type" for name in sanitizer_steps.STORED]
+    done = [*names, *stored, "scaled, clipped and released gradients"]
+    assert capsys.readouterr().out.splitlines() == [f"{name}: done" for name in done]
+
+
+def test_the_report_has_a_stage_for_each_feature(monkeypatch, tmp_path):
+    planned = gpu_report.stages(tmp_path)
+    features = {"storages", "lion", "lamb", "amp", "clipping", "gradient-release", "graph"}
+    features |= {"plateau", "compiled-step"}
+    assert features == set(gpu_features.CHECKS)
+    assert features < set(planned)
+    assert next(iter(planned)) == "GPU tests"
+    commands = []
+
+    def run_command(command, limit):
+        commands.append(command)
+        return 0, "lion, cuda: distance 0.0e+00\nlion, triton: distance 1.0e-08\n"
+
+    monkeypatch.setattr(gpu_report, "run_command", run_command)
+    outcome = planned["lion"][0](7.0)
+    assert outcome["passed"]
+    assert outcome["detail"].count("distance") == 2
+    assert commands[0][2:] == ["lion", "--device", "cuda"]
+    assert not planned["lamb"][0](7.0)["passed"]  # its line is missing
+
+
+@pytest.mark.parametrize("name", gpu_features.CHECKS)
+def test_features_on_the_cpu(name, capsys):
+    assert gpu_features.main([name, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith(f"{name}, cpu: ")
+
+
+def test_a_wrong_feature_fails_and_stops_no_other(monkeypatch, capsys):
+    def wrong(device, backend):
+        gpu_features.within("x", math.nan, 1.0)
+
+    checks = {"wrong": wrong, "right": lambda device, backend: "fine"}
+    monkeypatch.setattr(gpu_features, "CHECKS", checks)
+    assert gpu_features.main(["--device", "cpu"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["wrong, cpu: FAILED", "right, cpu: fine"]
+    with pytest.raises(SystemExit):
+        gpu_features.main(["unknown", "--device", "cpu"])
