@@ -119,7 +119,7 @@ class Torch:
 
 
 def test_every_public_and_every_native_update_has_rows_and_an_oracle():
-    public = {getattr(lrs_ext, name) for name in lrs_ext.__all__}
+    public = [getattr(lrs_ext, name) for name in lrs_ext.__all__]
     classes = [c for c in public if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
     names = {optimizer.__name__ for optimizer in classes}
     rows = {row.name for row in cases.UPDATES}

@@ -30,7 +30,13 @@ int main() {
   float slope[4] = {}, intercept[4] = {};  // value, exp_avg, exp_avg_sq, step
   std::vector<lrs::TensorEntry> tensors;
   for (float* p : {slope, intercept}) {
-    tensors.push_back({p, {p + 1, p + 2}, p + 3, /*numel=*/1, /*group=*/0, lrs::DType::kFloat32});
+    lrs::TensorEntry tensor{};  // a float32 of group 0
+    tensor.param = p;
+    tensor.states[0] = p + 1;
+    tensor.states[1] = p + 2;
+    tensor.step = p + 3;
+    tensor.numel = 1;
+    tensors.push_back(tensor);
   }
   lrs::StepTable table{};
   table.chunk_elements = 8192;
