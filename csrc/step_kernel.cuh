@@ -103,7 +103,9 @@ __device__ __forceinline__ void update_lane(const Update& update,
     lane.template apply<kNumStates>(update, i, state, random);
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) {
-      State::store(state_lanes[s][i], state[s], state_random(random, s));
+      // More states than that are float32, which needs no random bits.
+      const uint32_t share = s < kMaxCompressedStates ? state_random(random, s) : 0;
+      State::store(state_lanes[s][i], state[s], share);
     }
   }
   lane.store(arrays, begin);

@@ -252,6 +252,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         parts = self._ready_parts()
         has_released = self._released.finish()
         if not parts and not has_released:
+            self._scaling = StepScaling()  # a limit was for this step
             return loss
         if not had_state and self._learning_rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero

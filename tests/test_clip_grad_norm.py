@@ -104,6 +104,16 @@ def test_a_limit_holds_for_one_step(backend):
     assert moves == pytest.approx([0.5, 2.5, 0.5, 0.5, 2.5], rel=1e-6)
 
 
+def test_a_step_without_gradients_uses_up_a_limit(backend):
+    param = leaf(torch.zeros(2), backend)
+    opt = make(SGD, [param], backend)
+    lrs_ext.clip_grad_norm_(opt, 0.1)
+    opt.step()
+    param.grad = torch.tensor([3.0, 4.0], device=backend.device)
+    opt.step()
+    assert param.detach().norm().item() == pytest.approx(2.5, rel=1e-6)
+
+
 def test_the_last_of_several_limits_counts(backend):
     param = leaf(torch.zeros(2), backend)
     opt = make(SGD, [param], backend)
