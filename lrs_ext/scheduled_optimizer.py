@@ -507,7 +507,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         table = self._table
         refreshed = (selection.param_lists, selection.state, selection.gradients)
         if table is None or not table.refresh(*refreshed):
-            if self.was_captured:
+            if self.was_captured and isinstance(table, ops.StepTable):
                 raise RuntimeError(
                     "a parameter or a state is another tensor, or elsewhere in memory, than when a "
                     f"CUDA graph captured the step: {_CAPTURE_AGAIN}"

@@ -139,7 +139,7 @@ class Scaled:
 
 
 # The third update of every trial, and some of the training.
-OVERFLOWS = (2, 6, 10, 14, 18, 22, 30, 38, 60, 90, 91)
+OVERFLOWS = (2, 10, 18, 26, 34, 42, 50, 58, 70, 90, 91)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
