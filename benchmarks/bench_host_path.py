@@ -78,14 +78,18 @@ QUICK_CASES = (Case("300 x 16", 300, steps=3),)
 def measure(folder: Path, cases: Sequence[Case]) -> None:
     """Runs under callgrind; leaves a file in `folder` for each count."""
     import bench_step
+    import step_cases
+    import step_contenders
+    import storages
     import torch
 
+    adamw = step_cases.Case("host path", (), rounds=0)
     switch = ctypes.CDLL(str(folder / "switch.so"))
     toggle = switch.toggle
     starts: dict[str, Callable[..., Callable[[], object]]] = {
         NOTHING: lambda params: lambda: None,
-        THEIRS: bench_step.start_torch(fused=True),
-        OURS: bench_step.start_ours("cpu"),
+        THEIRS: step_contenders.start_torch(adamw, fused=True),
+        OURS: step_contenders.start_ours(adamw, "cpu", storages.KINDS["float32"]),
     }
     for case in cases:
         gradients = [torch.ones(ELEMENTS) for _ in range(case.tensors)]

@@ -201,7 +201,8 @@ void step_chunks_of(const StepTable& table, const void* const* gradients, int64_
       folded_step = step;
     }
     const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
-    const uint32_t key = random_key(*table.step, entry.position, range.begin);
+    const uint32_t key =
+        is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
     update_range(update, {&entry, gradient, range, key}, table);
   }
 }

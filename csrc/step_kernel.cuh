@@ -299,7 +299,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       __syncthreads();
       const Update update = shared_update;
       const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
-      const uint32_t key = random_key(*table.step, entry.position, range.begin);
+      const uint32_t key =
+          is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
       const bool stochastic = table.rounds_stochastically;
       if (entry.states[Update::kMaxStates - 1] == nullptr) {
         update_chunk<Update::kMinStates, State>(update, entry, gradient, range, key, stochastic);

@@ -126,6 +126,11 @@ LRS_HOST_DEVICE double number_at(const MovingNumber& number, double fixed, int64
   return static_cast<double>(number.values[step < last ? step : last]);
 }
 
+// Whether anything that the step writes is rounded at random.
+LRS_HOST_DEVICE bool is_random(const StepTable& table) {
+  return table.rounds_stochastically || table.state_type != StateType::kFloat32;
+}
+
 LRS_HOST_DEVICE bool is_skipped(const GradScaling& scaling) {
   return scaling.found_inf != nullptr && *scaling.found_inf != 0.0f;
 }
