@@ -155,6 +155,10 @@ class HyperSchedules:
                 break
         return self._with_peaks_in_charge(state, group) if state.followed else group
 
+    def is_synced(self, index: int, group: Group) -> bool:
+        """Returns whether there is nothing new in the group for `sync` to take over."""
+        return all(group[key] is held for key, held in self._states[index].held.items())
+
     def fixed(self, index: int, group: Group) -> Group:
         """Returns the group with the largest value of each schedule in charge in its place.
 

@@ -450,10 +450,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "parameters with gaps between their elements contiguous"
             )
         for index, group in enumerate(self.param_groups):
-            if not self._learning_rates.is_synced(index, group):
+            is_synced = self._learning_rates.is_synced(index, group)
+            is_synced &= self._hyper_schedules.is_synced(index, group)
+            fixed = self._hyper_schedules.fixed(index, group)
+            if not is_synced or self._hyper(fixed) != self._written[index][1]:
                 raise RuntimeError(
-                    f"the learning rate of group {index} has changed since the last step, and each "
-                    "replay would write it again: call sync_groups() before the capture"
+                    f"a number of group {index} has changed since the last step, and each replay "
+                    "would write it again: call sync_groups() before the capture"
                 )
 
     def _ready_parts(self) -> list[Part]:

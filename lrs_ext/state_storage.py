@@ -156,15 +156,13 @@ class Storage:
             numbers: the states, float32.
             random: 32 random bits for each element in the order of memory, int64.
         """
-        bits = memory_order(value).view(torch.int32).long() & 0xFFFFFFFF
-        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
         if REMAINDER in state:
-            bits = torch.where(is_nan, 0x7FC00000, bits)
+            bits = _bits(value)
+            bits = torch.where(_is_nan(bits), 0x7FC00000, bits)
             memory_order(state[REMAINDER]).copy_(_int16(bits & 0xFFFF))
             memory_order(param).view(torch.int16).copy_(_int16((bits + 0x8000) >> 16))
         elif self.stochastic_rounding and param.dtype == torch.bfloat16:
-            bits = torch.where(is_nan, 0x7FFF, (bits + (random & 0xFFFF)) >> 16)
-            memory_order(param).view(torch.int16).copy_(_int16(bits))
+            _round_stochastically(param, value, random & 0xFFFF)
         else:
             param.copy_(value)
         for index, (name, number) in enumerate(numbers.items()):
@@ -174,10 +172,7 @@ class Storage:
                 state[name].copy_(codes)
                 state[name + _SCALE_SUFFIX].copy_(scales)
             elif state[name].dtype == torch.bfloat16:
-                bits = memory_order(number).view(torch.int32).long() & 0xFFFFFFFF
-                is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-                bits = torch.where(is_nan, 0x7FFF, (bits + (share << 8 | 0x80)) >> 16)
-                memory_order(state[name]).view(torch.int16).copy_(_int16(bits))
+                _round_stochastically(state[name], number, share << 8 | 0x80)
             else:
                 state[name].copy_(number)
 
@@ -233,6 +228,22 @@ def unpacked(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Ten
         else:
             numbers[name] = block_codes.decode(state[name], scale, _is_root(name))
     return numbers
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Returns the bits of float32 values in the order of memory: int64."""
+    return memory_order(values).view(torch.int32).long() & 0xFFFFFFFF
+
+
+def _is_nan(bits: Tensor) -> Tensor:
+    return (bits & 0x7FFFFFFF) > 0x7F800000
+
+
+def _round_stochastically(target: Tensor, values: Tensor, random: Tensor) -> None:
+    """Writes float32 values to a bfloat16 target; `random` has 16 random bits for each."""
+    bits = _bits(values)
+    bits = torch.where(_is_nan(bits), 0x7FFF, (bits + random) >> 16)
+    memory_order(target).view(torch.int16).copy_(_int16(bits))
 
 
 def _int16(bits: Tensor) -> Tensor:

@@ -86,10 +86,17 @@ def test_parameters_with_gaps_cannot_be_captured(capture):
     assert_refused([param], opt, "with gaps between their elements contiguous")
 
 
-@pytest.mark.parametrize("lr", [0.5, lrs_ext.linear(0.5, 10)], ids=["float", "schedule"])
-def test_a_new_learning_rate_is_written_before_the_capture(capture, lr):
+NUMBERS = {"float": 0.5, "schedule": lrs_ext.linear(0.5, 10)}
+
+
+CHANGED = [(key, name) for key in ("lr", "weight_decay", "betas") for name in NUMBERS]
+
+
+@pytest.mark.parametrize(("key", "number"), [*CHANGED, ("eps", "float")])
+def test_new_numbers_are_written_before_the_capture(capture, key, number):
     params, opt = make("AdamW")
-    opt.param_groups[0]["lr"] = lr
+    new = NUMBERS[number]
+    opt.param_groups[0][key] = (new, 0.9) if key == "betas" else new
     capture(opt)
     set_gradients(params)
     assert_refused(params, opt, "call sync_groups\\(\\) before the capture")
