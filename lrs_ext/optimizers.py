@@ -118,6 +118,7 @@ class SGD(ScheduledOptimizer):
         if is_new or param not in self._counters:
             count = 0.0 if is_new else 1.0
             self._counters[param] = torch.full((), count, dtype=torch.float32, device=param.device)
+        self._counters[param] = self._counters[param].to(param.device)
         return self._counters[param]
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
 from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
 from lrs_ext.learning_rates import Group, Mark, check_learning_rate
-from lrs_ext.param_devices import devices_of, on_device
+from lrs_ext.param_devices import device_of, devices_of, on_device
 from lrs_ext.schedules import Schedule
 from lrs_ext.state_storage import Storage
 from lrs_ext.step_hooks import watched_step
@@ -176,9 +176,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         names = []
         for index, group in enumerate(self.param_groups):
             fixed = self._numbers.sync(index, group, self._check)
-            self._tables.write(index, self._hyper(fixed))
+            hyper = self._hyper(fixed)
+            for tables in self._tables.all:
+                tables.write(index, hyper)
             names.append(self._state_names(fixed))
-        self._tables.name_states(names)
+        for tables in self._tables.all:
+            tables.name_states(names)
 
     def forget_graphs(self) -> None:
         """Says that no captured CUDA graph holds a step any more, so that everything may change.
@@ -457,6 +460,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _update_one(self, param: Tensor) -> None:
         """Updates one dense parameter from its gradient, without advancing the schedule."""
+        if device_of(param) not in self._backends:
+            self._follow_params()
         self.sync_groups()
         tables = self._tables.of(param)
         table = tables.current_single(param, self.state)

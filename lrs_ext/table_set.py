@@ -26,6 +26,9 @@ class TableSet:
         numbers: of the groups.
         num_groups: how many of them there are.
         backends: that of each device.
+
+    Attributes:
+        all: those of the first parameter's device first.
     """
 
     def __init__(
@@ -52,11 +55,6 @@ class TableSet:
         """Returns the tables on the parameter's device."""
         return self._by_device[param_devices.device_of(param)]
 
-    def write(self, index: int, hyper: dict[str, float]) -> None:
-        """Writes the rows of a group where it has changed."""
-        for tables in self.all:
-            tables.write(index, hyper)
-
     def has_written(self, index: int, hyper: dict[str, float]) -> bool:
         """Returns whether the rows of a group hold these fixed numbers."""
         return all(tables.has_written(index, hyper) for tables in self.all)
@@ -65,11 +63,6 @@ class TableSet:
         """Makes the next `write` of each group write."""
         for tables in self.all:
             tables.forget_numbers()
-
-    def name_states(self, names: list[list[str]]) -> None:
-        """Says, for each group, which arrays of its states the update reads."""
-        for tables in self.all:
-            tables.name_states(names)
 
     def copy_strided(self, params: list[Tensor]) -> None:
         """Makes dense copies of the parameters with gaps; first of all."""
@@ -120,18 +113,18 @@ class TableSet:
             launches: parts with gradients; where there are none, the schedule advances too.
             scaling: on any devices.
         """
-        scalings = [scaling_on(scaling, device) for device in self._by_device]
+        # All waiting comes first: a CPU does not wait for the launches of this step.
+        scalings = None if scaling is None else [scaling_on(scaling, d) for d in self._by_device]
         for place, device in self._launch_order:
-            parts, own = launches[place], scalings[place]
+            parts, own = launches[place], None if scalings is None else scalings[place]
             for part in parts:
                 part.run(own, commits_step=part is parts[-1])
             if not parts:
                 _advance(self._buffers[device].step, None if own is None else own.found_inf)
 
 
-def scaling_on(scaling: ops.GradScaling | None, device: torch.device) -> ops.GradScaling | None:
-    if scaling is None:
-        return None
+def scaling_on(scaling: ops.GradScaling, device: torch.device) -> ops.GradScaling:
+    """Returns what a step reads on `device`, of which the CPU waits for what comes from others."""
     return ops.GradScaling(
         *(None if t is None else param_devices.on_device(t, device) for t in scaling.tensors())
     )

@@ -383,6 +383,36 @@ def test_parameters_that_move_are_followed(devices):
         torch.testing.assert_close(ours.cpu(), theirs.cpu())
 
 
+@rows
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_parameter_moves_to_the_other_device(devices, row, in_backward):
+    params, others = (
+        [place(torch.full((3,), 2.0), device) for device in (*devices, devices[1])]
+        for _ in range(2)
+    )
+    opt, expected = make(row, params, lr=REX), make(row, others, lr=REX)
+    handle = opt.step_in_backward() if in_backward else None
+    for k in range(4):
+        if k == 2:
+            params[2].grad = None
+            params[2].data = params[2].data.to(devices[0], copy=True)
+            params[2].is_elsewhere = devices[0] == ELSEWHERE
+        for param, other in zip(params, others, strict=True):
+            other.grad = torch.linspace(-1.0, 1.0, 3, device=other.device)
+            (param * other.grad.to(param.device)).sum().backward()
+        opt.step()
+        expected.step()
+        for param, other in zip(params, others, strict=True):
+            torch.testing.assert_close(param.cpu(), other.cpu())
+        if k < 3 and not in_backward:
+            opt.zero_grad()
+    assert opt.state.get(params[2], {}).keys() == expected.state.get(others[2], {}).keys()
+    assert all(value.device == params[2].device for value in opt.state.get(params[2], {}).values())
+    assert [int(buffer.step) for buffer in opt.schedule_buffers.values()] == [4, 4]
+    if handle is not None:
+        handle.remove()
+
+
 @pytest.mark.parametrize("row", cases.STATE_UPDATES[2:4], ids=str)
 def test_gradients_are_released_on_every_device(devices, row):
     twins = Twins(devices, row)
