@@ -116,7 +116,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return self._numbers.rates.current(group)
 
     def current_lr(self) -> list[float]:
-        """Returns what the next update of each group will use; waits for the device."""
+        """Returns what the next update of each group will use; waits for the device.
+
+        From then on ``group["lr"]`` knows of updates that only the device had seen so far: replayed
+        from a CUDA graph, or skipped under a GradScaler.
+        """
+        self._numbers.follow_device(self.param_groups, self._check)
         return [float(self.lr_tensor(index)) for index in range(len(self.param_groups))]
 
     def set_schedule(self, schedule: Schedule, group: int | None = None) -> None:

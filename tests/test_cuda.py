@@ -145,7 +145,8 @@ def test_triton_and_cuda_agree(row, dtype):
 
 @pytest.mark.parametrize("row", cases.SCHEDULES, ids=str)
 def test_a_buffer_filled_on_the_device_holds_the_float32_of_the_host(row):
-    schedule = getattr(lrs_ext, row.name)(row.lr, row.total_steps, **row.options)
+    budget = () if row.total_steps is None else (row.total_steps,)
+    schedule = getattr(lrs_ext, row.name)(row.lr, *budget, **row.options)
     buffer = lrs_ext.ScheduleBuffer(1, 1200, "cuda").fill_(0, schedule)
     expected = torch.from_numpy(schedule.values(0, 1200)).float()
     # Both are not negative: neighbouring floats have neighbouring bits.
