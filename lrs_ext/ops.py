@@ -46,7 +46,7 @@ _GPU_CHUNKS = (2048, 16384, 2048)
 # element, the more it takes to outweigh the start of a block.
 _CUDA_CHUNKS = {
     "float32": (1024, 2048, 1000),
-    "bfloat16": (1024, 4096, 1000),
+    "bfloat16": (1024, 8192, 1000),
     "block8": (1024, 16384, 1000),
 }
 
