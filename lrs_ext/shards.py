@@ -103,6 +103,8 @@ def part_of(param: DTensor, value: Tensor) -> Tensor:
 
     mesh, placements = param.device_mesh, param.placements
     if is_dtensor(value):
+        if value.device_mesh == mesh and value.placements == placements:
+            return _local(value)
         if value.device_mesh == mesh:
             return _local(value.redistribute(placements=placements))
         value = value.full_tensor()

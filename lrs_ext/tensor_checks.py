@@ -12,11 +12,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lrs_ext import ops
 from lrs_ext.layout import is_dense, laid_out_as, may_overlap, same_layout
+from lrs_ext.shards import check_alike, check_placements, local, local_gradient
 
 
 def check_params(params: list[Tensor], name: str) -> None:
     """Raises RuntimeError or ValueError if the optimizer called `name` cannot update `params`."""
-    for param in params:
+    check_alike(params, name)
+    for whole in params:
+        check_placements(whole, name)
+        param = local(whole)
         if is_traceable_wrapper_subclass(param):
             raise RuntimeError(
                 f"{name} does not support {type(param).__name__} parameters yet: "
@@ -61,12 +65,14 @@ def common_device(params: Iterable[Tensor]) -> torch.device | None:
 def checked_gradient(param: Tensor, name: str) -> Tensor | None:
     """Returns the gradient of `param` in the layout of `param`, or None if it has none.
 
+    Of a DTensor it is this rank's part, in the placements of `param`.
+
     Raises:
         RuntimeError: it is sparse, has no memory, or differs in dtype, device or shape.
     """
-    gradient = param.grad
-    if gradient is None:
+    if param.grad is None:
         return None
+    gradient, param = local_gradient(param, param.grad), local(param)
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"{name} does not support sparse gradients: use sparse=False in the embedding, or "
