@@ -137,15 +137,29 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   return is_last;
 }
 
-// Advances the counters once every block of the launch has read them.
-__device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients) {
-  if (!is_last_block(launch.table.ticket)) return;
+// Draws a ticket for this block, from 0 on, in one of its threads, which alone has read counters or
+// has seen that the others have.
+__device__ __forceinline__ uint32_t draw_ticket(uint32_t* ticket) {
+  __threadfence();
+  return atomicAdd(ticket, 1u);
+}
+
+// Advances the counters, in the block that drew the last ticket: every block has read them by then.
+// `ticket` is that of the first thread. For all threads of a block.
+__device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients,
+                                       uint32_t ticket) {
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) is_last = ticket == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
   for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {
     if (gradients.address[i] != nullptr) {
       *launch.table.tensors[launch.first_tensor + i].step += 1.0f;
     }
   }
-  if (threadIdx.x == 0 && launch.is_last && launch.table.commits_step) *launch.table.step += 1;
+  if (threadIdx.x != 0) return;
+  *launch.table.ticket = 0;
+  if (launch.is_last && launch.table.commits_step) *launch.table.step += 1;
 }
 #endif
 

@@ -56,7 +56,9 @@ class Driven:
         return used
 
     def write(self, rate, is_known=True):
-        self.rates.write(torch.tensor(rate), torch.tensor(SHAPE, dtype=torch.float64))
+        device = self.params[0].device
+        shape = torch.tensor(SHAPE, dtype=torch.float64, device=device)
+        self.rates.write(torch.tensor(rate, device=device), shape)
         if is_known:
             self.rates.show(lambda updates: rate * shape_at(updates))
 
