@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lrs_ext.shards import WHOLE, Spread
+
 try:
     from lrs_ext import _C
 except ImportError as error:
@@ -36,6 +38,8 @@ COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
 _SHAPES = ("d", "gamma", "delay", "power", "low", "decay")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_profiler_enabled = torch._C._autograd._profiler_enabled
 
 # Chunks are the unit of work of a thread (CPU) or block (GPU): small enough that few large tensors
 # fill the machine, large enough that the work outweighs reading the table.
@@ -304,6 +308,8 @@ class StepTable:
         groups: the hyper-parameters.
         step: int64, 0-d: committed updates.
         storage: how the states and bfloat16 parameters are kept.
+        spread: over which ranks the parameters' elements are spread, of which these are a part.
+        label: of a step, in a profile.
     """
 
     def __init__(
@@ -319,7 +325,12 @@ class StepTable:
         groups: GroupTable,
         step: Tensor,
         storage: Storage,
+        spread: Spread = WHOLE,
+        label: str = "lrs_ext::step",
     ) -> None:
+        self.spread = spread
+        self._label = label
+        self._passes = "both"
         self.backend = backend
         self.algorithm = algorithm
         self.groups = groups
@@ -418,15 +429,37 @@ class StepTable:
         if scaling is not self._scaling:
             self._scale(scaling or _UNSCALED)
             self._scaling = scaling
-        if self.backend == "cpu":
+        if _profiler_enabled():
+            with torch.autograd.profiler.record_function(self._label):
+                self._launch(commits_step)
+        else:
+            self._launch(commits_step)
+        self._held = None
+        # Autograd refuses to go back through a graph whose parameters have changed since.
+        torch.autograd.graph.increment_version(self._tensors.updated_params())
+
+    def _launch(self, commits_step: bool) -> None:
+        if self.algorithm == "lamb" and self.spread.groups and self._passes == "both":
+            self._launch_passes(commits_step)
+        elif self.backend == "cpu":
             self._native.run_cpu(torch.get_num_threads(), commits_step)
         elif self.backend == "cuda":
             self._native.run_cuda(commits_step)
         else:
             self._run_triton(commits_step)
-        self._held = None
-        # Autograd refuses to go back through a graph whose parameters have changed since.
-        torch.autograd.graph.increment_version(self._tensors.updated_params())
+
+    def _launch_passes(self, commits_step: bool) -> None:
+        """Completes the sums of squares of each tensor's parts between the two passes of LAMB."""
+        squares = self._squares[-len(self._native.tensor_rows) :]
+        squares.zero_()  # no chunk writes the sums of an empty part
+        try:
+            for self._passes in ("moments", "params"):
+                self._native.choose_passes(self._passes)
+                self._launch(commits_step)
+                if self._passes == "moments":
+                    self.spread.sum_(squares)
+        finally:
+            self._passes = "both"
 
     def _scale(self, scaling: GradScaling) -> None:
         for tensor in scaling.tensors():
@@ -467,7 +500,7 @@ class StepTable:
             "commits_step": commits_step,
         }
         if self.algorithm == "lamb":
-            triton_lamb.step(**tables, squares=self._squares)
+            triton_lamb.step(**tables, squares=self._squares, passes=self._passes)
         else:
             triton_kernels.step(
                 self.algorithm,

@@ -13,17 +13,19 @@ from torch.optim.optimizer import ParamsT
 from lrs_ext import capture_checks, ops
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
-from lrs_ext.device_tables import CAPTURE_AGAIN, DeviceTables
+from lrs_ext.device_tables import CAPTURE_AGAIN, DeviceTables, Part
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
 from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
 from lrs_ext.learning_rates import Group, Mark, check_learning_rate
+from lrs_ext.local_part import total_norm
 from lrs_ext.schedules import Schedule
+from lrs_ext.shards import Spread, is_dtensor, local, spread_of
 from lrs_ext.state_storage import Storage
 from lrs_ext.step_hooks import watched_step
-from lrs_ext.step_parts import Part, Selection
+from lrs_ext.step_parts import Selection
 from lrs_ext.tensor_checks import (
     check_numbers,
     check_params,
@@ -275,7 +277,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         if self._released.is_in_force:
             raise RuntimeError("step_in_backward is in force already: remove() its handle first")
-        dense = [p for p in _all_params(self.param_groups) if p.requires_grad and is_dense(p)]
+        params = [p for p in _all_params(self.param_groups) if p.requires_grad]
+        dense = [p for p in params if is_dense(local(p))]
+        if self.algorithm == "lamb" and any(spread_of(param).groups for param in params):
+            raise RuntimeError(
+                "the norms that LAMB takes of parameters on several ranks cannot be exchanged in "
+                "the backward pass: use step() without step_in_backward()"
+            )
         self._released = GradientRelease(dense, self._update_one)
         return self._released
 
@@ -286,10 +294,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "gradients released in the backward pass cannot be clipped together: take "
                 "step_in_backward() back by remove()"
             )
-        norms = [part.grad_norm() for part in self._ready_parts()]
-        norm = torch.zeros((), device=self._device) if not norms else norms[0]
-        if len(norms) > 1:
-            norm = torch.linalg.vector_norm(torch.stack(norms))
+        parts = self._ready_parts()
+        norm = torch.zeros((), device=self._device)
+        if parts:
+            norm = total_norm([(part.grad_norm(), part.spread) for part in parts])
         self._scaling.clip(norm, max_norm)
         return norm
 
@@ -302,6 +310,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         self._numbers.follow_device(self.param_groups, self._check)
         state_dict = super().state_dict()
+        for index, param in enumerate(_all_params(self.param_groups)):
+            if is_dtensor(param) and index in state_dict["state"]:
+                saved = self._storage.saved(param, state_dict["state"][index])
+                state_dict["state"][index] = saved
         self._numbers.save(state_dict["param_groups"], last_step(state_dict["state"]))
         return state_dict
 
@@ -382,6 +394,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._is_on_gpu = self._device.type == "cuda"
         self._tables = DeviceTables(
             self.algorithm,
+            f"lrs_ext::{type(self).__name__.lower()}_step[{self._backend}]",
             self._storage,
             self._numbers,
             len(self.param_groups),
@@ -475,9 +488,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         raise RuntimeError("a parameter with a hook of step_in_backward has left the optimizer")
 
     def _any_gradient(self) -> bool:
-        """Returns whether any gradient has an entry that is not zero; waits for the device."""
-        gradients = [param.grad for param in _all_params(self.param_groups)]
-        return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+        """Returns whether any gradient has an entry that is not zero, on any rank; waits."""
+        found: dict[Spread, bool] = {}
+        for param in _all_params(self.param_groups):
+            if param.grad is not None:
+                spread = spread_of(param)
+                found[spread] = bool(local(param.grad).any()) or found.get(spread, False)
+        return any([spread.any(here, self._device) for spread, here in found.items()])
 
     def _follow_params(self) -> None:
         """Moves everything to the device to which the parameters have been moved."""

@@ -36,6 +36,11 @@ def check_params(params: list[Tensor], name: str) -> None:
                 f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} is a view "
                 "with overlaps or signs of its own: make it with .contiguous()"
             )
+        if param is not whole and not is_dense(param):
+            raise RuntimeError(
+                f"this rank's part of a DTensor has shape {tuple(param.shape)}, strides "
+                f"{param.stride()} and gaps between its elements: make it with .contiguous()"
+            )
         if not ops.has_memory(param):
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} has no memory: its storage was "
