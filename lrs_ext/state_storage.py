@@ -12,7 +12,7 @@ from torch import Tensor
 from lrs_ext import block_codes
 from lrs_ext.layout import is_dense, laid_out_as, memory_order, same_layout
 from lrs_ext.shards import is_dtensor, like, local, part_of
-from lrs_ext.tensor_checks import checked_state
+from lrs_ext.tensor_checks import check_state_shape, checked_state
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -104,6 +104,9 @@ class Storage:
             RuntimeError: a state has another shape than its parameter.
         """
         if is_dtensor(param):
+            for name, value in state.items():
+                if _is_array(name, value):
+                    check_state_shape(param, name, value)
             parts = {n: part_of(param, v) if _is_array(n, v) else v for n, v in state.items()}
             is_new = self.complete(local(param), parts, names)
             for name, part in parts.items():

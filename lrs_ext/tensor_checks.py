@@ -101,18 +101,23 @@ def checked_gradient(param: Tensor, name: str) -> Tensor | None:
     return gradient
 
 
-def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> Tensor:
-    """Returns the array `value` of the state of `param` as the kernels need it.
-
-    Raises:
-        RuntimeError: it is no tensor or has another shape than `param`.
-    """
+def check_state_shape(param: Tensor, name: str, value: Any) -> None:
+    """Raises RuntimeError if a value of a parameter's state is no tensor of its shape."""
     if not isinstance(value, Tensor) or value.shape != param.shape:
         found = tuple(value.shape) if isinstance(value, Tensor) else value
         raise RuntimeError(
             f"the state {name} has shape {found}, its parameter {tuple(param.shape)}: "
             "delete the parameter's state to start it anew"
         )
+
+
+def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """Returns the array `value` of the state of `param` as the kernels need it.
+
+    Raises:
+        RuntimeError: it is no tensor or has another shape than `param`.
+    """
+    check_state_shape(param, name, value)
     is_ready = value.dtype == dtype and value.device == param.device
     if is_ready and same_layout(value, param) and ops.has_memory(value):
         return value

@@ -40,7 +40,7 @@ def mesh_of(shape=None):
     """Returns a mesh of all ranks; -1 stands for what is left of them."""
     if shape is None:
         return init_device_mesh("cpu", (SIZE,))
-    return init_device_mesh("cpu", (shape[0], SIZE // shape[0]))
+    return init_device_mesh("cpu", (shape[0], SIZE // shape[0]), mesh_dim_names=("outer", "inner"))
 
 
 def placements_for(shape, placements):
@@ -86,6 +86,10 @@ class Twins:
             if k not in skip:
                 whole.grad = scale * random(whole.shape, 1000 * step + k, self.dtype)
                 param.grad = spread(whole.grad, self.mesh, self.placements)
+
+    def step(self):
+        self.opt.step()
+        self.whole_opt.step()
 
     def check(self, tolerance=cases.EXACT):
         """Parameters and states are those of the other optimizer, on every rank."""
