@@ -8,6 +8,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,6 @@ COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
 _SHAPES = ("d", "gamma", "delay", "power", "low", "decay")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_profiler_enabled = torch._C._autograd._profiler_enabled
 
 # Chunks are the unit of work of a thread (CPU) or block (GPU): small enough that few large tensors
 # fill the machine, large enough that the work outweighs reading the table.
@@ -231,6 +230,15 @@ def host_value(tensor: Tensor) -> float | None:
     return float(tensor)
 
 
+_is_profiling = torch._C._autograd._profiler_enabled
+_NO_RANGE: AbstractContextManager[Any] = nullcontext()
+
+
+def profile_range(name: str) -> AbstractContextManager[Any]:
+    """Returns a context that has a name in a profile, if there is one to be."""
+    return torch.autograd.profiler.record_function(name) if _is_profiling() else _NO_RANGE
+
+
 _NOTHING_MOVES: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -399,6 +407,10 @@ class StepTable:
 
     def grad_norm(self) -> Tensor:
         """Returns the 2-norm of all gradients as they are stored: float32, 0-d, without waiting."""
+        with profile_range(f"lrs_ext::grad_norm[{self.backend}]"):
+            return self._grad_norm()
+
+    def _grad_norm(self) -> Tensor:
         norm = torch.empty((), dtype=torch.float32, device=self.step.device)
         if self.backend == "cpu":
             self._native.grad_norm_cpu(norm.data_ptr(), torch.get_num_threads())
@@ -429,10 +441,7 @@ class StepTable:
         if scaling is not self._scaling:
             self._scale(scaling or _UNSCALED)
             self._scaling = scaling
-        if _profiler_enabled():
-            with torch.autograd.profiler.record_function(self._label):
-                self._launch(commits_step)
-        else:
+        with profile_range(self._label):
             self._launch(commits_step)
         self._held = None
         # Autograd refuses to go back through a graph whose parameters have changed since.

@@ -195,12 +195,13 @@ class ReferenceTable:
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """Returns the 2-norm of all gradients as they are stored."""
-        squares = [item.grad.double().square().sum() for item in self._updates]
-        return torch.stack(squares).sum().sqrt().float()
+        with ops.profile_range("lrs_ext::grad_norm[reference]"):
+            squares = [item.grad.double().square().sum() for item in self._updates]
+            return torch.stack(squares).sum().sqrt().float()
 
     @torch.no_grad()
     def run(self, scaling: ops.GradScaling | None = None, commits_step: bool = True) -> None:
-        with torch.autograd.profiler.record_function(self._label):
+        with ops.profile_range(self._label):
             self._run(scaling or ops.GradScaling(), commits_step)
 
     def _run(self, scaling: ops.GradScaling, commits_step: bool) -> None:

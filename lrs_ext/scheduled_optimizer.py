@@ -44,6 +44,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
     _released: GradientRelease
+    _has_blank_states: bool  # all 0, made for a distributed checkpoint
+    _loaded_count: float  # of the updates of a loaded state that keeps no count: 0, or 1 for any
     may_have_skipped: bool  # whether a flag on the device decided on the last step
 
     # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
@@ -234,6 +236,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
+            self._has_blank_states = True
             return loss
         found_inf = getattr(self, "found_inf", None)
         scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf, self._device)
@@ -247,6 +250,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if not parts:
             self.schedule_buffer.step.add_(1)
         self.committed_steps += 1
+        self._has_blank_states = False
         self.may_have_skipped = found_inf is not None
         if is_captured:
             self.was_captured = True
@@ -387,6 +391,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._scaling = StepScaling()
         self._released = GradientRelease((), self._update_one)
         self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
+        self._has_blank_states, self._loaded_count = False, 1.0
         self._forget_tables()
         self._is_started = True
 
@@ -554,13 +559,20 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check_storage(fixed)
             check_numbers(self._hyper(fixed))
         replace_states(self.state, states)
+        is_unused = all(position is not None and position.step == 0 for position in positions)
+        self._loaded_count = 0.0 if is_unused else 1.0
+        self._has_blank_states = is_unused
         for param, counter in list(self._counters.items()):
-            counter.fill_(1.0)
+            counter.fill_(self._loaded_count)
             if param not in self.state:
                 del self._counters[param]
+        buffer = self.schedule_buffer
         self._numbers.load(groups, positions, updates)
         self.param_groups = groups
-        self._tables.forget_numbers()
+        if self.schedule_buffer is buffer:
+            self._tables.forget_numbers()
+        else:  # the tables count in another
+            self._forget_tables()
         self.sync_groups()
 
 

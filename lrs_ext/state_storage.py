@@ -163,7 +163,7 @@ class Storage:
 
         8-bit blocks of a DTensor are cut from this rank's part, so that no others could read them:
         they become float32 DTensors, and their scales empty. Loading them into equal parts gives
-        back the same blocks.
+        back the same blocks. Low halves become int32, which ranks can exchange; int16 they cannot.
         """
         if not is_dtensor(param):
             return state
@@ -173,6 +173,8 @@ class Storage:
             if scale is not None:
                 numbers = block_codes.decode(local(value), scale, _is_root(name))
                 saved[name], saved[name + _SCALE_SUFFIX] = like(param, numbers), scale.new_empty(0)
+            elif name == REMAINDER:
+                saved[name] = like(param, local(value).int())
         return saved
 
     def pack(

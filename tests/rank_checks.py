@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import lrs_ext
 
-CPU = cases.Backend("cpu", "cpu")
 ADAMW = cases.STORED_UPDATES[3]
 
 
@@ -33,7 +32,7 @@ def counted_all_reduces():
         yield sizes
 
 
-def steps_equal_one_process(how, backend):
+def steps_are_those_of_one_process(how, backend):
     """Bit by bit, but for LAMB's norms, whose sums are taken in another order."""
     for update in cases.STATE_UPDATES:
         twins = Twins(update, how, backend=backend)
@@ -68,14 +67,14 @@ def steps_neither_wait_nor_talk():
         twins.opt.step()
         for step in range(1, 4):
             twins.give_gradients(step)
-            with counted_all_reduces() as sizes, no_sync(CPU):
+            with counted_all_reduces() as sizes, no_sync(cases.Backend(rank_jobs.device, rank_jobs.device)):
                 twins.opt.step()
                 twins.opt.zero_grad()
             assert sizes == ([2 * len(twins.params)] if update.name == "LAMB" else [])
 
 
-def norms_are_of_all_parts(how, max_norm):
-    for update in cases.STATE_UPDATES:
+def norms_are_of_all_parts(how):
+    for update, max_norm in zip(cases.STATE_UPDATES, (0.1, 1e6, 0.5, 1.0, 0.5, 0.1), strict=True):
         twins = Twins(update, how)
         for step in range(3):
             twins.give_gradients(step, skip=(step,))
@@ -90,7 +89,7 @@ def norms_are_of_all_parts(how, max_norm):
             expected = lrs_ext.clip_grad_norm_(twins.whole_opt, max_norm)
             assert norm.shape == ()
             torch.testing.assert_close(norm, expected, rtol=cases.STATE.rtol, atol=0.0)
-            norms = [torch.zeros(()) for _ in range(SIZE)]
+            norms = [torch.zeros_like(norm) for _ in range(SIZE)]
             dist.all_gather(norms, norm)
             assert all(torch.equal(norm, other) for other in norms)
             twins.step()
@@ -102,8 +101,8 @@ def norms_do_not_wait():
     twins.give_gradients(0)
     twins.opt.step()
     twins.give_gradients(1)
-    with no_sync(CPU):
-        lrs_ext.clip_grad_norm_(twins.opt, torch.tensor(0.5))
+    with no_sync(cases.Backend(rank_jobs.device, rank_jobs.device)):
+        lrs_ext.clip_grad_norm_(twins.opt, torch.tensor(0.5, device=rank_jobs.device))
         twins.opt.step()
 
 
@@ -136,7 +135,7 @@ def plain_groups_count_once():
 def overflows_on_one_rank_skip_the_step_on_all():
     for update in cases.STATE_UPDATES:
         twins = Twins(update, "shard", shapes=[(8, 3), (8,)])
-        scalers = [torch.amp.GradScaler("cpu", init_scale=4.0) for _ in range(2)]
+        scalers = [torch.amp.GradScaler(rank_jobs.device, init_scale=4.0) for _ in range(2)]
         for step, is_bad in enumerate([False, True, False]):
             twins.give_gradients(step, scale=4.0 if step == 0 else scalers[0].get_scale())
             if is_bad:
@@ -144,7 +143,7 @@ def overflows_on_one_rank_skip_the_step_on_all():
                 if RANK == SIZE - 1:
                     twins.params[0].grad._local_tensor[-1, 0] = torch.inf
             for scaler, opt in zip(scalers, (twins.opt, twins.whole_opt), strict=True):
-                scaler.scale(torch.ones(()))
+                scaler.scale(torch.ones((), device=rank_jobs.device))
                 scaler.step(opt)
                 scaler.update()
             assert scalers[0].get_scale() == scalers[1].get_scale()
@@ -171,11 +170,11 @@ def random_bits_are_those_of_the_elements(state_dtype):
     dtype = getattr(torch, state_dtype)
     options = {"stochastic_rounding": True, "state_dtype": dtype, "dtype": torch.bfloat16}
     twins = Twins(ADAMW, "hybrid" if SIZE > 2 else "shard", shapes=[(8, 64)], **options)
-    ones = torch.full((8, 64), 0.7, dtype=torch.bfloat16)
+    rows = rank_jobs.random((1, 64), 0, torch.bfloat16).repeat(8, 1)
     (param,) = twins.params
     param.data._local_tensor.fill_(1.0)
     for _ in range(3):
-        param.grad = rank_jobs.spread(ones, twins.mesh, twins.placements)
+        param.grad = rank_jobs.spread(rows, twins.mesh, twins.placements)
         twins.opt.step()
     part = param.detach().to_local().contiguous().view(torch.uint8)
     state = twins.opt.state[param]["exp_avg"].to_local().contiguous().view(torch.uint8)
@@ -190,9 +189,9 @@ def random_bits_are_those_of_the_elements(state_dtype):
             assert not torch.equal(parts[0], parts[1])
 
 
-def storages_keep_the_parts_as_one_process_would(state_dtype, params):
+def storages_keep_the_parts_as_one_process_would(options):
     """The first part is rounded by the bits of a whole of its size."""
-    options = {"state_dtype": getattr(torch, state_dtype), **params}
+    is_random = options["stochastic_rounding"] or options["state_dtype"] != torch.float32
     for update in cases.STORED_UPDATES:
         twins = Twins(update, "shard", torch.bfloat16, shapes=[(8, 40), (5,), (1,)], **options)
         alone = [p.detach().to_local().clone().requires_grad_() for p in twins.params]
@@ -208,12 +207,9 @@ def storages_keep_the_parts_as_one_process_would(state_dtype, params):
             assert {n: _local(v).shape for n, v in states.items()} == {
                 n: v.shape for n, v in own.items()
             }
-            if RANK == 0 or options["state_dtype"] == torch.float32 and params != STOCHASTIC:
+            if RANK == 0 or not is_random:
                 assert torch.equal(param.detach().to_local(), part.detach())
                 assert all(torch.equal(_local(states[name]), own[name]) for name in own)
-
-
-STOCHASTIC = {"stochastic_rounding": True}
 
 
 def _local(value):
@@ -233,7 +229,7 @@ def errors_say_the_way_out():
     double = rank_jobs.spread(whole.double(), mesh, [Shard(0)]).requires_grad_()
     with refused(match="got torch.float64: use torch.optim"):
         lrs_ext.Lion([double])
-    gaps = DTensor.from_local(torch.zeros(4, 6)[:, ::2], mesh, [Shard(0)]).requires_grad_()
+    gaps = DTensor.from_local(torch.zeros(4, 6, device=rank_jobs.device)[:, ::2], mesh, [Shard(0)]).requires_grad_()
     with refused(match="gaps between its elements: make it with .contiguous()"):
         lrs_ext.AdamW([gaps])
     opt = lrs_ext.LAMB([sharded])

@@ -46,7 +46,8 @@ class Block(torch.nn.Module):
 
 
 def make_model():
-    return torch.nn.Sequential(Block(), Block(), torch.nn.Linear(6, 3))
+    model = torch.nn.Sequential(Block(), Block(), torch.nn.Linear(6, 3))
+    return model.to(rank_jobs.device)
 
 
 def batch_of(step):
@@ -182,7 +183,7 @@ def parameters_notice_that_they_have_changed():
     param = rank_jobs.spread(rank_jobs.random((8, 3), 0), mesh, [Shard(0)]).requires_grad_()
     opt = lrs_ext.SGD([param], lr=0.1)
     loss = (param * param).sum()
-    param.grad = rank_jobs.spread(torch.ones(8, 3), mesh, [Shard(0)])
+    param.grad = rank_jobs.spread(torch.ones_like(rank_jobs.random((8, 3), 0)), mesh, [Shard(0)])
     before = param._version
     opt.step()
     assert param._version > before
@@ -206,6 +207,7 @@ def tensor_parallel_steps_are_those_of_one_process(name):
     block, alone_block = model[0], alone[0]
     # Ten does not divide by four, as torch's plans want it.
     block.up, block.down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)
+    block.to(rank_jobs.device)
     alone_block.up, alone_block.down = copy.deepcopy((block.up, block.down))
     for param, other in zip(block.parameters(), alone_block.parameters(), strict=True):
         dist.broadcast(param.detach(), 0)
@@ -241,15 +243,14 @@ def tensor_parallel_steps_are_those_of_one_process(name):
 
 def two_dimensions_of_sharding_are_one_process(name):
     """Tensor parallel in one dimension of the mesh, fully sharded in the other."""
-    mesh = torch.distributed.device_mesh.init_device_mesh(
-        "cpu", (2, SIZE // 2), mesh_dim_names=("dp", "tp")
-    )
+    mesh = rank_jobs.mesh_of((2, -1))
     model, alone = (torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)) for _ in "ab")
     for m in (model, alone):
+        m.to(rank_jobs.device)
         for k, param in enumerate(m.parameters()):
             param.data.copy_(rank_jobs.random(param.shape, k))
-    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
-    fully_shard(model, mesh=mesh["dp"])
+    parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["outer"])
     opt, alone_opt = make(name, model.parameters()), make(name, alone.parameters())
     for step in range(4):
         model(rank_jobs.random((4, 6), step)).square().mean().backward()

@@ -28,19 +28,30 @@ SPREADS = {
 }
 
 
-def start(folder):
+device = "cpu"
+
+
+def start(folder, engine="gloo"):
     """Joins the ranks; called first on each of them."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), SIZE)
     timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=RANK, world_size=SIZE, timeout=timeout)
+    dist.init_process_group(engine, store=store, rank=RANK, world_size=SIZE, timeout=timeout)
+
+
+def start_on_gpus(folder):
+    """As `start`, with a GPU for each rank."""
+    global device
+    device = "cuda"
+    torch.cuda.set_device(RANK)
+    start(folder, "nccl")
 
 
 def mesh_of(shape=None):
     """Returns a mesh of all ranks; -1 stands for what is left of them."""
     if shape is None:
-        return init_device_mesh("cpu", (SIZE,))
-    return init_device_mesh("cpu", (shape[0], SIZE // shape[0]), mesh_dim_names=("outer", "inner"))
+        return init_device_mesh(device, (SIZE,))
+    return init_device_mesh(device, (shape[0], SIZE // shape[0]), mesh_dim_names=("outer", "inner"))
 
 
 def placements_for(shape, placements):
@@ -52,7 +63,8 @@ def placements_for(shape, placements):
 
 def random(shape, seed, dtype=torch.float32):
     """Returns the same numbers on every rank."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return numbers.to(device, dtype)
 
 
 def spread(tensor, mesh, placements):
