@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops
+from lrs_ext.param_devices import on_device
 from lrs_ext.shards import Spread, is_dtensor, local, spread_of
 from lrs_ext.step_parts import Selection, Table
 
@@ -128,19 +129,23 @@ def by_spread(selection: Selection) -> list[tuple[Spread, Selection]]:
     ]
 
 
-def total_norm(norms: Sequence[tuple[Tensor, Spread]]) -> Tensor:
+def total_norm(norms: Sequence[tuple[Tensor, Spread]], device: torch.device) -> Tensor:
     """Returns the norm over all ranks of gradients whose norms are known part by part.
 
-    One all-reduce for each way in which they are spread; nobody waits.
+    One all-reduce for each way in which they are spread; without a wait on GPUs.
 
     Args:
         norms: float32, 0-d, of what this rank holds, and over which ranks the rest is.
+        device: of the result.
     """
-    if len(norms) == 1 and not norms[0][1].groups:
-        return norms[0][0]
+    if not any(spread.groups for _, spread in norms):
+        wholes = [on_device(norm, device) for norm, _ in norms]
+        if len(wholes) > 1:
+            return torch.linalg.vector_norm(torch.stack(wholes))
+        return wholes[0] if wholes else torch.zeros((), device=device)
     squares: dict[Spread, Tensor] = {}
     for norm, spread in norms:
-        square = norm.double().square()
+        square = on_device(norm, device).double().square()
         squares[spread] = squares[spread] + square if spread in squares else square
     for spread, square in squares.items():
         spread.sum_(square)

@@ -67,7 +67,10 @@ def steps_neither_wait_nor_talk():
         twins.opt.step()
         for step in range(1, 4):
             twins.give_gradients(step)
-            with counted_all_reduces() as sizes, no_sync(cases.Backend(rank_jobs.device, rank_jobs.device)):
+            with (
+                counted_all_reduces() as sizes,
+                no_sync(cases.Backend(rank_jobs.device, rank_jobs.device)),
+            ):
                 twins.opt.step()
                 twins.opt.zero_grad()
             assert sizes == ([2 * len(twins.params)] if update.name == "LAMB" else [])
@@ -229,7 +232,9 @@ def errors_say_the_way_out():
     double = rank_jobs.spread(whole.double(), mesh, [Shard(0)]).requires_grad_()
     with refused(match="got torch.float64: use torch.optim"):
         lrs_ext.Lion([double])
-    gaps = DTensor.from_local(torch.zeros(4, 6, device=rank_jobs.device)[:, ::2], mesh, [Shard(0)]).requires_grad_()
+    gaps = DTensor.from_local(
+        torch.zeros(4, 6, device=rank_jobs.device)[:, ::2], mesh, [Shard(0)]
+    ).requires_grad_()
     with refused(match="gaps between its elements: make it with .contiguous()"):
         lrs_ext.AdamW([gaps])
     opt = lrs_ext.LAMB([sharded])

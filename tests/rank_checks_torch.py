@@ -169,7 +169,9 @@ def no_gradient_is_kept_after_a_step():
     for step in range(2):
         loss_of(model, share(batch_of(step))).backward()
         grads = [param.grad.to_local() for param in model.parameters()]
-        storages = [torch.multiprocessing.reductions.StorageWeakRef(g.untyped_storage()) for g in grads]
+        storages = [
+            torch.multiprocessing.reductions.StorageWeakRef(g.untyped_storage()) for g in grads
+        ]
         lrs_ext.clip_grad_norm_(opt, 1.0)
         opt.step()
         opt.zero_grad()

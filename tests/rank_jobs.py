@@ -56,9 +56,7 @@ def mesh_of(shape=None):
 
 def placements_for(shape, placements):
     """Returns the placements with Replicate where the shape has no such dimension."""
-    return [
-        Replicate() if p.is_shard() and p.dim >= len(shape) else p for p in placements
-    ]
+    return [Replicate() if p.is_shard() and p.dim >= len(shape) else p for p in placements]
 
 
 def random(shape, seed, dtype=torch.float32):
