@@ -168,6 +168,11 @@ class DeviceTables:
 
     # Tables of what this rank holds of DTensors
 
+    @property
+    def has_local_parts(self) -> bool:
+        """Whether parameters are DTensors."""
+        return bool(self._local_parts)
+
     def _has_local_parts_of(self, param_lists: list[list[Tensor]]) -> bool:
         params, known = [*itertools.chain.from_iterable(param_lists)], self._local_params
         return len(params) == len(known) and all(map(operator.is_, params, known))

@@ -32,6 +32,10 @@ def counted_all_reduces():
         yield sizes
 
 
+def never_waiting():
+    return no_sync(cases.Backend(rank_jobs.device, rank_jobs.device))
+
+
 def steps_are_those_of_one_process(how, backend):
     """Bit by bit, but for LAMB's norms, whose sums are taken in another order."""
     for update in cases.STATE_UPDATES:
@@ -67,10 +71,7 @@ def steps_neither_wait_nor_talk():
         twins.opt.step()
         for step in range(1, 4):
             twins.give_gradients(step)
-            with (
-                counted_all_reduces() as sizes,
-                no_sync(cases.Backend(rank_jobs.device, rank_jobs.device)),
-            ):
+            with counted_all_reduces() as sizes, never_waiting():
                 twins.opt.step()
                 twins.opt.zero_grad()
             assert sizes == ([2 * len(twins.params)] if update.name == "LAMB" else [])
@@ -104,7 +105,7 @@ def norms_do_not_wait():
     twins.give_gradients(0)
     twins.opt.step()
     twins.give_gradients(1)
-    with no_sync(cases.Backend(rank_jobs.device, rank_jobs.device)):
+    with never_waiting():
         lrs_ext.clip_grad_norm_(twins.opt, torch.tensor(0.5, device=rank_jobs.device))
         twins.opt.step()
 
@@ -224,21 +225,20 @@ def errors_say_the_way_out():
     whole = rank_jobs.random((8, 3), 0)
     sharded = rank_jobs.spread(whole, mesh, [Shard(0)]).requires_grad_()
     refused = functools.partial(pytest.raises, RuntimeError)
-    with refused(match="has 1 DTensors and 1 plain tensors.*a group of their own"):
+    with refused(match=r"has 1 DTensors and 1 plain tensors.*a group of their own"):
         lrs_ext.AdamW([sharded, whole.clone().requires_grad_()])
     partial = DTensor.from_local(whole, mesh, [Partial()]).requires_grad_()
     with refused(match=r"SGD does not support parameters with placements.*Partial.*redistribute"):
         lrs_ext.SGD([partial])
     double = rank_jobs.spread(whole.double(), mesh, [Shard(0)]).requires_grad_()
-    with refused(match="got torch.float64: use torch.optim"):
+    with refused(match=r"got torch\.float64: use torch\.optim"):
         lrs_ext.Lion([double])
-    gaps = DTensor.from_local(
-        torch.zeros(4, 6, device=rank_jobs.device)[:, ::2], mesh, [Shard(0)]
-    ).requires_grad_()
-    with refused(match="gaps between its elements: make it with .contiguous()"):
+    part = torch.zeros(4, 6, device=rank_jobs.device)[:, ::2]
+    gaps = DTensor.from_local(part, mesh, [Shard(0)]).requires_grad_()
+    with refused(match=r"gaps between its elements: make it with \.contiguous\(\)"):
         lrs_ext.AdamW([gaps])
     opt = lrs_ext.LAMB([sharded])
-    with refused(match="norms that LAMB takes.*use step"):
+    with refused(match=r"norms that LAMB takes.*use step"):
         opt.step_in_backward()
     opt = lrs_ext.AdamW([sharded])
     opt.state[sharded]["exp_avg"] = torch.zeros(3)

@@ -1,4 +1,4 @@
-"""What the checks on several ranks share: a process group, meshes, sharded parameters, optimizers."""
+"""What the checks on several ranks share: a process group, meshes, spread parameters."""
 
 import os
 from datetime import timedelta
