@@ -123,10 +123,11 @@ def _entry(param: Tensor, state: dict[str, Any] | None) -> _Entry:
 def by_spread(selection: Selection) -> list[tuple[Spread, Selection]]:
     """Divides parameters by the ranks over which they are spread, in the order of their first."""
     spreads = {p: spread_of(p) for params in selection.param_lists for p in params}
-    return [
-        (spread, selection.only(lambda param, spread=spread: spreads[param] == spread))
-        for spread in dict.fromkeys(spreads.values())
-    ]
+
+    def those_over(spread: Spread) -> Selection:
+        return selection.only(lambda param: spreads[param] == spread)
+
+    return [(spread, those_over(spread)) for spread in dict.fromkeys(spreads.values())]
 
 
 def total_norm(norms: Sequence[tuple[Tensor, Spread]], device: torch.device) -> Tensor:
@@ -140,9 +141,8 @@ def total_norm(norms: Sequence[tuple[Tensor, Spread]], device: torch.device) -> 
     """
     if not any(spread.groups for _, spread in norms):
         wholes = [on_device(norm, device) for norm, _ in norms]
-        if len(wholes) > 1:
-            return torch.linalg.vector_norm(torch.stack(wholes))
-        return wholes[0] if wholes else torch.zeros((), device=device)
+        total = torch.zeros((), device=device) if not wholes else wholes[0]
+        return torch.linalg.vector_norm(torch.stack(wholes)) if len(wholes) > 1 else total
     squares: dict[Spread, Tensor] = {}
     for norm, spread in norms:
         square = on_device(norm, device).double().square()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from lrs_ext import block_codes
 from lrs_ext.layout import is_dense, laid_out_as, memory_order, same_layout
 from lrs_ext.shards import is_dtensor, like, local, part_of
-from lrs_ext.tensor_checks import check_state_shape, checked_state
+from lrs_ext.tensor_checks import checked_state, with_shape_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -104,14 +104,17 @@ class Storage:
             RuntimeError: a state has another shape than its parameter.
         """
         if is_dtensor(param):
-            for name, value in state.items():
-                if _is_array(name, value):
-                    check_state_shape(param, name, value)
-            parts = {n: part_of(param, v) if _is_array(n, v) else v for n, v in state.items()}
-            is_new = self.complete(local(param), parts, names)
-            for name, part in parts.items():
-                if part is not local(state.get(name)):
-                    state[name] = like(param, part) if _is_array(name, part) else part
+            wholes = {n: v for n, v in state.items() if _is_array(n, v)}
+            parts = {n: part_of(param, with_shape_of(param, n, v)) for n, v in wholes.items()}
+            completed = state | parts
+            is_new = self.complete(local(param), completed, names)
+            for name in state.keys() - completed.keys():
+                del state[name]
+            for name, value in completed.items():
+                if not _is_array(name, value):
+                    state[name] = value
+                elif value is not parts.get(name):
+                    state[name] = like(param, value)
             return is_new
         is_new = False
         for name in names:
@@ -273,7 +276,7 @@ def _saved_arrays(
         yield name, value, saved.get(name + _SCALE_SUFFIX) if value.dtype == torch.uint8 else None
 
 
-def _is_array(name: str, value: Any) -> TypeGuard[Tensor]:
+def _is_array(name: str, value: Any) -> bool:
     """Returns whether a value of a state has an element for each of its parameter."""
     return isinstance(value, Tensor) and name != "step" and not name.endswith(_SCALE_SUFFIX)
 

@@ -86,14 +86,19 @@ def checked_gradient(param: Tensor, name: str) -> Tensor | None:
     return gradient
 
 
-def check_state_shape(param: Tensor, name: str, value: Any) -> None:
-    """Raises RuntimeError if a value of a parameter's state is no tensor of its shape."""
+def with_shape_of(param: Tensor, name: str, value: Any) -> Tensor:
+    """Returns a value of a parameter's state if it is a tensor of its shape.
+
+    Raises:
+        RuntimeError: it is not.
+    """
     if not isinstance(value, Tensor) or value.shape != param.shape:
         found = tuple(value.shape) if isinstance(value, Tensor) else value
         raise RuntimeError(
             f"the state {name} has shape {found}, its parameter {tuple(param.shape)}: "
             "delete the parameter's state to start it anew"
         )
+    return value
 
 
 def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> Tensor:
@@ -102,11 +107,11 @@ def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> T
     Raises:
         RuntimeError: it is no tensor or has another shape than `param`.
     """
-    check_state_shape(param, name, value)
-    is_ready = value.dtype == dtype and value.device == param.device
-    if is_ready and same_layout(value, param) and ops.has_memory(value):
-        return value
-    return laid_out_as(param, value, dtype)
+    array = with_shape_of(param, name, value)
+    is_ready = array.dtype == dtype and array.device == param.device
+    if is_ready and same_layout(array, param) and ops.has_memory(array):
+        return array
+    return laid_out_as(param, array, dtype)
 
 
 def check_numbers(hyper: Mapping[str, float]) -> None:
