@@ -27,6 +27,7 @@ class _Entry:
 
     param: Tensor
     part: Tensor  # what this rank holds: the parameter itself, if it is no DTensor
+    kind: type[Tensor]
     placements: Any  # None if it is no DTensor
     state: dict[str, Any] | None
     arrays: tuple[Any, ...]  # the values of the state
@@ -90,9 +91,13 @@ class LocalPart:
                 if param._local_tensor is not entry.part:  # type: ignore[attr-defined]
                     return False
                 if gradient is not None and gradients is None:
-                    if not is_dtensor(gradient) or gradient.placements != entry.placements:
+                    if type(gradient) is not entry.kind:
                         return False
-                    gradient = local(gradient)
+                    if gradient._spec.placements != entry.placements:  # type: ignore[attr-defined]
+                        return False
+                    gradient = gradient._local_tensor  # type: ignore[attr-defined]
+                    if type(gradient) is not Tensor:
+                        return False  # on its way from another rank
             collected.append(gradient)
         collected = gradients if gradients is not None else collected
         self._note_updated(collected)
@@ -117,7 +122,8 @@ class LocalPart:
 
 def _entry(param: Tensor, state: dict[str, Any] | None) -> _Entry:
     placements = param.placements if is_dtensor(param) else None
-    return _Entry(param, local(param), placements, state, tuple((state or {}).values()))
+    arrays = tuple((state or {}).values())
+    return _Entry(param, local(param), type(param), placements, state, arrays)
 
 
 def by_spread(selection: Selection) -> list[tuple[Spread, Selection]]:
