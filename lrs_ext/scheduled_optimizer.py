@@ -19,8 +19,10 @@ from lrs_ext.hyper_schedules import HyperSchedules, numbers_of, put_schedules, w
 from lrs_ext.layout import dense_copies, is_dense
 from lrs_ext.learning_rates import (
     Group,
+    Kept,
     LearningRates,
     Mark,
+    at_height_of,
     check_learning_rate,
     saved_position,
 )
@@ -129,7 +131,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Puts another schedule in charge from the current step on, in one group or in all.
 
         A schedule is a function of the absolute step: ``rex(3e-4, total_steps=20_000)`` set at
-        step 5,000 goes on with its value at 5,000, which is how a run gets a longer budget. Rows
+        step 5,000 goes on with its value at 5,000, which is how a run gets a longer budget. A group
+        with ``lr_scale`` gets it scaled. Rows
         are rewritten in place, also under a captured CUDA graph; where they are too short, the
         buffer is replaced by a longer one.
 
@@ -154,7 +157,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if self._rates is not present:
             self._forget_tables()
         for index in indices:
-            self.schedule_buffer.fill_(index, schedule)
+            self.schedule_buffer.fill_(index, at_height_of(self.param_groups[index], schedule))
         self.sync_groups()
 
     def sync_groups(self) -> None:
@@ -654,7 +657,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._numbers = numbers_of(self.defaults)
         for index, group in enumerate(self.param_groups):
-            group["lr"] = schedules[index] or group["lr"]
+            if schedules[index] is not None:
+                group["lr"] = Kept(schedules[index])
             put_schedules(self._numbers, group, number_schedules[index])
         self._start(step)
         self.schedule_buffer.values.copy_(values)  # what write_ has put there is in no schedule
