@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lrs_ext.autolrs.controller import AutoLRS
+from lrs_ext.autolrs.random_state import random_state, set_random_state
 
 
 class FrameworkSearch:
@@ -15,7 +16,8 @@ class FrameworkSearch:
 
     The framework draws a fresh batch for every step of its own, also where a trial's batches come
     again: the fresh one is then left out. Its counts of batches and epochs, and what it skips when
-    it resumes, stay right that way.
+    it resumes, stay right that way. What it draws at random between the updates of a trial, at the
+    start of an epoch or in an evaluation, does not shift the random numbers of training.
     """
 
     def __init__(self, auto: AutoLRS) -> None:
@@ -23,6 +25,7 @@ class FrameworkSearch:
         self._drawn = _Drawn()
         self._stream: Iterator[Any] | None = None
         self._loss: Tensor | None = None
+        self._random: dict[str, Any] | None = None  # where training goes on, in a trial
 
     def batch(self, fresh: Any) -> Any:
         """Returns what to train on: `fresh`, or in a trial what the first trial had in its place.
@@ -34,6 +37,9 @@ class FrameworkSearch:
         if self._stream is None:
             self._stream = self.auto.batches(self._drawn)
         self._drawn.batch = fresh
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
         return next(self._stream)
 
     def add_loss(self, loss: Tensor) -> None:
@@ -56,11 +62,16 @@ class FrameworkSearch:
                 "that the framework's training step returns"
             )
         self.auto.step(loss.reshape(()))
+        self._keep_random_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `AutoLRS.state_dict` was called."""
         self.auto.load_state_dict(state)
         self._stream = self._loss = None
+        self._keep_random_state()
+
+    def _keep_random_state(self) -> None:
+        self._random = random_state() if self.auto.phase == "search" else None
 
 
 class _Drawn:

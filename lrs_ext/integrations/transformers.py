@@ -93,6 +93,10 @@ class SearchedSchedule(OwnSchedule):
         self._callback = callback
         super().__init__(optimizer)
 
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Returns what each group has: `AutoLRS` follows an update after the Trainer has asked."""
+        return self.get_lr()
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "autolrs": self._callback.auto.state_dict()}
 
