@@ -71,8 +71,11 @@ class AutoLRSCallback(Callback):
         """Returns the loader for `trainer.fit`, with a trial's batches again in every trial.
 
         Without it trials see different batches, and their losses tell the rates apart less well.
+        A loader with ``state_dict`` and ``load_state_dict``, such as torchdata's
+        `StatefulDataLoader`, stays one: Lightning then resumes it within an epoch.
         """
-        return Replayed(loader, self)
+        is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        return (StatefulReplayed if is_stateful else Replayed)(loader, self)
 
     def batch(self, fresh: Any) -> Any:
         """Returns what to train on in place of a fresh batch; see `FrameworkSearch.batch`."""
@@ -143,7 +146,8 @@ class Replayed:
                 f"{type(loader).__name__} has no length: Lightning would draw a batch ahead of it, "
                 "before a trial's end is known; pass it to trainer.fit as it is"
             )
-        self._loader, self._callback = loader, callback
+        self._loader: Any = loader
+        self._callback = callback
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -151,3 +155,14 @@ class Replayed:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
             yield self._callback.batch(batch)
+
+
+class StatefulReplayed(Replayed):
+    """The same for a loader that can be resumed where it was."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._loader.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loader.load_state_dict(state_dict)
