@@ -349,6 +349,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the parameter groups do not match, as in torch.
         """
+        for index, group in enumerate(self.param_groups):
+            # Whose learning rate was put aside for a while, and is back, is in charge again.
+            self._learning_rates.sync(index, group)
         handle = self.register_load_state_dict_pre_hook(wrap_tensors)
         try:
             super().load_state_dict(state_dict)

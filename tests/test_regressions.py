@@ -222,3 +222,18 @@ def test_a_negative_view_is_no_plain_gradient():
     param.grad = torch._neg_view(torch.ones(5))
     opt.step()
     assert param.tolist() == [2.0] * 5
+
+
+def test_a_learning_rate_put_aside_and_back_before_a_checkpoint_is_in_charge():
+    param, opt = make("AdamW", REX)
+    update(param, opt, 3)
+    saved = opt.state_dict()
+    for group in saved["param_groups"]:
+        del group["schedule"]  # as torchtitan rebuilds groups, from keys that it knows
+    _, other = make("AdamW", REX)
+    found, other.param_groups[0]["lr"] = other.param_groups[0]["lr"], 0.0
+    other.sync_groups()
+    other.param_groups[0]["lr"] = found
+    other.load_state_dict(saved)
+    assert other.current_lr() == [pytest.approx(REX(3))]
+    assert other.param_groups[0]["lr"] == REX(3)
