@@ -1,4 +1,4 @@
-"""What other loops do to an optimizer: nanoGPT's, range tests, loggers, averages, copies, prints."""
+"""What other loops do to an optimizer: nanoGPT's, range tests, loggers, averages, copies."""
 
 import copy
 import inspect

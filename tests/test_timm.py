@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from test_docs import blocks
 from torch import nn
 
 import lrs_ext
@@ -124,6 +125,7 @@ def test_its_schedulers_drive_groups_with_layer_decay(sched, updates):
         torch.testing.assert_close(mine, its)
 
 
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 def test_its_plateau_scheduler_drives_too():
     model = Layers()
     opt = lrs_ext.SGD(layer_groups(model), lr=0.1)
@@ -163,3 +165,10 @@ def test_state_of_its_scheduler_and_ours_resume_together():
         train(run, 4, 9)
     for mine, its in zip(resumed[0].parameters(), whole[0].parameters(), strict=True):
         assert torch.equal(mine, its)
+
+
+def test_the_loop_of_the_page_in_docs_runs():
+    names = {}
+    for block in blocks("timm"):
+        exec(compile(block, "docs/timm.md", "exec"), names)
+    names["loop"](create_scheduler)

@@ -89,8 +89,6 @@ def make_optimizer(model, cls, implementation):
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "LAMB"])
 def test_a_flat_checkpoint_by_names_resumes_to_the_bit(name, implementation):
     cls = getattr(lrs_ext, name)
-    if name == "LAMB" and "fused" not in cls.__init__.__kwdefaults__:
-        pytest.skip("LAMB takes no fused")
     model = make_model()
     opt = make_optimizer(model, cls, implementation)
     init_state(opt)
@@ -115,6 +113,22 @@ def test_a_flat_checkpoint_by_names_resumes_to_the_bit(name, implementation):
     update(other, resumed, 5)
     for mine, its in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lion"])
+def test_without_step_counts_the_position_is_set_by_hand(name):
+    model = make_model()
+    opt = make_optimizer(model, getattr(lrs_ext, name), "fused")
+    update(model, opt, 5)
+    flat = {key: copied(value) for key, value in flat_state(opt).items()}
+    resumed = make_optimizer(make_model(), getattr(lrs_ext, name), "fused")
+    init_state(resumed)
+    load_flat_state(resumed, flat)
+    assert resumed.current_lr() == [pytest.approx(REX(0))]
+    resumed.schedule_buffer.step.fill_(5)
+    resumed.state_dict()
+    assert resumed.current_lr() == [pytest.approx(REX(5))]
+    assert resumed.param_groups[0]["lr"] == REX(5)
 
 
 def copied(value):

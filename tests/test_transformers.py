@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: the schedule stays in charge, runs resume to the bit, AutoLRS searches."""
+"""Hugging Face's Trainer: schedules stay in charge, runs resume to the bit, AutoLRS searches."""
 
 import os
 import subprocess
@@ -231,9 +231,9 @@ def test_what_cannot_work_says_so(train):
         search(total_steps=100)
     with pytest.raises(RuntimeError, match=r"before trainer.train\(\) has begun"):
         search().auto  # noqa: B018
-    with pytest.raises(RuntimeError, match="needs the Trainer of lrs_ext.integrations"):
+    with pytest.raises(RuntimeError, match=r"needs the Trainer of lrs_ext\.integrations"):
         train(1e-3, callback=search(), how="both", cls=transformers.Trainer)
-    with pytest.raises(RuntimeError, match="needs an optimizer of lrs_ext.* got AdamW"):
+    with pytest.raises(RuntimeError, match=r"needs an optimizer of lrs_ext,.* got AdamW"):
         train(1e-3, callback=search(), optimizer=torch.optim.AdamW)
     with pytest.raises(ValueError, match="is a schedule or a tensor"):
         train(REX, callback=search())

@@ -15,8 +15,8 @@ from lrs_ext.wrappers import unwrapped
 class OwnSchedule(LRScheduler):
     """Leaves an optimizer of `lrs_ext` the schedule that it has, and shows it to a training loop.
 
-    A scheduler of torch writes ``group["lr"]``, which takes over from the optimizer's schedule. This
-    one writes nothing. `get_last_lr` returns what the groups had at the last `step`: between
+    A scheduler of torch writes ``group["lr"]``, which takes over from the optimizer's schedule.
+    This one writes nothing. `get_last_lr` returns what the groups had at the last `step`: between
     ``optimizer.step()`` and ``scheduler.step()`` what the update has used, as with any scheduler of
     torch. Floats stay floats: nobody waits for the device.
 
