@@ -23,7 +23,7 @@ $(STAMP): Makefile pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TRITON)'
 	$(BIN)/python -m pip install --quiet -e '.[test,lint]'
-	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.20'
+	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.25'
 	touch $(STAMP)
 
 train: install
