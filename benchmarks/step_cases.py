@@ -17,6 +17,7 @@ class Case:
 
     Attributes:
         dtype: of the parameters; of torch's, where `kinds` says what ours are.
+        only: who takes part, by name; () is everybody.
         kinds: storage types, each in turn; () is float32 states and rounding to nearest.
         max_norm: the gradients' norm is limited in every step.
         in_plot: whether it is one of the sizes of the plot.
@@ -29,6 +30,7 @@ class Case:
     algorithm: str = "AdamW"
     kinds: tuple[str, ...] = ()
     max_norm: float | None = None
+    only: tuple[str, ...] = ()
     min_ratio: float | None = None
     max_host_seconds: float | None = None
     calls_per_turn: int = 1
@@ -115,7 +117,8 @@ CASES = (
 )
 CPU_CASES = (Case("Llama-3-8B, widths / 8", llama_shapes(8), rounds=10),)
 GPU_CASES = (
-    Case("1 x 256M", ((2**28,),), rounds=15),
+    Case("1 x 256M", ((2**28,),), rounds=15, in_plot=True),
+    Case("1 x 1G", ((2**30,),), rounds=11, in_plot=True, only=("torch fused", "lrs_ext cuda")),
     Case("Llama-3-8B, widths / 4", llama_shapes(4), rounds=15),
     Case("GPT-2 124M bf16", gpt2_shapes(), rounds=50, dtype=torch.bfloat16),
 )

@@ -59,6 +59,17 @@ def last_step(states: dict[Any, Any]) -> int | None:
     return int(torch.stack(counts).max()) if counts else None
 
 
+def replace_states(states: dict[Any, Any], loaded: dict[Any, Any]) -> None:
+    """Makes the states of all parameters equal to `loaded`, as `replace_state` does."""
+    for param in [param for param in states if param not in loaded]:
+        del states[param]
+    for param, state in loaded.items():
+        if isinstance(state, dict):
+            replace_state(states[param], state)
+        else:
+            states[param] = state
+
+
 def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:
     """Makes `state` equal to `loaded`; tensors that are alike in both keep their address."""
     for name in [name for name in state if name not in loaded]:

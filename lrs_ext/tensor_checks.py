@@ -121,5 +121,6 @@ def check_numbers(hyper: Mapping[str, float]) -> None:
 
 def step_counter(param: Tensor, count: Any) -> Tensor:
     """Returns `count`, a number or a tensor, as a count of updates: float32, 0-d."""
-    counter = torch.as_tensor(count).detach()
-    return counter.to(param.device, torch.float32).reshape(())
+    if not isinstance(count, Tensor):  # a copy from the host would wait for the device
+        return torch.full((), count, dtype=torch.float32, device=param.device)
+    return count.detach().to(param.device, torch.float32).reshape(())
