@@ -69,6 +69,7 @@ ONE_THREAD = (
     "accelerate",
     "autolrs",
     "batches",
+    "docs",
     "forecast",
     "lightning",
     "rates",

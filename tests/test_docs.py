@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 DOCS = Path(__file__).parents[1] / "docs"
 # What each page's examples import, besides torch.
@@ -41,7 +40,6 @@ def test_examples_run(page, tmp_path, monkeypatch):
         state.AcceleratorState._reset_state(reset_partial_state=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     names = {"__name__": "example"}
-    torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         for number, block in enumerate(blocks(page)):

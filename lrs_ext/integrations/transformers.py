@@ -163,6 +163,8 @@ class ScheduleMixin:
         if callback is None or callback.search is None:
             return drawn
         batches, num_items = drawn
+        if not batches:  # the epoch is over before the Trainer has noticed
+            return drawn
         # Collators return mappings of their own classes, which torch.load refuses in checkpoints.
         plain = [dict(batch) if isinstance(batch, Mapping) else batch for batch in batches]
         return callback.search.batch((plain, num_items))
