@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lrs_ext.device_tables import DeviceTables
+from lrs_ext.table_set import TableSet
 
 
 def check_gradients(params: list[Tensor]) -> None:
@@ -18,9 +18,15 @@ def check_gradients(params: list[Tensor]) -> None:
         )
 
 
-def check_tables(tables: DeviceTables) -> None:
-    """Raises RuntimeError if the step would have to make tables or copies."""
-    if tables.table is None or tables.copies:
+def check_tables(tables: TableSet) -> None:
+    """Raises RuntimeError if the step has no tables yet, or they are not for one graph."""
+    if len(tables.all) > 1:
+        raise RuntimeError(
+            f"a step on {len(tables.all)} devices cannot be captured, because a CUDA graph belongs "
+            "to one device: make one optimizer per device, or step outside of the graph"
+        )
+    [only] = tables.all
+    if only.table is None or only.copies:
         raise RuntimeError(
             "a captured step makes no tables or states: make a step before the capture, and "
             "parameters with gaps between their elements contiguous"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lrs_ext import ops, reference
@@ -30,7 +29,7 @@ class DeviceTables:
         storage: how states and bfloat16 parameters are kept.
         numbers: of the groups.
         num_groups: how many of them there are.
-        device: where the parameters are.
+        place: the number of the device among those of `numbers`.
         backend: that of the launches.
 
     Attributes:
@@ -45,15 +44,17 @@ class DeviceTables:
         storage: Storage,
         numbers: GroupNumbers,
         num_groups: int,
-        device: torch.device,
+        place: int,
         backend: str,
     ) -> None:
         self._algorithm = algorithm
         self._storage = storage
         self._numbers = numbers
+        self._place = place
+        self._step = list(numbers.rates.buffers.values())[place].step
         self._backend = backend
-        self.num_groups = num_groups
-        self.groups = ops.GroupTable(num_groups, device)
+        self._num_groups = num_groups
+        self.groups = ops.GroupTable(num_groups, self._step.device)
         self.table: Table | None = None
         self.copies: dict[Tensor, Tensor] = {}
         self._names: list[list[str]] = []
@@ -68,8 +69,8 @@ class DeviceTables:
         Args:
             hyper: the fixed numbers by native names.
         """
-        row = self._numbers.rates.row(index)
-        moving = self._numbers.hyper_schedules.rows(index)
+        row = self._numbers.rates.row(index, self._place)
+        moving = self._numbers.hyper_schedules.rows(index, self._place)
         written_row, written_hyper, written_moving = self._written[index]
         if row is not written_row or moving is not written_moving or hyper != written_hyper:
             check_numbers(hyper)
@@ -82,7 +83,7 @@ class DeviceTables:
 
     def forget_numbers(self) -> None:
         """Makes the next `write` of each group write."""
-        self._written: list[Written] = [(None, {}, {}) for _ in range(self.num_groups)]
+        self._written: list[Written] = [(None, {}, {}) for _ in range(self._num_groups)]
 
     def name_states(self, names: list[list[str]]) -> None:
         """Says, for each group, which arrays of its states the update reads."""
@@ -164,10 +165,9 @@ class DeviceTables:
         return table
 
     def _make_table(self, selection: Selection) -> Table:
-        step = self._numbers.rates.buffer.step
         if self._backend == "reference":
             updates = self._updates_of(selection)
-            return reference.ReferenceTable(self._algorithm, updates, step, self._storage)
+            return reference.ReferenceTable(self._algorithm, updates, self._step, self._storage)
         table = ops.StepTable(
             backend=self._backend,
             algorithm=self._algorithm,
@@ -177,7 +177,7 @@ class DeviceTables:
             state_names=self._names,
             steps=selection.steps,
             groups=self.groups,
-            step=step,
+            step=self._step,
             storage=self._storage,
         )
         if not table.refresh(selection.param_lists, selection.state, selection.gradients):
@@ -189,8 +189,8 @@ class DeviceTables:
         rates, hyper_schedules = self._numbers.rates, self._numbers.hyper_schedules
         rows = zip(selection.positions, selection.steps, selection.gradients, strict=True)
         for index, params in enumerate(selection.param_lists):
-            lr, step = rates.current(index), rates.buffer.step
-            hyper = hyper_schedules.current(index, self._written[index][1], step)
+            lr, fixed = rates.current(index, self._place), self._written[index][1]
+            hyper = hyper_schedules.current(index, fixed, self._step, self._place)
             for param in params:
                 position, count, grad = next(rows)
                 if count is None or grad is None:

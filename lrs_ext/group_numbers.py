@@ -28,20 +28,28 @@ class GroupNumbers:
     Args:
         numbers: what else than the learning rate may follow a schedule.
         groups: the optimizer's parameter groups; schedules in them are replaced by floats.
-        device: where the parameters are.
+        devices: where the parameters are.
         step: committed updates so far.
 
     Attributes:
-        rates: the learning rates; another object when their buffer has been replaced.
+        rates: the learning rates; another object when their buffers have been replaced.
         hyper_schedules: the other numbers.
     """
 
     def __init__(
-        self, numbers: Sequence[Number], groups: list[Group], device: torch.device, step: int = 0
+        self,
+        numbers: Sequence[Number],
+        groups: list[Group],
+        devices: Sequence[torch.device],
+        step: int = 0,
     ) -> None:
         self._numbers = numbers
-        self.rates = LearningRates(groups, device, step)
-        self.hyper_schedules = HyperSchedules(numbers, groups, device, step)
+        self.rates = LearningRates(groups, devices, step)
+        self.hyper_schedules = HyperSchedules(numbers, groups, devices, step)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return list(self.rates.buffers)
 
     def sync(self, index: int, group: Group, check: Check) -> Group:
         """Writes what the host has put into the group to the device; see `HyperSchedules.sync`."""
@@ -59,7 +67,7 @@ class GroupNumbers:
         self.hyper_schedules.show(groups, self.rates.step)
 
     def roll_back(self, groups: list[Group], mark: Mark) -> None:
-        """Follows the device's step back to where it stood."""
+        """Follows the first device's step back to where it stood."""
         self.rates.roll_back(mark)
         self.hyper_schedules.show(groups, mark.step)
 
@@ -70,17 +78,20 @@ class GroupNumbers:
         self.rates.follow_device(groups)
         self.hyper_schedules.show(groups, self.rates.step)
 
-    def add_group(self, groups: list[Group], device: torch.device) -> None:
-        """Takes in a group that has been added to `groups`."""
-        self.rates = self.rates.rebuilt(groups, device)
+    def add_group(self, groups: list[Group], devices: Sequence[torch.device]) -> None:
+        """Takes in a group that has been added to `groups`, which are on `devices` now."""
+        is_new_device = list(devices) != self.devices
+        self.rates = self.rates.rebuilt(groups, devices)
         self.hyper_schedules.add(groups[-1], self.rates.step)
+        if is_new_device:
+            self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
 
-    def move(self, groups: list[Group], device: torch.device) -> None:
-        """Moves everything to another device."""
-        self.rates = self.rates.rebuilt(groups, device)
-        self.hyper_schedules = self.hyper_schedules.moved(groups, device, self.rates.step)
+    def move(self, groups: list[Group], devices: Sequence[torch.device]) -> None:
+        """Moves everything to other devices."""
+        self.rates = self.rates.rebuilt(groups, devices)
+        self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
 
-    def reserve(self, groups: list[Group], device: torch.device, capacity: int) -> bool:
+    def reserve(self, groups: list[Group], capacity: int) -> bool:
         """Makes the rows of the learning rates longer; returns whether they were too short.
 
         Raises:
@@ -94,7 +105,7 @@ class GroupNumbers:
                 )
         if self.rates.buffer.capacity >= capacity:
             return False
-        self.rates = self.rates.rebuilt(groups, device, capacity)
+        self.rates = self.rates.rebuilt(groups, self.devices, capacity)
         return True
 
     # Checkpoints and copies

@@ -13,27 +13,24 @@ from torch.optim.optimizer import ParamsT
 from lrs_ext import capture_checks, ops
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
-from lrs_ext.device_tables import CAPTURE_AGAIN, DeviceTables
+from lrs_ext.device_tables import CAPTURE_AGAIN
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
 from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
 from lrs_ext.learning_rates import Group, Mark, at_height_of, check_learning_rate
+from lrs_ext.param_devices import device_of, devices_of, on_device
 from lrs_ext.schedules import Schedule
 from lrs_ext.state_storage import Storage
 from lrs_ext.step_hooks import watched_step
-from lrs_ext.step_parts import Part, Selection
-from lrs_ext.tensor_checks import (
-    check_numbers,
-    check_params,
-    checked_gradient,
-    common_device,
-)
+from lrs_ext.step_parts import Selection
+from lrs_ext.table_set import Launches, TableSet
+from lrs_ext.tensor_checks import check_numbers, check_params, checked_gradient
 
 
 class ScheduledOptimizer(torch.optim.Optimizer):
-    """One launch a step for every tensor of every group, on one device.
+    """One launch a step for every tensor of every group on a device.
 
     A leaf class says which update it is, which arrays it keeps and which numbers it reads.
     """
@@ -95,13 +92,23 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     @property
     def backend(self) -> str:
-        """The name of the backend in use."""
-        return self._backend
+        """The name of the backend in use on the first parameter's device."""
+        return next(iter(self._backends.values()))
+
+    @property
+    def backends(self) -> dict[torch.device, str]:
+        """The name of the backend in use, by device."""
+        return dict(self._backends)
 
     @property
     def schedule_buffer(self) -> ScheduleBuffer:
-        """The learning rates on the parameters' device: row g belongs to parameter group g."""
+        """The learning rates on the first parameter's device: row g belongs to group g."""
         return self._numbers.rates.buffer
+
+    @property
+    def schedule_buffers(self) -> dict[torch.device, ScheduleBuffer]:
+        """The learning rates on each device: twins, of which all get what one is given."""
+        return dict(self._numbers.rates.buffers)
 
     def lr_tensor(self, group: int = 0) -> Tensor:
         """Returns what the next update of a group will use: float32, 0-d, without a sync."""
@@ -175,9 +182,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         names = []
         for index, group in enumerate(self.param_groups):
             fixed = self._numbers.sync(index, group, self._check)
-            self._tables.write(index, self._hyper(fixed))
+            hyper = self._hyper(fixed)
+            for tables in self._tables.all:
+                tables.write(index, hyper)
             names.append(self._state_names(fixed))
-        self._tables.name_states(names)
+        for tables in self._tables.all:
+            tables.name_states(names)
 
     def forget_graphs(self) -> None:
         """Says that no captured CUDA graph holds a step any more, so that everything may change.
@@ -200,14 +210,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             check_learning_rate(self.param_groups[-1]["lr"])
             fixed = with_peaks(self._movable, self.param_groups[-1])
             self._check(fixed)
-            common_device(_all_params(self.param_groups))
+            self._select_backends()
             check_params(fixed["params"], type(self).__name__)
             self._check_storage(fixed)
         except Exception:
             self.param_groups.pop()
             raise
         if self._is_started:
-            self._numbers.add_group(self.param_groups, self._device)
+            self._backends = self._select_backends()
+            self._numbers.add_group(self.param_groups, list(self._backends))
             self._forget_tables()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -230,9 +241,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         is_captured = self._is_on_gpu and torch.cuda.is_current_stream_capturing()
         if is_captured:
             self._check_capture()
-        parts = self._ready_parts()
+        launches = self._ready_launches()
         has_released = self._released.finish()
-        if not parts and not has_released:
+        if not any(launches) and not has_released:
             self._scaling = StepScaling()  # a limit was for this step
             return loss
         if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
@@ -240,16 +251,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             # gradients and a zero learning rate. It must not count as an update.
             return loss
         found_inf = getattr(self, "found_inf", None)
-        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf, self._device)
+        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
         if self._released.is_in_force and scaling is not None:
             raise RuntimeError(
                 "gradients released in the backward pass can no longer be unscaled or clipped: use "
                 "bfloat16 without a GradScaler, or step() without step_in_backward()"
             )
-        for part in parts:
-            part.run(scaling, commits_step=part is parts[-1])
-        if not parts:
-            self.schedule_buffer.step.add_(1)
+        self._tables.run(launches, scaling)
         self.committed_steps += 1
         self.may_have_skipped = found_inf is not None
         if is_captured:
@@ -292,8 +300,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "gradients released in the backward pass cannot be clipped together: take "
                 "step_in_backward() back by remove()"
             )
-        norms = [part.grad_norm() for part in self._ready_parts()]
-        norm = torch.zeros((), device=self._device) if not norms else norms[0]
+        launches = self._ready_launches()
+        device = self.schedule_buffer.step.device
+        norms = [on_device(part.grad_norm(), device) for parts in launches for part in parts]
+        norm = torch.zeros((), device=device) if not norms else norms[0]
         if len(norms) > 1:
             norm = torch.linalg.vector_norm(torch.stack(norms))
         self._scaling.clip(norm, max_norm)
@@ -352,7 +362,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a schedule or a tensor is in charge of a group.
         """
-        if self._numbers.reserve(self.param_groups, self._device, capacity):
+        if self._numbers.reserve(self.param_groups, capacity):
             self._forget_tables()
 
     def drive_(self, refill: Callable[[], None]) -> None:
@@ -378,9 +388,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     # The parts of a step
 
     def _start(self, step: int = 0) -> None:
-        self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
-        self._backend = ops.select_backend(self._requested_backend, self._device)
-        self._numbers = GroupNumbers(self._movable, self.param_groups, self._device, step)
+        self._backends = self._select_backends()
+        devices = list(self._backends)
+        self._numbers = GroupNumbers(self._movable, self.param_groups, devices, step)
         self._scaling = StepScaling()
         self._released = GradientRelease((), self._update_one)
         self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
@@ -388,15 +398,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._is_started = True
 
     def _forget_tables(self) -> None:
-        self._is_on_gpu = self._device.type == "cuda"
-        self._tables = DeviceTables(
-            self.algorithm,
-            self._storage,
-            self._numbers,
-            len(self.param_groups),
-            self._device,
-            self._backend,
+        self._is_on_gpu = any(device.type == "cuda" for device in self._backends)
+        num_groups = len(self.param_groups)
+        self._tables = TableSet(
+            self.algorithm, self._storage, self._numbers, num_groups, self._backends
         )
+
+    def _select_backends(self) -> dict[torch.device, str]:
+        devices = devices_of(_all_params(self.param_groups))
+        return {device: ops.select_backend(self._requested_backend, device) for device in devices}
 
     def _check_storage(self, group: Group) -> None:
         self._storage.check(group["params"], self._state_names(group))
@@ -412,20 +422,20 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             is_synced = is_written and self._numbers.is_synced(index, group)
             capture_checks.check_synced(index, is_synced)
 
-    def _ready_parts(self) -> list[Part]:
+    def _ready_launches(self) -> Launches:
         """Returns what a step launches: parts with what the host has changed and with gradients."""
         self.sync_groups()
         param_lists = [group["params"] for group in self.param_groups]
-        parts = self._tables.current_parts(param_lists, self.state)
-        if parts is None:
-            parts = self._prepare(param_lists)
-        return [part for part in parts if part.has_gradients]
+        launches = self._tables.current(param_lists, self.state)
+        if launches is None:
+            launches = self._prepare(param_lists)
+        return [[part for part in parts if part.has_gradients] for parts in launches]
 
     @torch.no_grad()
-    def _prepare(self, param_lists: list[list[Tensor]]) -> list[Part]:
+    def _prepare(self, param_lists: list[list[Tensor]]) -> Launches:
         """Brings the parts up to date, with states for parameters that have their first gradient.
 
-        Everything is checked before anything is changed. Returns nothing if there is nothing to do.
+        Everything is checked before anything is changed. Without gradients nothing is launched.
         """
         for index, group in enumerate(self.param_groups):
             check_params(group["params"], type(self).__name__)
@@ -433,8 +443,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         params = _all_params(self.param_groups)
         gradients = [checked_gradient(param, type(self).__name__) for param in params]
         if all(gradient is None for gradient in gradients):
-            return []
-        if common_device(params) != self._device:
+            return [[] for _ in self._backends]
+        if devices_of(params) != list(self._backends):
             self._follow_params()
         self._tables.copy_strided(params)
         positions = iter(gradients)
@@ -444,7 +454,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for param in group_params
         ]
         every = Selection(param_lists, list(range(len(params))), self.state, steps, gradients)
-        return self._tables.parts(every, self.was_captured)
+        return self._tables.renewed(every, self.was_captured)
 
     def _step_of(self, param: Tensor, index: int, gradient: Tensor | None) -> Tensor | None:
         """Returns the step counter of a parameter in group `index`, with its state completed.
@@ -453,14 +463,17 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         if gradient is None and param not in self.state and param not in self._counters:
             return None
-        is_new = self._tables.complete_state(param, self.state, index)
+        is_new = self._tables.of(param).complete_state(param, self.state, index)
         return self._step_counter(param, is_new)
 
     @torch.no_grad()
     def _update_one(self, param: Tensor) -> None:
         """Updates one dense parameter from its gradient, without advancing the schedule."""
+        if device_of(param) not in self._backends:
+            self._follow_params()
         self.sync_groups()
-        table = self._tables.current_single(param, self.state)
+        tables = self._tables.of(param)
+        table = tables.current_single(param, self.state)
         if table is None:
             check_params([param], type(self).__name__)
             gradient = checked_gradient(param, type(self).__name__)
@@ -468,9 +481,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             param_lists = [[param] if i == index else [] for i in range(len(self.param_groups))]
             step = self._step_of(param, index, gradient)
             state = {param: self.state[param]} if param in self.state else {}
-            table = self._tables.single(
-                Selection(param_lists, [position], state, [step], [gradient])
-            )
+            table = tables.single(Selection(param_lists, [position], state, [step], [gradient]))
         table.run(commits_step=False)
 
     def _place_of(self, param: Tensor) -> tuple[int, int]:
@@ -489,15 +500,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
     def _follow_params(self) -> None:
-        """Moves everything to the device to which the parameters have been moved."""
-        self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
-        self._backend = ops.select_backend(self._requested_backend, self._device)
-        self._numbers.move(self.param_groups, self._device)
-        for state in self.state.values():
+        """Moves everything to the devices to which the parameters have been moved."""
+        self._backends = self._select_backends()
+        self._numbers.move(self.param_groups, list(self._backends))
+        for param in filter(self.state.__contains__, _all_params(self.param_groups)):
+            state = self.state[param]
             for name, value in state.items():
                 if isinstance(value, Tensor):
-                    state[name] = value.to(self._device)
-        self._counters = {p: c.to(self._device) for p, c in self._counters.items()}
+                    state[name] = value.to(param.device)
+        self._counters = {param: c.to(param.device) for param, c in self._counters.items()}
         self._forget_tables()
         self.sync_groups()
 
@@ -528,7 +539,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for group, in_charge in zip(self.param_groups, schedules, strict=True):
             put_all_schedules(self._movable, group, in_charge)
         self._start(step)
-        self.schedule_buffer.values.copy_(values)  # what write_ has put there is in no schedule
+        for buffer in self.schedule_buffers.values():
+            buffer.values.copy_(values)  # what write_ has put there is in no schedule
 
     def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
         # Whatever can be wrong with the checkpoint comes to light before anything is changed.
@@ -540,6 +552,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         }
         updates = last_step(states)
         positions = self._numbers.resume(groups, updates)
+        for position in positions:
+            if position is not None and position.schedule is not None:
+                self._numbers.rates.check_room(position.schedule, self.was_captured)
         for group in groups:
             fixed = with_peaks(self._movable, group)
             self._check(fixed)
@@ -550,9 +565,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             counter.fill_(1.0)
             if param not in self.state:
                 del self._counters[param]
+        buffer = self.schedule_buffer
         self._numbers.load(groups, positions, updates)
         self.param_groups = groups
-        self._tables.forget_numbers()
+        if self.schedule_buffer is buffer:
+            self._tables.forget_numbers()
+        else:
+            self._forget_tables()
         self.sync_groups()
 
 

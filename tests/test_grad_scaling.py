@@ -10,7 +10,7 @@ from test_optimizers import leaf
 from test_storage import arrays_of, make
 
 import lrs_ext
-from lrs_ext.grad_scaling import StepScaling
+from lrs_ext import ops, table_set
 
 # Triton's interpreter computes with NumPy, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide):RuntimeWarning")
@@ -244,6 +244,9 @@ def test_a_scale_of_another_type_is_refused():
 
 
 def test_a_scale_on_another_device_is_moved():
-    scaling = StepScaling().take(torch.ones(()), torch.zeros(()), torch.device("meta"))
+    scaling = table_set.scaling_on(
+        ops.GradScaling(torch.ones(()), torch.zeros(())), torch.device("meta")
+    )
     assert scaling.loss_scale.is_meta
     assert scaling.found_inf.is_meta
+    assert scaling.norm is scaling.max_norm is None
