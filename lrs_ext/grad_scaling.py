@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lrs_ext import ops
 from lrs_ext.param_devices import on_device
-
-if TYPE_CHECKING:
-    from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+from lrs_ext.wrappers import unwrapped
 
 
 class StepScaling:
@@ -42,7 +38,7 @@ class StepScaling:
         return ops.GradScaling(loss_scale, found_inf, norm, max_norm)
 
 
-def clip_grad_norm_(optimizer: ScheduledOptimizer, max_norm: float | Tensor) -> Tensor:
+def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float | Tensor) -> Tensor:
     """Limits the norm of all gradients in the optimizer's next step, without waiting for it.
 
     The 2-norm is taken in one pass over the gradients. They are not written: the step multiplies
@@ -50,7 +46,8 @@ def clip_grad_norm_(optimizer: ScheduledOptimizer, max_norm: float | Tensor) -> 
     in the step counts: the limit holds for the unscaled gradients.
 
     Args:
-        optimizer: one of `lrs_ext`; all of its parameters are taken together.
+        optimizer: one of `lrs_ext`, or a framework's wrapper around it; all of its parameters are
+            taken together.
         max_norm: a positive float, or a one-element tensor, which replays of a CUDA graph read.
 
     Returns:
@@ -74,6 +71,7 @@ def clip_grad_norm_(optimizer: ScheduledOptimizer, max_norm: float | Tensor) -> 
     """
     from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, ScheduledOptimizer):
         raise TypeError(
             f"clip_grad_norm_ serves the optimizers of lrs_ext, got {type(optimizer).__name__}: "

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from lrs_ext.hyper_schedules import HyperSchedules, Number, put_schedules
-from lrs_ext.learning_rates import Group, LearningRates, Mark, Position, saved_position
+from lrs_ext.learning_rates import (
+    Group,
+    Kept,
+    LearningRates,
+    Mark,
+    Position,
+    saved_position,
+)
 from lrs_ext.schedules import Schedule
 
 Check = Callable[[Group], None]  # raises ValueError if the numbers of a group do not fit together
@@ -141,5 +148,6 @@ def put_all_schedules(
     numbers: Sequence[Number], group: Group, schedules: Mapping[str, Any]
 ) -> None:
     """Puts what `GroupNumbers.schedules` has returned into a group."""
-    group["lr"] = schedules.get("lr", group["lr"])
+    if "lr" in schedules:
+        group["lr"] = Kept(schedules["lr"])
     put_schedules(numbers, group, schedules)

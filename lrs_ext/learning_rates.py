@@ -20,6 +20,29 @@ from lrs_ext.schedules import Schedule
 Group = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A schedule on its way back into a group that has had it: already at the group's height."""
+
+    schedule: Schedule
+
+
+def at_height_of(group: Group, schedule: Schedule | Kept) -> Schedule:
+    """Returns the schedule at the height that the group's ``lr_scale`` asks for.
+
+    That key is how timm, BEiT and others give layers their share of the learning rate.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    if isinstance(schedule, Kept):
+        return schedule.schedule
+    scale = group.get("lr_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale > 0.0:
+        raise ValueError(f"lr_scale of a parameter group must be a positive number, got {scale!r}")
+    return schedule if scale == 1.0 else schedule.scaled(scale)
+
+
 @dataclass
 class _Source:
     """Where one group's learning rate comes from."""
@@ -35,7 +58,8 @@ class _Source:
 class LearningRates:
     """Keeps each ``group["lr"]`` and its rows of the schedule buffers in step, without a sync.
 
-    A group with a `Schedule` shows on the host, as a float, what the next update will use. Any
+    A group with a `Schedule`, which runs scaled by the group's ``lr_scale`` if it has one, shows on
+    the host, as a float, what the next update will use. Any
     other float put there takes over from the next update. The very float that was found there hands
     control back: saving and restoring ``group["lr"]``, as distributed checkpoints do, changes
     nothing. A tensor is read at every update: where it is if it is float32 and on the device,
@@ -78,9 +102,9 @@ class LearningRates:
         """
         source = self._sources[index]
         lr = group["lr"]
-        if isinstance(lr, Schedule):
+        if isinstance(lr, (Schedule, Kept)):
             group["lr"] = source.seen  # stays if the schedule does not fit
-            self.buffer.fill_(index, lr)
+            self.buffer.fill_(index, at_height_of(group, lr))
         if self.buffer.schedules[index] is not source.schedule:
             # The line above or the owner of the buffer has filled the row.
             self._follow_schedule(index, group)
@@ -254,7 +278,7 @@ class LearningRates:
             present = self._sources[index].seen
             schedule = self.schedule(index) if position is None else position.schedule
             if schedule is not None:
-                group["lr"] = schedule
+                group["lr"] = Kept(schedule)
             elif isinstance(present, Tensor):
                 group["lr"] = present.fill_(group["lr"])
         if _capacity(groups) > self.buffer.capacity:
@@ -313,7 +337,8 @@ class LearningRates:
         """
         kept = [i for i, s in enumerate(self._sources) if groups[i]["lr"] is s.seen]
         for index in kept:
-            groups[index]["lr"] = self.schedule(index) or groups[index]["lr"]
+            schedule = self.schedule(index)
+            groups[index]["lr"] = groups[index]["lr"] if schedule is None else Kept(schedule)
         capacity = max(capacity, self.buffer.capacity)
         rates = LearningRates(groups, devices, int(self.buffer.step), capacity)
         for index in kept:  # somebody may have written to the row, whose last value holds
@@ -384,8 +409,9 @@ def check_learning_rate(lr: float | Tensor | Schedule) -> None:
 
 
 def _capacity(groups: list[Group]) -> int:
-    schedules = [group["lr"] for group in groups if isinstance(group["lr"], Schedule)]
-    return max((schedule.capacity for schedule in schedules), default=1)
+    lrs = [group["lr"] for group in groups]
+    schedules = [lr.schedule if isinstance(lr, Kept) else lr for lr in lrs]
+    return max((s.capacity for s in schedules if isinstance(s, Schedule)), default=1)
 
 
 def _is_zero(lr: float | Tensor | None) -> bool:

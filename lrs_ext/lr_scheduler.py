@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from lrs_ext import ops
+from lrs_ext.learning_rates import at_height_of
 from lrs_ext.schedules import Schedule
 
 
@@ -20,8 +21,9 @@ class ScheduleLR(LRScheduler):
 
     Like all schedulers of torch it is stepped after each `optimizer.step()`, and it takes the
     heights from the optimizer: a single schedule runs in each group scaled to the group's own
-    learning rate, ``schedule.scaled(base_lr / schedule.lr)``. The schedules of a list, one a group,
-    run as they are. Optimizers of `lrs_ext` take a schedule as their ``lr`` and need none of this.
+    learning rate, ``schedule.scaled(base_lr / schedule.lr)``, times its ``lr_scale`` if it has one,
+    as timm gives it to layers. The schedules of a list, one a group, run as they are. Optimizers of
+    `lrs_ext` take a schedule as their ``lr`` and need none of this.
 
     Args:
         optimizer: the one to drive. A tensor as a learning rate is filled in place.
@@ -54,7 +56,11 @@ class ScheduleLR(LRScheduler):
         base_lrs = [
             _number(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
         ]
-        self.schedules = _schedules(schedule, base_lrs)
+        schedules = _schedules(schedule, base_lrs)
+        if isinstance(schedule, Schedule):
+            groups = optimizer.param_groups
+            schedules = list(map(at_height_of, groups, schedules))
+        self.schedules = schedules
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lrs_ext.drivers import check_free, register
 from lrs_ext.number_checks import checked_count, checked_learning_rate, checked_real
 from lrs_ext.plateau_groups import groups_of
+from lrs_ext.wrappers import unwrapped
 
 
 class ReduceOnPlateau:
@@ -54,6 +55,7 @@ class ReduceOnPlateau:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+        optimizer = unwrapped(optimizer)
         if mode not in ("min", "max"):
             raise ValueError(f"mode {mode} is unknown!")
         if threshold_mode not in ("rel", "abs"):

@@ -19,7 +19,7 @@ from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
 from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
-from lrs_ext.learning_rates import Group, Mark, check_learning_rate
+from lrs_ext.learning_rates import Group, Mark, at_height_of, check_learning_rate
 from lrs_ext.local_part import total_norm
 from lrs_ext.param_devices import device_of, devices_of
 from lrs_ext.schedules import Schedule
@@ -132,7 +132,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Puts another schedule in charge from the current step on, in one group or in all.
 
         A schedule is a function of the absolute step: ``rex(3e-4, total_steps=20_000)`` set at
-        step 5,000 goes on with its value at 5,000, which is how a run gets a longer budget. Rows
+        step 5,000 goes on with its value at 5,000, which is how a run gets a longer budget. A group
+        with ``lr_scale`` gets it scaled. Rows
         are rewritten in place, also under a captured CUDA graph; where they are too short, the
         buffer is replaced by a longer one.
 
@@ -157,7 +158,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if numbers.rates is not present:
             self._forget_tables()
         for index in indices:
-            self.schedule_buffer.fill_(index, schedule)
+            self.schedule_buffer.fill_(index, at_height_of(self.param_groups[index], schedule))
         self.sync_groups()
 
     def sync_groups(self) -> None:
@@ -343,6 +344,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the parameter groups do not match, as in torch.
         """
+        for index, group in enumerate(self.param_groups):
+            # Whose learning rate was put aside for a while, and is back, is in charge again.
+            self._numbers.rates.sync(index, group)
         handle = self.register_load_state_dict_pre_hook(wrap_tensors)
         try:
             super().load_state_dict(state_dict)

@@ -67,12 +67,24 @@ def scaled_bfloat16(monkeypatch):
 
 
 # Where nothing depends on threads: many tiny parallel regions crawl when several tests run at once.
-ONE_THREAD = ("autolrs", "batches", "forecast", "rates", "search", "snapshot", "surrogate")
+ONE_THREAD = (
+    "accelerate",
+    "autolrs",
+    "batches",
+    "docs",
+    "forecast",
+    "lightning",
+    "rates",
+    "search",
+    "snapshot",
+    "surrogate",
+    "transformers",
+)
 
 
 @pytest.fixture(autouse=True)
 def one_thread(request):
-    """Keeps the tests of AutoLRS to one thread."""
+    """Keeps the tests of AutoLRS and of frameworks to one thread."""
     threads = torch.get_num_threads()
     if any(name in request.module.__name__ for name in ONE_THREAD):
         torch.set_num_threads(1)

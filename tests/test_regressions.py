@@ -236,3 +236,18 @@ def test_a_checkpoint_with_a_longer_schedule_is_followed_by_an_optimizer_in_use(
         update(other, resumed)
         assert torch.equal(param, other)
         assert torch.equal(opt.schedule_buffer.step, resumed.schedule_buffer.step)
+
+
+def test_a_learning_rate_put_aside_and_back_before_a_checkpoint_is_in_charge():
+    param, opt = make("AdamW", REX)
+    update(param, opt, 3)
+    saved = opt.state_dict()
+    for group in saved["param_groups"]:
+        del group["schedule"]  # as torchtitan rebuilds groups, from keys that it knows
+    _, other = make("AdamW", REX)
+    found, other.param_groups[0]["lr"] = other.param_groups[0]["lr"], 0.0
+    other.sync_groups()
+    other.param_groups[0]["lr"] = found
+    other.load_state_dict(saved)
+    assert other.current_lr() == [pytest.approx(REX(3))]
+    assert other.param_groups[0]["lr"] == REX(3)

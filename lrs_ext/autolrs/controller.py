@@ -26,6 +26,7 @@ from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
 from lrs_ext.host_copy import HostCopy
 from lrs_ext.schedules import Schedule
+from lrs_ext.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,8 +43,9 @@ class AutoLRS:
     state is undone, in place. The host only counts updates.
 
     Args:
-        optimizer: of `lrs_ext`, or of torch with support for a tensor learning rate. Its learning
-            rates must be positive: their ratios between groups are kept.
+        optimizer: of `lrs_ext`, or of torch with support for a tensor learning rate, or a
+            framework's wrapper around it. Its learning rates must be positive: their ratios between
+            groups are kept.
         model: the module that is trained.
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
@@ -89,6 +91,7 @@ class AutoLRS:
         snapshot: Literal["device", "pinned"] = "device",
         seed: int = 0,
     ) -> None:
+        optimizer = unwrapped(optimizer)
         bounds = checked_bounds(lr_bounds)
         self._timetable = timetable_of(
             preset,

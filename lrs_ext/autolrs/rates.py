@@ -21,10 +21,16 @@ def group_ratios(groups: Sequence[Group]) -> list[float]:
     """Returns each group's learning rate over that of the first group.
 
     Raises:
-        ValueError: a learning rate is no positive number.
+        ValueError: a learning rate is no positive number, or a group has an ``lr_scale``.
     """
     rates: list[Any] = [group.get("lr") for group in groups]
     for index, rate in enumerate(rates):
+        scale = groups[index].get("lr_scale", 1.0)
+        if scale != 1.0:
+            raise ValueError(
+                f"group {index} has lr_scale={scale}, which AutoLRS does not read: multiply its lr "
+                "by it, which keeps the ratio, and take the key out of the group"
+            )
         is_number = isinstance(rate, (float, int)) or (
             isinstance(rate, Tensor) and rate.numel() == 1
         )
