@@ -7,6 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+FRAMEWORKS := $(VENV)/frameworks
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 CXX_SOURCES := $(NATIVE) $(wildcard tests/*.cpp tests/cuda_on_host/*)
 
@@ -15,21 +16,26 @@ CXX_SOURCES := $(NATIVE) $(wildcard tests/*.cpp tests/cuda_on_host/*)
 install: $(STAMP)
 
 # torch comes first: a later look at its version range must find it satisfied. A torch built for GPUs
-# brings its own triton, which stays. timm would bring a torchvision built for GPUs, with which a torch
-# for CPUs cannot import anything that looks for torchvision; the tests use it without.
+# brings its own triton, which stays.
 $(STAMP): Makefile pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v}: make PYTHON=python3.11 install")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TRITON)'
 	$(BIN)/python -m pip install --quiet -e '.[test,lint]'
-	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.25'
 	touch $(STAMP)
+
+# What only the tests of frameworks need. timm would bring a torchvision built for GPUs, with which a
+# torch for CPUs cannot import anything that looks for torchvision; the tests use it without.
+$(FRAMEWORKS): $(STAMP)
+	$(BIN)/python -m pip install --quiet 'lrs_ext[frameworks]'
+	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.25'
+	touch $(FRAMEWORKS)
 
 train: install
 	$(BIN)/python benchmarks/train_gpt.py $(ARGS)
 
-test: install
+test: $(FRAMEWORKS)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: install
