@@ -47,11 +47,22 @@ def run_jobs(
         run: at the top level of a module, so that other processes find it.
         size: the updates of a job, for the progress bar.
     """
+    total = sum(map(size, jobs))
+    with tqdm(total=total, unit="update", unit_scale=True, smoothing=0.05) as bar:
+        append_results(run, jobs, size, results, workers, bar)
+
+
+def append_results(
+    run: Callable[[Job], Row],
+    jobs: Sequence[Job],
+    size: Callable[[Job], int],
+    results: Path,
+    workers: int,
+    bar: tqdm[Any],
+) -> None:
+    """Does what `run_jobs` does under a progress bar that has begun before or goes on after."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        results.open("a", encoding="utf-8") as file,
-        tqdm(total=sum(map(size, jobs)), unit="update", unit_scale=True, smoothing=0.05) as bar,
-    ):
+    with results.open("a", encoding="utf-8") as file:
         if file.tell() > 0:
             file.write("\n")  # ends a line that a killed run has left
         for job, row in finished(run, jobs, workers):
