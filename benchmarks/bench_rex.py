@@ -3,7 +3,7 @@
     python benchmarks/bench_rex.py --quick     # a fifth of the updates, one seed: three minutes
     python benchmarks/bench_rex.py             # all of it; goes on if stopped
 
-Six settings, six budgets, twelve schedules. The learning rate of each is tuned on validation data
+Five settings, six budgets, twelve schedules. The learning rate of each is tuned on validation data
 in multiples of 3, with a seed of its own; then three seeds are trained and tested once. A job is a
 stack of many models; its result is appended to a file at once, and what is there is not run again.
 """
