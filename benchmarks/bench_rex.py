@@ -2,6 +2,8 @@
 
     python benchmarks/bench_rex.py --quick     # a fifth of the updates, one seed: three minutes
     python benchmarks/bench_rex.py             # all of it; goes on if stopped
+    python benchmarks/bench_rex.py --speed     # stacks of models against single ones
+    python benchmarks/bench_rex.py --report    # writes benchmarks/results/rex.*
 
 Five settings, six budgets, twelve schedules. The learning rate of each is tuned on validation data
 in multiples of 3, with a seed of its own; then three seeds are trained and tested once. A job is a
@@ -11,18 +13,23 @@ stack of many models; its result is appended to a file at once, and what is ther
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from job_runner import append_results
+import rex_page
+import rex_speed
+from job_runner import appending, finished, write_line
+from rex_outcome import gather
 from rex_runs import (
     FULL,
     QUICK,
     Job,
     Row,
     Scale,
+    done_work,
     expected_work,
     missing_jobs,
     places,
@@ -32,29 +39,28 @@ from rex_runs import (
 from tqdm import tqdm
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
+SPEED = RUNS / "rex-speed.json"
 
 
 def run_missing(scale: Scale, args: argparse.Namespace) -> dict[Job, Row]:
     """Runs jobs until nothing is missing and returns all results."""
-    files = [*args.start_from, args.results]
-    results = read_results(files)
-    bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} core-s [{elapsed}<{remaining}]"
-    with tqdm(unit_scale=0.001, smoothing=0.05, bar_format=bar_format) as bar:
-        while jobs := missing_jobs(places(scale, results), results):
-            bar.total = bar.n + remaining_work(scale, results)
-            bar.refresh()
-            append_results(run_job, jobs, work_of, args.results, args.workers, bar)
-            results = read_results(files)
+    results = read_results([*args.start_from, args.results])
+    work = {"initial": done_work(scale, results), "total": expected_work(scale, results)}
+    bar_format = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} core-s [{elapsed}<{remaining}]"
+    with (
+        appending(args.results) as file,
+        tqdm(**work, smoothing=0.05, bar_format=bar_format) as bar,
+    ):
+
+        def missing() -> list[Job]:
+            bar.total = expected_work(scale, results)  # grows where a grid is widened
+            return missing_jobs(places(scale, results), results)
+
+        for job, row in finished(run_job, missing, args.workers):
+            results[job] = row
+            write_line(file, row)
+            bar.update(job.work)
     return results
-
-
-def work_of(job: Job) -> int:
-    return job.work
-
-
-def remaining_work(scale: Scale, results: dict[Job, Row]) -> int:
-    done = sum(job.work for place in places(scale, results) for job in place.jobs if job in results)
-    return expected_work(scale, results) - done
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,6 +82,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="other results to use, not written to",
     )
     parser.add_argument("--quick", action="store_true", help="fewer updates, budgets and seeds")
+    parser.add_argument("--speed", action="store_true", help="measure stacks and single models")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing; write the page, the numbers, the plot"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=rex_page.FOLDER, help="for --report (%(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
@@ -87,11 +100,32 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     scale = QUICK if args.quick else FULL
+    if args.speed:
+        speed = rex_speed.measure()
+        SPEED.parent.mkdir(exist_ok=True)
+        SPEED.write_text(json.dumps(speed), encoding="utf-8")
+        print(rex_page.speed_table(speed))
+        return 0
+    if args.report:
+        return report(scale, args)
     try:
-        run_missing(scale, args)
+        results = run_missing(scale, args)
     except KeyboardInterrupt:
         print(f"\nstopped: the same command goes on from {args.results}", file=sys.stderr)
         return 130
+    print(rex_page.short_summary(gather(scale, results)))
+    return 0
+
+
+def report(scale: Scale, args: argparse.Namespace) -> int:
+    results = read_results([*args.start_from, args.results])
+    outcome = gather(scale, results)
+    if not outcome.tested:
+        print(f"{args.results} has no finished place: run this without --report", file=sys.stderr)
+        return 1
+    speed = json.loads(SPEED.read_text(encoding="utf-8")) if SPEED.is_file() else []
+    written = rex_page.write(outcome, results, speed, args.folder)
+    print("written: " + ", ".join(map(str, written)))
     return 0
 
 

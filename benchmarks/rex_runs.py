@@ -205,14 +205,18 @@ def profile_runs(exponent: int) -> list[Run]:
 
 
 def missing_jobs(found: Iterable[Place], results: Mapping[Job, Row]) -> list[Job]:
-    """Returns what can be run now, the longest first, so that no core idles at the end."""
+    """Returns what can be run now, small budgets first, so that whole columns are done early."""
     jobs = [job for place in found for job in place.jobs if job not in results]
-    return sorted(jobs, key=lambda job: -job.work)
+    return sorted(jobs, key=lambda job: (job.budget, -job.work))
 
 
-def expected_work(scale: Scale, results: Mapping[Job, Row]) -> int:
+def done_work(scale: Scale, results: Mapping[Job, Row]) -> float:
+    return sum(j.work for place in places(scale, results) for j in place.jobs if j in results)
+
+
+def expected_work(scale: Scale, results: Mapping[Job, Row]) -> float:
     """Returns the work of all places: of jobs not known yet, that of a grid without extensions."""
-    total = 0
+    total = 0.0
     for place in places(scale, results):
         total += sum(job.work for job in place.jobs)
         if not place.chosen:
