@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,9 +52,7 @@ class Scale:
     profile_budgets: tuple[int, ...]
 
 
-FULL = Scale(
-    1.0, (1, 5, 10, 25, 50, 100), (0, 1, 2), (100, 101), (-2, -1, 0, 1, 2), 4, (5, 25, 100)
-)
+FULL = Scale(1.0, (1, 5, 10, 25, 50, 100), (0, 1, 2), (100,), (-2, -1, 0, 1, 2), 4, (5, 25, 100))
 QUICK = Scale(0.2, (10, 100), (0,), (100,), (-1, 0, 1), 0, (100,))
 
 
@@ -69,9 +68,9 @@ class Job:
     runs: tuple[Run, ...]
 
     @property
-    def work(self) -> int:
-        """Milliseconds of a core, about."""
-        return math.ceil(self.steps * len(self.runs) * SETTINGS[self.setting].microseconds / 1000.0)
+    def work(self) -> float:
+        """Seconds of a core, about."""
+        return self.steps * len(self.runs) * SETTINGS[self.setting].microseconds / 1e6
 
 
 def job_of(row: Row) -> Job:
@@ -93,8 +92,16 @@ def run_job(job: Job) -> Row:
 
 
 def read_results(paths: Iterable[Path]) -> dict[Job, Row]:
-    """Returns the results in files of JSON lines; of two for one job, the later."""
-    return {job_of(row): row for row in read_lines(paths)}
+    """Returns the results in files of JSON lines, or in a page's file of numbers (".json"); of two
+    for one job, the later.
+    """
+    rows: list[Row] = []
+    for path in paths:
+        if path.suffix == ".json":
+            rows += json.loads(path.read_text(encoding="utf-8"))["jobs"]
+        else:
+            rows += read_lines([path])
+    return {job_of(row): row for row in rows}
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lrs_ext
 
 BATCH_SIZE, HELD_OUT_DIGITS = 16, 2400
-GPT_WINDOWS, CONTEXT, HELD_OUT_WINDOWS = 2, 32, 256
+GPT_WINDOWS, CONTEXT, HELD_OUT_WINDOWS = 2, 32, 128
 LR_FACTOR = 3.0
 
 # The reported schedules and, where the paper tunes more than the learning rate, their variants: a
