@@ -53,7 +53,8 @@ def run_missing(scale: Scale, args: argparse.Namespace) -> dict[Job, Row]:
     ):
 
         def missing() -> list[Job]:
-            bar.total = expected_work(scale, results)  # grows where a grid is widened
+            # What is expected grows where a grid is widened.
+            bar.total = bar.n + expected_work(scale, results) - done_work(scale, results)
             return missing_jobs(places(scale, results), results)
 
         for job, row in finished(run_job, missing, args.workers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,11 +14,12 @@ import rex_paper
 import rex_tables
 import timing
 import torch
-from results_page import FOLDER, bullets, table, write_json
+from results_page import FOLDER, bullets, table
 from rex_outcome import HIGH, LOW, Outcome, seven
 from rex_ranks import critical_difference, duel, friedman_p, standings
 from rex_runs import Job, Row
 from rex_settings import (
+    EVERY_ITERATION,
     LR_FACTOR,
     PLATEAU_CHECKS,
     PLATEAU_FACTOR,
@@ -85,8 +87,9 @@ def write(
     """Writes rex.json, rex.md and rex.png; returns their paths."""
     used = [results[job] for job in used_jobs(outcome, results)]
     machine = timing.machine(CPU)
-    content = document(outcome, used, speed, machine)
-    paths = [write_json(content, folder, "rex"), folder / "rex.md", folder / "rex.png"]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"rex.{ending}" for ending in ("json", "md", "png")]
+    paths[0].write_text(in_lines(document(outcome, used, speed, machine)), encoding="utf-8")
     paths[1].write_text(render(outcome, used, speed, machine), encoding="utf-8")
     plot(outcome).savefig(paths[2], dpi=120)
     return paths
@@ -111,8 +114,28 @@ def document(
         "missing": [list(key) for key in outcome.missing],
         "summary": summary,
         "speed": speed,
-        "jobs": used,
+        "jobs": [compact(row) for row in used],
     }
+
+
+def compact(row: Row) -> Row:
+    """Returns a result in fewer letters: seven digits are all that a float32 has."""
+    shorter = dict(row)
+    shorter["runs"] = [
+        list(run[:2] if run[2:] == (EVERY_ITERATION,) else run) for run in map(tuple, row["runs"])
+    ]
+    for name in ("validation", "test"):
+        if name in row:
+            shorter[name] = [v if v is None else float(f"{v:.7g}") for v in row[name]]
+    return shorter
+
+
+def in_lines(content: dict[str, Any]) -> str:
+    """Returns JSON with a line for each job."""
+    *others, jobs = content.items()
+    parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in others]
+    lines = ",\n".join(map(json.dumps, jobs[1]))
+    return "{" + ",\n".join([*parts, f'"{jobs[0]}": [\n{lines}\n]']) + "}\n"
 
 
 def render(
