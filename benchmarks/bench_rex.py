@@ -13,6 +13,7 @@ stack of many models; its result is appended to a file at once, and what is ther
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -40,6 +41,7 @@ from tqdm import tqdm
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 SPEED = RUNS / "rex-speed.json"
+NEEDED = ("sklearn", "scipy", "matplotlib")  # for digits, Nemenyi's test and the plot
 
 
 def run_missing(scale: Scale, args: argparse.Namespace) -> dict[Job, Row]:
@@ -100,6 +102,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if absent:
+        print(f"{', '.join(absent)} missing: pip install 'lrs_ext[bench]'", file=sys.stderr)
+        return 1
     scale = QUICK if args.quick else FULL
     if args.speed:
         speed = rex_speed.measure()

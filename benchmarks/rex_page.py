@@ -8,14 +8,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rex_paper
+import rex_plot
 import rex_tables
 import timing
 import torch
 from results_page import FOLDER, bullets, table
-from rex_outcome import HIGH, LOW, Outcome, seven
+from rex_outcome import Outcome, seven
 from rex_ranks import critical_difference, duel, friedman_p, standings
 from rex_runs import Job, Row
 from rex_settings import (
@@ -27,16 +28,8 @@ from rex_settings import (
     SETTINGS,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 CPU = torch.device("cpu")
 OURS = rex_tables.OURS
-COLORS = {"REX": "#0b6bcb", "REX d=0.9": "#74c0fc", "linear": "#d9480f", "cosine": "#2b8a3e"}
-COLORS |= {"none": "#868e96", "step": "#862e9c", "plateau": "#e599f7", "exponential": "#5c940d"}
-COLORS |= {"OneCycle": "#c92a2a", "delayed 50 %": "#f08c00", "delayed 75 %": "#fcc419"}
-COLORS |= {"WSD": "#0c8599"}
 INTRODUCTION = """\
 Independent runs of what Tables 1 and 2 of the REX paper (Chen, Wolfe, Kyrillidis,
 [arXiv 2107.04197](https://arxiv.org/abs/2107.04197)) claim, on small models. The paper's models
@@ -46,7 +39,8 @@ and data are others: what can be compared is the order of the schedules, not a n
 `python benchmarks/bench_rex.py` and `--report`.
 
 - **Budgets** are percent of the largest one of a setting; every schedule decays within the budget
-  at hand. There is no warm-up, as in the paper (but for its YOLO).
+  at hand. There is no warm-up, as in the paper (but for its YOLO). The budgets are those of small
+  machines: the paper's 1 % is three epochs of CIFAR, here it is a few updates.
 - **Learning rates** are tuned for each schedule, setting and budget in multiples of {factor:g}, on
   validation data, with a seed of its own ({tuning}); a grid whose best rate is at its edge is
   widened. Then seeds {seeds} are trained, and the test set is looked at once, at their end.
@@ -70,7 +64,8 @@ TABLE_2 = """\
 The profile and how often the learning rate is sampled from it, at one learning rate for all of a
 place: the one that was best in tuning for exponential, linear and REX on average. "step-like" is
 the exponential profile exp(-4.6 p) that the paper's Table 2 calls step (its exponent is read off
-the paper's Figure 2). Bold: best of a row; +- is the standard deviation over seeds."""
+the paper's Figure 2). Bold: best of a row; +- is the standard deviation over seeds. With 100
+updates every 1 % is every iteration."""
 SPEED = """\
 Updates of one model per second of processor time (one thread, the best of three rounds). "Plain
 loop" is what one process a core can do: one module, autograd and an optimizer of `lrs_ext`. A stack
@@ -91,7 +86,7 @@ def write(
     paths = [folder / f"rex.{ending}" for ending in ("json", "md", "png")]
     paths[0].write_text(in_lines(document(outcome, used, speed, machine)), encoding="utf-8")
     paths[1].write_text(render(outcome, used, speed, machine), encoding="utf-8")
-    plot(outcome).savefig(paths[2], dpi=120)
+    rex_plot.plot(outcome).savefig(paths[2], dpi=120)
     return paths
 
 
@@ -155,9 +150,9 @@ def render(
         checks=PLATEAU_CHECKS,
     )
     parts = ["# REX against the paper's schedules, and against later ones", introduction]
+    parts += [rex_tables.settings_table(scale)]
     if outcome.missing:
-        names = [f"{name}, {budget} %" for name, budget in outcome.missing]
-        parts += ["**Not finished**, and so not in any table: " + "; ".join(names) + "."]
+        parts += [f"**Not finished**, and so not in any table: {missing_places(outcome)}."]
     if not outcome.tested:
         return "\n\n".join([*parts, "Nothing to compare yet."]) + "\n"
     parts += ["## In short", bullets(in_short(outcome))]
@@ -167,7 +162,8 @@ def render(
     parts += ["## All twelve schedules", rex_tables.twelve_table(outcome), chance(outcome)]
     parts += ["## REX against each", rex_tables.duel_table(outcome)]
     losses = rex_tables.not_first(outcome)
-    parts += ["## Where REX does not win", bullets(losses) if losses else "Nowhere."]
+    count = f"Of all twelve schedules another is better in {len(losses)} of {len(outcome.tested)}."
+    parts += ["## Where REX does not win", count, *([bullets(losses)] if losses else [])]
     parts += profile_parts(outcome)
     parts += ["## Test metrics and tuned learning rates"]
     parts += ["Mean over seeds +- standard deviation, peak learning rate. Bold: best of a column."]
@@ -180,6 +176,14 @@ def render(
     notes = page_notes(outcome)
     parts += ["## Notes", bullets(notes)] if notes else []
     return "\n\n".join(parts) + "\n"
+
+
+def missing_places(outcome: Outcome) -> str:
+    """Returns the places that are not finished, by setting."""
+    by_setting: dict[str, list[int]] = {}
+    for name, budget in outcome.missing:
+        by_setting.setdefault(name, []).append(budget)
+    return "; ".join(f"{name}: {in_words(budgets)} %" for name, budgets in by_setting.items())
 
 
 def in_words(numbers: Iterable[int]) -> str:
@@ -214,10 +218,30 @@ def in_short(outcome: Outcome) -> list[str]:
     for other in ("linear", "cosine"):
         d = duel([p.values[OURS] for p in places], [p.values[other] for p in places])
         lines.append(
-            f"Against {other} REX wins {d.wins} and loses {d.losses} of {count} places; its metric "
-            f"is lower by {d.ratio - 1:.1%} on average (95 %: {d.low - 1:.1%} to {d.high - 1:.1%})."
+            f"Against {other} REX wins {d.wins} and loses {d.losses} of {count} places; the "
+            f"metric of {other} is {d.ratio - 1:+.1%} off REX's on average (95 %: {d.low - 1:+.1%} "
+            f"to {d.high - 1:+.1%})."
         )
-    return lines
+    return [*lines, *profiles_in_short(outcome)]
+
+
+def profiles_in_short(outcome: Outcome) -> list[str]:
+    """Returns the finding of Table 2, if it has any column."""
+    ours = rex_tables.profile_columns(outcome)
+    paper = list(rex_paper.printed_profiles().values())
+    three = tuple(rex_paper.PROFILE_NAMES.values())
+    if not ours:
+        return []
+
+    def won(sampling: str, name: str) -> str:
+        counts = [rex_tables.profile_wins(side, sampling, three)[name] for side in (ours, paper)]
+        return f"{counts[0]} of {len(ours)} columns (paper: {counts[1]} of {len(paper)})"
+
+    return [
+        f"Sampled at every iteration, REX beats step-like and linear in "
+        f"{won(EVERY_ITERATION, OURS)}; sampled at 50-75, step-like wins in "
+        f"{won('50-75', 'step-like')}."
+    ]
 
 
 def place_of(name: str, found: Mapping[str, Any]) -> int:
@@ -307,65 +331,6 @@ def page_notes(outcome: Outcome) -> list[str]:
         if diverged:
             notes.append(f"{name}, {budget} %: a test run diverged: {', '.join(diverged)}")
     return notes
-
-
-def plot(outcome: Outcome) -> Figure:
-    """Returns a figure: mean rank by budget of all schedules; mean ranks of seven, with the
-    paper's.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 4.6), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        draw_budgets(left, outcome)
-        draw_against_paper(right, outcome)
-    return figure
-
-
-def draw_budgets(axes: Axes, outcome: Outcome) -> None:
-    budgets = [b for b in LOW + HIGH if any(key[1] == b for key in outcome.tested)]
-    by_budget = [standings(outcome.grid(budgets=(budget,))) for budget in budgets]
-    for name in SCHEDULES:
-        means = [found[name].mean_rank for found in by_budget]
-        is_rex = name.startswith(OURS)
-        axes.plot(
-            range(len(budgets)),
-            means,
-            "o-",
-            color=COLORS[name],
-            linewidth=2.5 if is_rex else 1.0,
-            markersize=5 if is_rex else 3,
-            zorder=3 if is_rex else 2,
-            label=name,
-        )
-    axes.set_xticks(range(len(budgets)), [f"{budget} %" for budget in budgets])
-    axes.set_xlabel("budget")
-    axes.set_ylabel(f"mean rank of {len(SCHEDULES)} (1 is best)")
-    axes.invert_yaxis()
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def draw_against_paper(axes: Axes, outcome: Outcome) -> None:
-    sides = {
-        "these runs": (standings(seven(outcome.grid())), "#0b6bcb", -0.15),
-        "the paper, recounted": (standings(rex_paper.printed_grid()), "#adb5bd", 0.15),
-    }
-    for label, (found, color, offset) in sides.items():
-        for height, name in enumerate(rex_paper.SEVEN):
-            if name not in found:
-                continue
-            own = found[name]
-            axes.plot([own.low, own.high], [height + offset] * 2, color=color, linewidth=2)
-            title = label if height == 0 else None
-            axes.plot([own.mean_rank], [height + offset], "o", color=color, label=title)
-    axes.set_yticks(range(len(rex_paper.SEVEN)), rex_paper.SEVEN)
-    axes.invert_yaxis()
-    axes.set_xlabel("mean rank of 7, with 95 % interval")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
 
 
 def short_summary(outcome: Outcome) -> str:

@@ -27,6 +27,7 @@ Row = dict[str, Any]
 Scores = dict[str, dict[int, float]]  # mean validation metric by schedule and exponent
 
 VARIANTS = tuple(itertools.chain.from_iterable(SCHEDULES.values()))
+EVALUATION_UPDATES = 60  # that cost about as much as the evaluation of a model
 BASE_PROFILES = ("exponential", "linear", "REX")  # they choose the learning rate of Table 2
 
 
@@ -70,7 +71,8 @@ class Job:
     @property
     def work(self) -> float:
         """Seconds of a core, about."""
-        return self.steps * len(self.runs) * SETTINGS[self.setting].microseconds / 1e6
+        updates = (self.steps + EVALUATION_UPDATES) * len(self.runs)
+        return updates * SETTINGS[self.setting].microseconds / 1e6
 
 
 def job_of(row: Row) -> Job:

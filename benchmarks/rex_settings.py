@@ -130,7 +130,7 @@ def _cnn(kind: Kind, centre: float, has_profiles: bool = False) -> Setting:
         metric=error_percent,
         metric_name="test error, %",
         check_examples=256,
-        microseconds=400,
+        microseconds=320,
         has_profiles=has_profiles,
     )
 
@@ -146,7 +146,7 @@ def _vae(kind: Kind, centre: float, has_profiles: bool = False) -> Setting:
         metric=loss,
         metric_name="test loss, nats",
         check_examples=256,
-        microseconds=270,
+        microseconds=220,
         has_profiles=has_profiles,
     )
 
@@ -162,7 +162,7 @@ def _gpt(kind: Kind, centre: float) -> Setting:
         metric=loss,
         metric_name="test loss, nats per byte",
         check_examples=16,
-        microseconds=1300,
+        microseconds=1100,
         max_norm=MAX_NORM,
     )
 

@@ -11,7 +11,8 @@ from results_page import table
 from rex_outcome import HIGH, LOW, Outcome, Tested, deviation, mean, seven
 from rex_paper import LOW_BUDGETS, SEVEN
 from rex_ranks import Standing, duel, ranks, standings
-from rex_settings import PROFILES, SCHEDULES
+from rex_runs import Scale
+from rex_settings import PROFILES, SCHEDULES, SETTINGS
 
 import lrs_ext
 
@@ -103,7 +104,7 @@ def twelve_table(outcome: Outcome) -> str:
 def duel_table(outcome: Outcome, name: str = OURS) -> str:
     """Returns one schedule against each of the others."""
     header = ("against", "wins", "losses", "ties", "in all seeds: wins", "losses")
-    header += ("its metric over REX's", "95 %")
+    header += (f"its metric / {name}'s", "95 %")
     lines = []
     places = outcome.tested.values()
     for other in SCHEDULES:
@@ -131,6 +132,21 @@ def not_first(outcome: Outcome) -> list[str]:
     return lines
 
 
+def settings_table(scale: Scale) -> str:
+    """Returns what was trained, for how long at most and at least."""
+    header = ("setting", "model and data", "parameters", "batch", "updates at 100 %")
+    header += (f"at {min(scale.budgets)} %", "measured")
+    lines = []
+    for name, setting in SETTINGS.items():
+        parameters = sum(p.numel() for p in setting.task.model(0).parameters())
+        batch = next(iter(setting.task.batches(0)))
+        steps = [setting.steps(percent, scale.fraction) for percent in (100, min(scale.budgets))]
+        counts = (parameters, len(next(iter(batch.values()))), *steps)
+        cells = [name, setting.task.title, *(f"{count:,}" for count in counts)]
+        lines.append([*cells, setting.metric_name])
+    return table(header, lines)
+
+
 def setting_table(outcome: Outcome, setting: str) -> str:
     """Returns test metric and tuned learning rate by schedule and budget."""
     found = {budget: t for (name, budget), t in outcome.tested.items() if name == setting}
@@ -152,7 +168,8 @@ def with_spread(values: Sequence[float], best: float) -> str:
     """Returns mean and standard deviation over seeds; the best mean is bold."""
     text = number(mean(values))
     off = deviation(values)
-    text += "" if math.isnan(off) else f" +- {number(off)}"
+    decimals = len(text.partition(".")[2])
+    text += "" if math.isnan(off) else f" +- {off:.{decimals}f}"
     return f"**{text}**" if mean(values) == best else text
 
 
@@ -198,12 +215,7 @@ def printed_profile_table() -> str:
 def profile_wins_table(outcome: Outcome) -> str:
     """Returns how many columns each of the paper's three profiles wins at each rate."""
     three = tuple(rex_paper.PROFILE_NAMES.values())
-    ours = [
-        {key: mean(values) for key, values in tested.profiles.items()}
-        for tested in outcome.tested.values()
-        if tested.profiles
-    ]
-    sides = {"ours": ours, "paper": list(rex_paper.printed_profiles().values())}
+    sides = {"ours": profile_columns(outcome), "paper": list(rex_paper.printed_profiles().values())}
     header = ["sampling"]
     header += [f"{name}, {side}" for name in three for side in sides]
     lines = []
@@ -215,6 +227,15 @@ def profile_wins_table(outcome: Outcome) -> str:
                 cells.append(f"{won} of {len(columns)}")
         lines.append(cells)
     return table(header, lines)
+
+
+def profile_columns(outcome: Outcome) -> list[dict[tuple[str, str], float]]:
+    """Returns Table 2: mean metrics by (sampling rate, profile), a column a place."""
+    return [
+        {key: mean(values) for key, values in tested.profiles.items()}
+        for tested in outcome.tested.values()
+        if tested.profiles
+    ]
 
 
 def profile_wins(

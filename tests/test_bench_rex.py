@@ -322,6 +322,12 @@ def test_bad_options_are_refused(capsys):
     assert "--workers must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_missing_packages_are_named_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_rex, "NEEDED", ("torch", "no_such_package"))
+    assert bench_rex.main(["--results", str(tmp_path / "none.jsonl")]) == 1
+    assert "no_such_package missing: pip install 'lrs_ext[bench]'" in capsys.readouterr().err
+
+
 def test_jobs_bring_forth_jobs():
     done = []
 
