@@ -17,7 +17,7 @@ import timing
 import torch
 from results_page import FOLDER, bullets, table
 from rex_outcome import Outcome, seven
-from rex_ranks import critical_difference, duel, friedman_p, standings
+from rex_ranks import Standing, critical_difference, duel, friedman_p, standings
 from rex_runs import Job, Row
 from rex_settings import (
     EVERY_ITERATION,
@@ -99,9 +99,10 @@ def document(
     outcome: Outcome, used: list[Row], speed: list[dict[str, Any]], machine: Mapping[str, str]
 ) -> dict[str, Any]:
     """Returns the runs, from which all else follows, and the main numbers."""
+    grids = {"twelve": outcome.grid(), "seven": seven(outcome.grid())}
     summary = {
-        name: {key: round(value, 4) for key, value in dataclasses.asdict(standing).items()}
-        for name, standing in standings(outcome.grid()).items()
+        which: {name: rounded(standing) for name, standing in standings(grid).items()}
+        for which, grid in grids.items()
     }
     return {
         "machine": dict(machine),
@@ -111,6 +112,10 @@ def document(
         "speed": speed,
         "jobs": [compact(row) for row in used],
     }
+
+
+def rounded(standing: Standing) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in dataclasses.asdict(standing).items()}
 
 
 def compact(row: Row) -> Row:

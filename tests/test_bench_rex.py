@@ -460,3 +460,33 @@ def test_the_papers_table_2_by_profile():
     assert won["50-75"]["step-like"] == won["33-66"]["step-like"] == 6
     assert won["every 1 %"]["REX"] == 4
     assert won["every iteration"]["REX"] == 5
+
+
+def test_the_readme_says_what_was_measured():
+    root = Path(__file__).parents[1]
+    document = json.loads((root / "benchmarks" / "results" / "rex.json").read_text())
+    seven, twelve = document["summary"]["seven"], document["summary"]["twelve"]
+    text = " ".join((root / "README.md").read_text().split())
+    rex, places = seven["REX"], seven["REX"]["places"]
+    assert (
+        f"REX is the best in {rex['first']:.0f} % of {places} places (setting and budget) and "
+        f"among the best three in {rex['top_three']:.0f} %" in text
+    )
+    ranked = ", ".join(f"{name} {twelve[name]['mean_rank']:.1f}" for name in list(twelve)[:6])
+    assert f"mean ranks: {ranked}" in text
+
+
+def test_the_page_is_that_of_the_numbers():
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    results = rex_runs.read_results([folder / "rex.json"])
+    document = json.loads((folder / "rex.json").read_text())
+    outcome = rex_outcome.gather(rex_runs.FULL, results)
+    assert [list(key) for key in outcome.missing] == document["missing"]
+    found = rex_ranks.standings(outcome.grid())
+    for name, own in document["summary"]["twelve"].items():
+        assert rex_page.rounded(found[name]) == own
+    page = (folder / "rex.md").read_text()
+    for line in rex_page.in_short(outcome):
+        assert line in page
+    for lines in (rex_tables.shares_table(outcome), rex_tables.rank_table(outcome)):
+        assert lines in page
