@@ -177,7 +177,7 @@ def render(
             heading = f"### {setting.task.title}: {setting.metric_name}"
             parts += [heading, rex_tables.setting_table(outcome, name)]
     parts += ["## How it was run", how_run(used)]
-    parts += [SPEED, speed_table(speed)] if speed else []
+    parts += [SPEED, speed_table(speed), speed_choice(speed)] if speed else []
     notes = page_notes(outcome)
     parts += ["## Notes", bullets(notes)] if notes else []
     return "\n\n".join(parts) + "\n"
@@ -323,6 +323,20 @@ def speed_table(speed: list[dict[str, Any]]) -> str:
         gain = f"{rates[-1] / rates[0]:.1f}x"
         lines.append([row["setting"], *(f"{rate:,}" for rate in rates), gain])
     return table(("setting", *labels, "gain"), lines)
+
+
+def speed_choice(speed: list[dict[str, Any]]) -> str:
+    """Says which way was taken, and why."""
+    gains = []
+    for row in speed:
+        plain, *_, large = row["rates"].values()
+        gains.append(large / plain)
+    if min(gains) < 1.0:
+        return "Neither way is ahead in all settings; stacks were taken, one process a core."
+    return (
+        f"A large stack does {min(gains):.1f} to {max(gains):.1f} times what single models do on "
+        "the same core: so stacks, and one process a core to use all cores."
+    )
 
 
 def page_notes(outcome: Outcome) -> list[str]:
