@@ -50,6 +50,10 @@ const std::map<std::string, lrs::StateType> kStateTypes = {{"float32", lrs::Stat
                                                            {"bfloat16", lrs::StateType::kBFloat16},
                                                            {"block8", lrs::StateType::kBlock8}};
 
+const std::map<std::string, lrs::Passes> kPasses = {{"both", lrs::Passes::kBoth},
+                                                    {"moments", lrs::Passes::kMoments},
+                                                    {"params", lrs::Passes::kParams}};
+
 const std::map<std::string, int> kHyper = {{"weight_decay", lrs::kWeightDecay},
                                            {"maximize", lrs::kMaximize},
                                            {"beta1", lrs::kBeta1},
@@ -191,6 +195,9 @@ class Step {
     table_.chunk_squares = pointer<lrs::Squares>(squares);
     table_.tensor_squares = table_.chunk_squares + table_.num_chunks;
   }
+
+  // Chooses the passes of LAMB that the next runs make: a key of `kPasses`.
+  void choose_passes(const std::string& passes) { table_.passes = at(kPasses, passes); }
 
   // Points the table to copies of its parts in device memory.
   void bind_device(uintptr_t tensors, uintptr_t chunks, uintptr_t ticket) {
@@ -340,6 +347,7 @@ PYBIND11_MODULE(_C, m) {
            "rounds_stochastically"_a = false, py::keep_alive<1, 3>())
       .def("bind", &Step::bind, "groups"_a, "step"_a)
       .def("bind_squares", &Step::bind_squares, "squares"_a)
+      .def("choose_passes", &Step::choose_passes, "passes"_a)
       .def("bind_device", &Step::bind_device, "tensors"_a, "chunks"_a, "ticket"_a)
       .def("scale_gradients", &Step::scale_gradients, py::kw_only(), "loss_scale"_a, "found_inf"_a,
            "norm"_a, "max_norm"_a)

@@ -93,8 +93,11 @@ void step_cpu(const StepTable& table, const void* const* gradients, int num_thre
                  [&](int64_t first, int64_t last) { loop(table, gradients, first, last); });
   };
   if (table.algorithm == Algorithm::kLAMB) {
-    visit_chunks(instruction_set().lamb_moments);
-    sum_squares(table);
+    if (table.passes != Passes::kParams) {
+      visit_chunks(instruction_set().lamb_moments);
+      sum_squares(table);
+    }
+    if (table.passes == Passes::kMoments) return;
     visit_chunks(instruction_set().lamb_params);
   } else {
     visit_chunks(instruction_set().step_chunks);

@@ -52,6 +52,10 @@ struct Squares {
   double param, direction;
 };
 
+// Which passes of LAMB a step makes: both, or one, so that sums over the shards of tensors on
+// several devices can be completed between them.
+enum class Passes : int { kBoth, kMoments, kParams };
+
 // What a step reads besides its table, if it is there: null where it is not.
 struct GradScaling {
   const float* loss_scale;  // by which the loss, and so every gradient, was multiplied
@@ -77,6 +81,7 @@ struct StepTable {
   GradScaling scaling;
   Squares* chunk_squares;  // LAMB: what its first pass leaves to the second
   Squares* tensor_squares;
+  Passes passes = Passes::kBoth;  // LAMB
 };
 
 struct Range {

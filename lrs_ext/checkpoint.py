@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lrs_ext.layout import same_layout
+from lrs_ext.param_devices import read_all
+from lrs_ext.shards import is_dtensor, local
 from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import step_counter
 
@@ -56,7 +58,18 @@ def unwrap_state(param: Any, saved: Any, storage: Storage) -> Any:
 def last_step(states: dict[Any, Any]) -> int | None:
     """Returns the largest step count among the parameters' states, or None if they have none."""
     counts = [s["step"] for s in states.values() if isinstance(s, dict) and "step" in s]
-    return int(torch.stack(counts).max()) if counts else None
+    return int(max(read_all(counts))) if counts else None
+
+
+def replace_states(states: dict[Any, Any], loaded: dict[Any, Any]) -> None:
+    """Makes the states of all parameters equal to `loaded`, as `replace_state` does."""
+    for param in [param for param in states if param not in loaded]:
+        del states[param]
+    for param, state in loaded.items():
+        if isinstance(state, dict):
+            replace_state(states[param], state)
+        else:
+            states[param] = state
 
 
 def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:
@@ -66,12 +79,15 @@ def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:
     for name, value in loaded.items():
         present = state.get(name)
         if isinstance(present, Tensor) and isinstance(value, Tensor) and _are_alike(present, value):
-            present.copy_(value)
+            local(present).copy_(local(value))
         else:
             state[name] = value
 
 
 def _are_alike(present: Tensor, value: Tensor) -> bool:
+    if is_dtensor(present) != is_dtensor(value):
+        return False
+    present, value = local(present), local(value)
     is_same_kind = (present.dtype, present.device) == (value.dtype, value.device)
     # The codes of a block lie together in memory, where the parameter may have moved since.
     return is_same_kind and same_layout(present, value)

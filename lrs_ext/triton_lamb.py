@@ -348,6 +348,7 @@ def step(
     scaling: tuple[Tensor | None, ...],
     chunk_elements: int,
     commits_step: bool = True,
+    passes: str = "both",
 ) -> None:
     """Updates every tensor that has a gradient and commits the step, in two launches.
 
@@ -357,11 +358,13 @@ def step(
         ticket: int32 `(1 + N,)`, the blocks' and then each tensor's; 0 before and after.
         squares: float64 `(C + N, 2)`, of each chunk and then of each tensor; room for the first
             launch to leave its sums to the second.
+        passes: "both", or the launch for the "moments" or the "params" alone.
     """
     tables = (tensors, groups, chunks, gradients, step, ticket, squares, *scaling)
     sizes = (len(tensors), len(chunks), chunk_elements, commits_step)
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}  # the bits of the other backends
     with torch.accelerator.device_index(tensors.device.index):
-        if len(chunks) > 0:
+        if passes != "params" and len(chunks) > 0:
             moments_kernel[(len(chunks),)](*tables, *sizes, **options)
-        params_kernel[(max(len(chunks), 1),)](*tables, *sizes, **options)
+        if passes != "moments":
+            params_kernel[(max(len(chunks), 1),)](*tables, *sizes, **options)

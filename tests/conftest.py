@@ -21,14 +21,16 @@ hypothesis.settings.load_profile("lrs_ext")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "two_gpus: needs two CUDA devices")
 
 
 def pytest_collection_modifyitems(items):
-    if HAS_GPU:
-        return
+    devices = torch.cuda.device_count() if HAS_GPU else 0
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and devices < 1:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("two_gpus") and devices < 2:
+            item.add_marker(pytest.mark.skip(reason="fewer than two CUDA devices"))
 
 
 def backend_param(backend):
@@ -45,6 +47,23 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=HAS_GPU)
+def scaled_bfloat16(monkeypatch):
+    """Lets a GradScaler unscale bfloat16 gradients on a GPU, where torch's kernel refuses them."""
+    foreach = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def unscale(gradients, found_inf, inverse_scale):
+        if gradients[0].dtype != torch.bfloat16:
+            foreach(gradients, found_inf, inverse_scale)
+            return
+        for gradient in gradients:
+            is_finite = gradient.isfinite().all()
+            found_inf.copy_(torch.where(is_finite, found_inf, torch.ones_like(found_inf)))
+            gradient.mul_(inverse_scale)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", unscale)
 
 
 # Where nothing depends on threads: many tiny parallel regions crawl when several tests run at once.

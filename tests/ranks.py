@@ -1,0 +1,158 @@
+"""Several ranks for tests: processes that wait for calls, so that many checks share a start.
+
+A call goes to every rank and comes back when all have answered. A rank that raises, dies or hangs
+fails the call with that rank's traceback; the processes are then ended, and the next call starts
+others.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import connection
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+GRACE = 2.0  # seconds for the other ranks, once one has failed, and for a stack to be written
+
+
+class RankError(Exception):
+    """What went wrong on a rank, with its traceback."""
+
+
+class Ranks:
+    """Processes of one thread each, started at the first call.
+
+    Args:
+        size: how many.
+        setup: a function by "module:name", called with the folder that the ranks share, once on
+            each rank before anything else.
+    """
+
+    def __init__(self, size, setup=None):
+        self.size = size
+        self._setup = setup
+        self._processes, self._connections, self._logs = [], [], []
+        self._folder = None
+
+    def call(self, function, *args, timeout=60.0):
+        """Calls a function by "module:name" on every rank with the same arguments.
+
+        Returns:
+            What each rank returned.
+
+        Raises:
+            RankError: a rank raised or died, or did not answer within `timeout` seconds.
+        """
+        if not self._processes:
+            self._start()
+        for channel in self._connections:
+            channel.send((function, args))
+        answers = self._answers(time.monotonic() + timeout)
+        failures = {rank: text for rank, (is_fine, text) in answers.items() if not is_fine}
+        if len(answers) == self.size and not failures:
+            return [answers[rank][1] for rank in range(self.size)]
+        silent = [rank for rank in range(self.size) if rank not in answers]
+        report = [f"rank {rank} of {self.size} failed:\n{text}" for rank, text in failures.items()]
+        for rank, stack in self._stacks(silent).items():
+            verb = "was still waiting" if failures else f"did not answer within {timeout:g} s"
+            report.append(f"rank {rank} of {self.size} {verb}:\n{stack}")
+        self.stop()
+        raise RankError(f"{function}{args}\n" + "\n".join(report))
+
+    def stop(self):
+        """Ends the processes."""
+        for channel in self._connections:
+            channel.close()
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        for log in self._logs:
+            log.close()
+        self._processes, self._connections, self._logs = [], [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _start(self):
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        paths = [str(WORKER.parent), str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "WORLD_SIZE": str(self.size),
+        }
+        for rank in range(self.size):
+            ours, theirs = multiprocessing.Pipe()
+            log = open(Path(self._folder.name, f"log-{rank}"), "w+b")  # noqa: SIM115
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(WORKER), str(theirs.fileno())],
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    pass_fds=[theirs.fileno()],
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+            theirs.close()
+            self._connections.append(ours)
+            self._logs.append(log)
+        if self._setup is not None:
+            self.call(self._setup, self._folder.name, timeout=120.0)
+
+    def _answers(self, deadline):
+        """Returns (whether it went well, result or traceback) by rank, of those that answered."""
+        answers = {}
+        while len(answers) < self.size and time.monotonic() < deadline:
+            waiting = {
+                channel: rank
+                for rank, channel in enumerate(self._connections)
+                if rank not in answers
+            }
+            for channel in connection.wait(list(waiting), max(0.0, deadline - time.monotonic())):
+                rank = waiting[channel]
+                try:
+                    answers[rank] = channel.recv()
+                except (EOFError, ConnectionError):
+                    code = self._processes[rank].wait()
+                    name = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+                    answers[rank] = (False, f"it ended with {name}\n{self._log(rank)}")
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return answers
+
+    def _stacks(self, ranks):
+        """Returns where each of these ranks is."""
+        begins = {rank: os.fstat(self._logs[rank].fileno()).st_size for rank in ranks}
+        for rank in ranks:
+            self._processes[rank].send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + GRACE
+        while ranks and time.monotonic() < deadline:
+            time.sleep(0.1)
+            sizes = {rank: os.fstat(self._logs[rank].fileno()).st_size for rank in ranks}
+            if all(sizes[rank] > begins[rank] for rank in ranks):
+                break
+        return {rank: self._log(rank, begins[rank]) for rank in ranks}
+
+    def _log(self, rank, begin=0):
+        self._logs[rank].seek(begin)
+        return self._logs[rank].read().decode(errors="replace")[-8000:]
+
+
+_pools = {}
+
+
+def ranks(size, setup="rank_jobs:start"):
+    """Returns the `size` ranks that all tests of this process share."""
+    if (size, setup) not in _pools:
+        _pools[size, setup] = Ranks(size, setup)
+    return _pools[size, setup]
+
+
+def stop_all():
+    """Ends all processes; they start again when they are needed."""
+    for pool in _pools.values():
+        pool.stop()
