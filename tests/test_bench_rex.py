@@ -1,5 +1,6 @@
 """The reproduction of the REX paper's tables: stacks of models, plan, ranks, page; in small."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -41,8 +42,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def tiny():
+@contextlib.contextmanager
+def tiny_scale():
     """Two settings, few held-out digits, a scale of a few updates."""
     chosen = {name: SETTINGS[name] for name in ("CNN, SGD", "VAE, Adam")}
     loads = (rex_settings.load_digits, rex_settings.load_latents)
@@ -58,10 +59,17 @@ def tiny():
         load.cache_clear()
 
 
+@pytest.fixture
+def tiny():
+    with tiny_scale():
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
+def whole(tmp_path_factory):
     """The results of a run from beginning to end."""
-    return run_tiny(tmp_path_factory.mktemp("rex"), "whole")
+    with tiny_scale():
+        return run_tiny(tmp_path_factory.mktemp("rex"), "whole")
 
 
 # Stacks of models
@@ -269,7 +277,7 @@ def report(results, folder):
     return document
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(whole, tmp_path, capsys, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_numbers(whole, tiny, tmp_path, capsys, monkeypatch):
     lines = whole.read_text().splitlines()
     killed = tmp_path / "killed.jsonl"
     killed.write_text("\n".join(lines[:5]) + "\n" + lines[5][:40])  # in the midst of a line
@@ -296,7 +304,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole, tmp_path, capsys, monke
     assert (tmp_path / "a" / "rex.png").stat().st_size > 10_000
 
 
-def test_a_page_of_half_a_run_names_what_is_missing(whole, tmp_path, monkeypatch):
+def test_a_page_of_half_a_run_names_what_is_missing(whole, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_rex, "SPEED", tmp_path / "none.json")
     results = tmp_path / "half.jsonl"
     kept = [
@@ -308,7 +316,7 @@ def test_a_page_of_half_a_run_names_what_is_missing(whole, tmp_path, monkeypatch
     document = report(results, tmp_path)
     assert document["missing"] == [["VAE, Adam", 100]]
     page = (tmp_path / "rex.md").read_text()
-    assert "**Not finished**, and so not in any table: VAE, Adam, 100 %." in page
+    assert "**Not finished**, and so not in any table: VAE, Adam: 100 %." in page
 
 
 def test_a_report_without_results_says_what_to_do(tmp_path, capsys):
