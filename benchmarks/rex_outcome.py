@@ -49,7 +49,9 @@ class Outcome:
 
     def grid(self, seed: int | None = None, budgets: Sequence[int] = LOW + HIGH) -> Grid:
         """Returns the test metrics of all schedules: means over the seeds, or those of one."""
-        reduce: Callable[[list[float]], float] = mean if seed is None else lambda v: v[seed]
+        reduce: Callable[[list[float]], float] = (
+            mean if seed is None else lambda v: mean(v[seed : seed + 1])
+        )
         return {
             key: {name: reduce(values) for name, values in tested.values.items()}
             for key, tested in self.tested.items()
@@ -93,7 +95,8 @@ def read_place(place: Place, tests: Sequence[Job], results: Mapping[Job, Row]) -
 
 
 def mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+    """Returns the mean to six digits: what rounding alone tells apart is a tie."""
+    return float(f"{np.mean(values):.6g}")
 
 
 def deviation(values: Sequence[float]) -> float:
