@@ -49,11 +49,9 @@ class Outcome:
 
     def grid(self, seed: int | None = None, budgets: Sequence[int] = LOW + HIGH) -> Grid:
         """Returns the test metrics of all schedules: means over the seeds, or those of one."""
-        reduce: Callable[[list[float]], float] = (
-            mean if seed is None else lambda v: mean(v[seed : seed + 1])
-        )
+        chosen = slice(None) if seed is None else slice(seed, seed + 1)
         return {
-            key: {name: reduce(values) for name, values in tested.values.items()}
+            key: {name: mean(values[chosen]) for name, values in tested.values.items()}
             for key, tested in self.tested.items()
             if key[1] in budgets
         }
