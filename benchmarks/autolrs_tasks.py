@@ -164,8 +164,7 @@ class ResidualBlock(nn.Module):
         return x + self.convolution(F.relu(self.norm(x)))
 
 
-def build_cnn() -> nn.Module:
-    channels = 12
+def build_cnn(channels: int = 12) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, channels, 3, stride=2, padding=1, bias=False),
         ResidualBlock(channels),
