@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+from lrs_ext.shards import local
 
 Access = tuple[Callable[[], Any], Callable[[Any], object]]  # to a state: how it is got and set
 
@@ -44,7 +45,7 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     twin.param_groups = []
     plain = {"lr": 0.0, "foreach": False, "fused": False, "capturable": False}
     for group in optimizer.param_groups:
-        params = [torch.empty_like(param, device="meta") for param in group["params"]]
+        params = [torch.empty_like(local(param), device="meta") for param in group["params"]]
         for param in params:
             param.grad = torch.empty_like(param)
         overrides = {name: value for name, value in plain.items() if name in group}
@@ -69,6 +70,16 @@ def module_tensors(module: nn.Module, owner: str) -> Iterator[tuple[str, Tensor]
             if buffer is not None:
                 kind = "cache" if key in part._non_persistent_buffers_set else "buffer"
                 yield f"{kind} {owner}{path}{'.' if path else ''}{key}", buffer
+
+
+def reshard(module: nn.Module) -> None:
+    """Frees what FSDP has gathered, as after a forward pass without a backward one.
+
+    Until then modules have whole parameters in the place of those that the optimizer updates.
+    """
+    for part in module.modules():
+        if callable(getattr(type(part), "reshard", None)):
+            part.reshard()  # type: ignore[operator]
 
 
 def is_plain_module(extra: Any) -> bool:
