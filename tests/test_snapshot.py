@@ -389,6 +389,7 @@ def test_a_loaded_copy_lies_where_training_has_its_tensors(optimizer):
     copied.capture()
     state = copied.state_dict()
     state["tensors"]["state 0 unheard_of"] = torch.zeros(3)
+    state["captured"] += ("state 0 unheard_of",)
     there, *_ = make("meta")
     there.load_state_dict(state)
     for name, tensor in there._memory.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.shards import local
@@ -70,6 +71,19 @@ def module_tensors(module: nn.Module, owner: str) -> Iterator[tuple[str, Tensor]
             if buffer is not None:
                 kind = "cache" if key in part._non_persistent_buffers_set else "buffer"
                 yield f"{kind} {owner}{path}{'.' if path else ''}{key}", buffer
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns what DistributedDataParallel and torch.compile have been put around.
+
+    So names are the same on any number of ranks, as torch.distributed.checkpoint has them.
+    """
+    while True:
+        is_parallel = isinstance(model, DistributedDataParallel)
+        inner = model._modules.get("module" if is_parallel else "_orig_mod")
+        if inner is None:
+            return model
+        model = inner
 
 
 def reshard(module: nn.Module) -> None:

@@ -96,7 +96,7 @@ class Ranks:
         others = [rank for rank, other in enumerate(texts) if other != texts[0]]
         if others:
             first, other = json.loads(texts[0]), json.loads(texts[others[0]])
-            names = [name for name in first if first[name] != other.get(name)]
+            names = [name for name in plan if first[name] != other.get(name)]
             raise RuntimeError(
                 f"AutoLRS must be made with equal arguments on all ranks; on rank {others[0]} "
                 + ", ".join(f"{n} is {other.get(n)}, on rank 0 {first[n]}" for n in names)

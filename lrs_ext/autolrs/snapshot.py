@@ -23,6 +23,7 @@ from lrs_ext.autolrs.live_state import (
     state_entries,
     state_to_come,
     tensors_in,
+    unwrapped,
 )
 from lrs_ext.autolrs.random_state import on_host, random_state, set_random_state
 from lrs_ext.learning_rates import Mark
@@ -76,7 +77,7 @@ class Snapshot:
                     "extra_state must have objects with state_dict and load_state_dict, got "
                     f"{type(extra).__name__}"
                 )
-        self._model, self._optimizer, self._placement = model, optimizer, placement
+        self._model, self._optimizer, self._placement = unwrapped(model), optimizer, placement
         self._extra_state = dict(enumerate(extra_state))
         self._memory: dict[str, Tensor] = {}
         self._homes: dict[str, torch.device] = {}  # where training has what a copy is of
@@ -437,9 +438,9 @@ def _check_fit(saved: dict[str, Tensor], live: dict[str, Tensor], kinds: Sequenc
     if found:
         raise ValueError(
             f"the copy of the training state belongs to another model: {', '.join(found)}. Give "
-            "AutoLRS the model and the extra_state that the copy was made of, in the same wrappers "
-            "(DistributedDataParallel puts 'module.' before the names, torch.compile '_orig_mod.'),"
-            " and add no parameters in the middle of a trial"
+            "AutoLRS the model and the extra_state that the copy was made of, in the same modules "
+            "(one around it may put 'module.' before the names; DistributedDataParallel and "
+            "torch.compile do not count), and add no parameters in the middle of a trial"
         )
 
 
