@@ -439,7 +439,7 @@ def test_random_states_may_have_been_mapped_to_a_device(monkeypatch):
     copied = Snapshot(model, OPTIMIZERS["adamw"](model.parameters()), ())
     copied.capture()
     saved = copied.state_dict()
-    saved["of_this_rank"] = {"random": {**state, **mapped}}
+    saved["of_this_rank"]["random"] = {**state, **mapped}
     copied.load_state_dict(saved)
     assert copied._random["torch"] is state["torch"]  # no roll-back waits for it
     copied.restore()

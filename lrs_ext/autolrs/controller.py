@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.batches import Tape
-from lrs_ext.autolrs.checks import check_loss, checked_bounds
+from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds
 from lrs_ext.autolrs.guard import has_diverged
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
-from lrs_ext.autolrs.measurements import VALIDATIONS, Measurements
+from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
@@ -120,7 +120,6 @@ class AutoLRS:
             warmup_steps = int(WARMUP_SHARE * train) if preset == "peak" else 0
         check_free(optimizer)
         self.preset, self.optimizer = preset, optimizer
-        self._val_loss = val_loss
         self._extra_state = tuple(extra_state)
         device = optimizer.param_groups[0]["params"][0].device
         self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
@@ -134,7 +133,10 @@ class AutoLRS:
         self._replicas: Replicas | None = None
         if parallel_trials and self._ranks.size > 1:
             self._replicas = Replicas(self._ranks, model, self._timetable.at_once, device)
-        self._measured = Measurements(self._timetable, self._ranks, self._replicas, device)
+        interval = peak_interval if preset == "peak" else paper_interval
+        self._measured = Measurements(
+            self._timetable, (self._ranks, self._replicas), val_loss, interval, device
+        )
         self._scales = torch.ones(
             len(self._timetable.segments), LOOKS, dtype=torch.float64, device=device
         )
@@ -256,7 +258,7 @@ class AutoLRS:
         self._updates += 1
         self._rates.advance()
         if segment.kind == "trial":
-            self._validate(segment)
+            self._measured.validate(segment, self._updates - segment.start)
         elif segment.kind == "train":
             self._guard(segment)
         if self._updates == segment.end:
@@ -347,13 +349,7 @@ class AutoLRS:
             ValueError: the state belongs to another plan (other bounds, budget, trials, ...) or to
                 another model.
         """
-        saved = dict(state["plan"])
-        for name, value in self._plan.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"the checkpoint was saved with {name}={saved.get(name)}, this AutoLRS has "
-                    f"{value}: make it with the arguments of the run that is continued"
-                )
+        check_plan(dict(state["plan"]), self._plan)
         rank, own = state["of_this_rank"]
         is_own = tuple(rank) == (self._ranks.rank, self._ranks.size)
         self._snapshot.load_state_dict(
@@ -369,6 +365,7 @@ class AutoLRS:
         self._rates.load_state_dict(state["rates"], self._shapes.of(self._segment))
         if self._replicas is not None:
             self._replicas.load_state_dict(*state["replicas"])
+            self._replicas.join()  # until trials begin
             self._resume_wave()
         self._watch.follow()
         self._known = HostCopy(self._rates.rate)
@@ -392,7 +389,7 @@ class AutoLRS:
                 self._tape.record()
                 if self._replicas is not None:
                     self._replicas.begin_stage()
-                self._measure(segment, 0)
+                self._measured.validate(segment, 0)
             else:  # it starts from the same state
                 self._measured.repeat_value(segment)
             self._search.propose(segment.stage, segment.trial, segment.width)
@@ -431,7 +428,7 @@ class AutoLRS:
     def _end(self, segment: Segment) -> None:
         if segment.kind == "trial":
             for trial in segment.trials:
-                losses, horizon = self._judged_by(segment, trial)
+                losses, horizon = self._measured.of_trial(segment, trial)
                 self._search.record(segment.stage, trial, losses, horizon)
             self._snapshot.restore()
             is_last = segment.trials.stop == self._timetable.num_trials
@@ -444,38 +441,6 @@ class AutoLRS:
         """Shows the learning rate in ``group["lr"]``, now that it is known on the host."""
         shape, self._known = self._shapes.value_of(self._segment), None
         self._rates.show(lambda updates: rate * shape(updates))
-
-    def _validate(self, segment: Segment) -> None:
-        done = self._updates - segment.start
-        interval = self._validation_interval(segment)
-        if done % interval == 0:
-            self._measure(segment, done // interval)
-
-    def _measure(self, segment: Segment, point: int) -> None:
-        if self._val_loss is not None:
-            training = random_state()  # it may draw random numbers, which would unpair the trials
-            try:
-                with torch.no_grad():
-                    loss = self._val_loss()
-            finally:
-                set_random_state(training)
-            check_loss(loss, "what val_loss returns")
-            self._measured.add_value(segment, point, loss)
-
-    def _judged_by(self, segment: Segment, trial: int) -> tuple[Tensor, float]:
-        """Returns what a trial is judged by, (n,), and where in it the stage would end."""
-        _, train = self._timetable.stage(segment.stage)
-        if self._val_loss is None:
-            return self._measured.of_trial(segment, trial), train.steps - 1
-        interval = self._validation_interval(segment)
-        points = segment.steps // interval
-        values = self._measured.values_of_trial(segment, trial, points + 1)
-        return values, train.steps / interval
-
-    def _validation_interval(self, segment: Segment) -> int:
-        if self.preset == "peak":
-            return segment.steps
-        return -(-segment.steps // VALIDATIONS)
 
     def _guard(self, segment: Segment) -> None:
         """Rolls training back to the last good state, at half the rate, where it has diverged.

@@ -181,13 +181,18 @@ class Snapshot:
             part = self._memory[name]
             part = part.clone() if name in self._captured else torch.zeros_like(part)
             saved[name] = like(spread[name], part) if name in spread else part
+        own = {name for name in saved if name not in spread and self._is_of_a_part(name)}
+        foretold, younger = self._foretold - own, self._captured - self._foretold - own
         return {
-            "tensors": {name: saved[name] for name in sorted(self._foretold)},
+            "tensors": {name: saved[name] for name in sorted(foretold)},
             "captured": tuple(sorted(self._captured)),
-            "younger": tuple((n, saved[n]) for n in sorted(self._captured - self._foretold)),
+            "younger": tuple((name, saved[name]) for name in sorted(younger)),
             "numbers": tuple(copy.deepcopy(self._numbers).items()),
             "extra": tuple(copied(self._extra).items()),
-            "of_this_rank": {"random": self._random},
+            "of_this_rank": {
+                "random": self._random,
+                "parts": {name: saved[name] for name in sorted(own & self._captured)},
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any], is_own: bool = True) -> None:
@@ -202,7 +207,14 @@ class Snapshot:
                 been changed.
         """
         tensors = state["tensors"] | dict(state["younger"])
+        if is_own:
+            tensors = tensors | state["of_this_rank"]["parts"]
         lost = sorted(set(state["captured"]) - tensors.keys())
+        if lost and self._is_of_a_part(lost[0]):
+            raise ValueError(
+                f"{lost[0]} belongs to what another rank has of a parameter: save and load "
+                "AutoLRS.state_dict on each rank"
+            )
         if lost:
             raise ValueError(
                 f"the checkpoint has no {lost[0]}, which the optimizer of the saved run had: make "
@@ -235,6 +247,15 @@ class Snapshot:
                 if part.dim() > 0 and part.shape == local(param).shape:
                     live[name] = param
         return {name: tensor for name, tensor in live.items() if is_dtensor(tensor)}
+
+    def _is_of_a_part(self, name: str) -> bool:
+        """Whether it is an array of one rank's part of a parameter, such as scales of its blocks.
+
+        A DTensor says itself whose part it is.
+        """
+        if _kind(name) != "state" or name not in self._memory or self._memory[name].dim() == 0:
+            return False
+        return is_dtensor(params_of(self._optimizer)[int(name.split(" ")[1])])
 
     def _live(self) -> dict[str, Tensor]:
         """Returns everything that is copied in place, by a name that every process gives it.
