@@ -199,7 +199,7 @@ def test_more_ranks_than_candidates_share_them():
     assert first["starts"] == [[0, 0, 8]]
     assert np.isfinite(first["objectives"][0]).all()
     four = same_but_own(whole_run(4, parallel_trials=True))
-    assert four["starts"] == [[0] * 4 + [8] * 2 + [16] * 2]
+    assert four["starts"] == [[0] * 4 + [8] * 2 + [16] * 2]  # PEAK gives num_trials
 
 
 @pytest.mark.parametrize("how", ["each", "first", "dcp"])

@@ -13,6 +13,8 @@ Kind = Literal["warmup", "trial", "train"]
 
 PEAK_TRIALS = (6, 8)  # no fewer and no more, unless the user says so
 DOWNHILL_SHARE = 1 / 4  # of the trials of "peak", after those that are spread over the bounds
+# Where so many can run at once. Placed without a look at each other, more would crowd together.
+DOWNHILL_AT_ONCE = 2
 # A trial of "peak" is no shorter and no longer. Longer ones tell the rates no better apart; shorter
 # ones than GOOD_STEPS do so worse: a small budget makes fewer trials first, and only then shorter.
 TRIAL_STEPS = (4, 10)
@@ -149,7 +151,7 @@ def search_then_train(
 
     Args:
         search_fraction: share of the budget that the trials take, as far as their limits allow.
-        num_trials, trial_steps: None goes by `search_fraction`; trials then fill their waves.
+        num_trials, trial_steps: None goes by `search_fraction`; trials then fill waves.
         replicas: how many trials can run at once. Those that are spread over the bounds need not
             wait for each other, and those that go downhill are placed together.
 
@@ -166,7 +168,8 @@ def search_then_train(
     spread = trials - downhill
     at_once = min(replicas, spread)
     if num_trials is None:
-        spread, downhill = (-(-count // at_once) * at_once for count in (spread, downhill))
+        spread = -(-spread // at_once) * at_once
+        downhill = max(downhill, min(at_once, DOWNHILL_AT_ONCE))
     waves = [*_waves(0, spread, at_once), *_waves(spread, downhill, at_once)]
     if trial_steps is None:
         trial_steps = _within(TRIAL_STEPS, budget / len(waves))
