@@ -165,7 +165,7 @@ def run_case(case: Case, device: torch.device, result: dict[str, Any]) -> None:
         for name, row in rows.items():  # after equally many steps of each
             row["ratio"] = steps[baseline.contender.name].median / steps[name].median
             row["difference"] = difference(entrants[name].params, baseline.params, initial)
-    if on_gpu:
+    if on_gpu and case.counts_launches:
         for name, row in rows.items():
             row["launches"] = timing.launches(entrants[name].step)
     result["rows"] = list(rows.values())

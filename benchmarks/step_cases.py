@@ -17,9 +17,11 @@ class Case:
 
     Attributes:
         dtype: of the parameters; of torch's, where `kinds` says what ours are.
+        only: who takes part, by name; () is everybody.
         kinds: storage types, each in turn; () is float32 states and rounding to nearest.
         max_norm: the gradients' norm is limited in every step.
         in_plot: whether it is one of the sizes of the plot.
+        counts_launches: on a GPU; a profiler takes long to start.
     """
 
     name: str
@@ -29,10 +31,12 @@ class Case:
     algorithm: str = "AdamW"
     kinds: tuple[str, ...] = ()
     max_norm: float | None = None
+    only: tuple[str, ...] = ()
     min_ratio: float | None = None
     max_host_seconds: float | None = None
     calls_per_turn: int = 1
     in_plot: bool = False
+    counts_launches: bool = False
 
     @property
     def elements(self) -> int:
@@ -90,10 +94,17 @@ def size_cases(sizes: dict[str, int], rounds: int) -> tuple[Case, ...]:
 
 BIG = ((2**26,),)
 CASES = (
-    Case("1 x 64M", BIG, rounds=15, min_ratio=1.0, in_plot=True),
+    Case("1 x 64M", BIG, rounds=15, min_ratio=1.0, in_plot=True, counts_launches=True),
     Case("1 x 64M bf16", BIG, rounds=10, dtype=torch.bfloat16, in_plot=True),
     *size_cases({"16K": 2**14, "256K": 2**18, "1M": 2**20, "8M": 2**23}, rounds=20),
-    Case("300 x 10,000", ((10_000,),) * 300, calls_per_turn=5, rounds=100, min_ratio=3.0),
+    Case(
+        "300 x 10,000",
+        ((10_000,),) * 300,
+        calls_per_turn=5,
+        rounds=100,
+        min_ratio=3.0,
+        counts_launches=True,
+    ),
     Case(
         "300 x 16",
         ((16,),) * 300,
@@ -102,25 +113,26 @@ CASES = (
         max_host_seconds=50e-6,
         calls_per_turn=20,
     ),
-    Case("5,000 x 1,000", ((1_000,),) * 5_000, rounds=20),
-    Case("GPT-2 124M", gpt2_shapes(), rounds=10),
+    Case("5,000 x 1,000", ((1_000,),) * 5_000, rounds=20, counts_launches=True),
+    Case("GPT-2 124M", gpt2_shapes(), rounds=10, counts_launches=True),
     Case("ResNet-50, SGD", resnet50_shapes(), rounds=20, algorithm="SGD"),
     Case("storage, 1 x 64M", BIG, rounds=10, kinds=tuple(KINDS)),
     Case("1 x 64M, SGD", BIG, rounds=10, algorithm="SGD"),
     Case("1 x 64M, Lion", BIG, rounds=8, algorithm="Lion"),
     # torch's norm of one tensor of 64M on a CPU is off by .6 %, and with it LAMB in plain torch.
-    Case("64 x 1M, LAMB", ((2**20,),) * 64, rounds=5, algorithm="LAMB"),
+    Case("64 x 1M, LAMB", ((2**20,),) * 64, rounds=5, algorithm="LAMB", counts_launches=True),
     Case("1 x 64M, clipped", BIG, rounds=10, max_norm=1.0, min_ratio=1.0),
     Case("300 x 10,000, clipped", ((10_000,),) * 300, rounds=50, max_norm=1.0, min_ratio=1.0),
 )
 CPU_CASES = (Case("Llama-3-8B, widths / 8", llama_shapes(8), rounds=10),)
 GPU_CASES = (
-    Case("1 x 256M", ((2**28,),), rounds=15),
+    Case("1 x 256M", ((2**28,),), rounds=15, in_plot=True),
+    Case("1 x 1G", ((2**30,),), rounds=11, in_plot=True, only=("torch fused", "lrs_ext cuda")),
     Case("Llama-3-8B, widths / 4", llama_shapes(4), rounds=15),
     Case("GPT-2 124M bf16", gpt2_shapes(), rounds=50, dtype=torch.bfloat16),
 )
 QUICK_CASES = (
-    Case("1 x 1M", ((2**20,),), rounds=5, in_plot=True),
+    Case("1 x 1M", ((2**20,),), rounds=5, in_plot=True, counts_launches=True),
     Case("30 x 1,000", ((1_000,),) * 30, rounds=5),
     Case("30 x 16", ((16,),) * 30, rounds=5),
     Case("storage, 1 x 1M", ((2**20,),), rounds=5, kinds=tuple(KINDS)),

@@ -69,7 +69,7 @@ def contenders(case: Case, device: torch.device) -> list[Contender]:
     for backend in BACKENDS[device.type]:
         if backend not in unavailable(device):
             found += ours(case, backend)
-    return found
+    return [one for one in found if not case.only or one.name in case.only]
 
 
 def ours(case: Case, backend: str) -> list[Contender]:

@@ -1,8 +1,6 @@
 // How one parameter and one state are kept, as template arguments of the element loops.
 #pragma once
 
-#include <cmath>
-
 #include "random_bits.h"
 #include "storage.h"
 
@@ -61,7 +59,7 @@ struct BFloat16State {
   }
 };
 
-// Codes, with a scale for each block. A state that is the mean of squares keeps its root.
+// Codes, with a scale for each block. Of the mean of squares it is the root.
 struct Block8State {
   using Value = uint8_t;
   static constexpr StateType kType = StateType::kBlock8;
@@ -69,18 +67,7 @@ struct Block8State {
 
   template <bool kIsRoot>
   static LRS_HOST_DEVICE float decode(uint8_t code, float scale) {
-    if constexpr (kIsRoot) {
-      const float root = decode_root(code) * scale;
-      return root * root;
-    } else {
-      return decode_signed(code) * scale;
-    }
-  }
-
-  // What is scaled and encoded: the root, or the state itself.
-  template <bool kIsRoot>
-  static LRS_HOST_DEVICE float kept(float state) {
-    return kIsRoot ? sqrtf(state) : state;
+    return (kIsRoot ? decode_root(code) : decode_signed(code)) * scale;
   }
 
   template <bool kIsRoot>

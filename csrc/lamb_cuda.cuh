@@ -158,32 +158,39 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   __shared__ float shared_step_size;
   const StepTable& table = launch.table;
   if (is_skipped(table.scaling)) return;
+  Chunk chunk{};
+  TensorEntry entry{};
+  bool has_gradient = false;
   if (blockIdx.x < table.num_chunks) {  // a launch without chunks still commits
-    const Chunk chunk = table.chunks[blockIdx.x];
-    if (gradients.address[chunk.tensor - launch.first_tensor] != nullptr) {
-      const TensorEntry entry = table.tensors[chunk.tensor];
-      if (threadIdx.x == 0) {
-        shared_update = fold<LAMB>(table, entry, grad_scale(table.scaling));
-        shared_step_size = shared_update.step_size(table.tensor_squares[chunk.tensor]);
-      }
-      __syncthreads();
-      const LAMB update = shared_update;
-      const float step_size = shared_step_size;
-      const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
-      switch (entry.dtype) {
-        case DType::kFloat32:
-          move_params<float>(update, step_size, entry, range);
-          break;
-        case DType::kBFloat16:
-          move_params<BFloat16>(update, step_size, entry, range);
-          break;
-        case DType::kFloat16:
-          move_params<Float16>(update, step_size, entry, range);
-          break;
-      }
+    chunk = table.chunks[blockIdx.x];
+    has_gradient = gradients.address[chunk.tensor - launch.first_tensor] != nullptr;
+  }
+  if (has_gradient) {
+    entry = table.tensors[chunk.tensor];
+    if (threadIdx.x == 0) {
+      shared_update = fold<LAMB>(table, entry, grad_scale(table.scaling));
+      shared_step_size = shared_update.step_size(table.tensor_squares[chunk.tensor]);
     }
   }
-  commit(launch, gradients);
+  __syncthreads();
+  const uint32_t ticket = threadIdx.x == 0 ? draw_ticket(table.ticket) : 0;
+  if (has_gradient) {
+    const LAMB update = shared_update;
+    const float step_size = shared_step_size;
+    const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
+    switch (entry.dtype) {
+      case DType::kFloat32:
+        move_params<float>(update, step_size, entry, range);
+        break;
+      case DType::kBFloat16:
+        move_params<BFloat16>(update, step_size, entry, range);
+        break;
+      case DType::kFloat16:
+        move_params<Float16>(update, step_size, entry, range);
+        break;
+    }
+  }
+  commit(launch, gradients, ticket);
 }
 
 }  // namespace lrs

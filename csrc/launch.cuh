@@ -15,6 +15,12 @@ namespace lrs {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kBlocksPerSM = 4;  // bounds the registers at 64 a thread
+// At 48, for kernels that need no more; from compute capability 10.0 on they would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kManyBlocksPerSM = 4;
+#else
+constexpr int kManyBlocksPerSM = 5;
+#endif
 
 // Gradients change address from step to step, so their addresses travel with the launch. CUDA 12.1
 // raised the limit of a kernel's arguments from 4 KB to 32 KB.
@@ -31,7 +37,6 @@ struct Gradients {
 struct Launch {
   StepTable table;  // its chunks are those of this launch
   int64_t first_tensor, num_tensors;
-  int64_t first_chunk;
   bool is_last;
 };
 
@@ -41,7 +46,7 @@ void for_each_launch(const StepTable& table, const int64_t* chunk_offsets,
                      const void* const* gradients, const Body& body) {
   for (int64_t first = 0; first < table.num_tensors; first += kGradientsPerLaunch) {
     const int64_t last = std::min(first + kGradientsPerLaunch, table.num_tensors);
-    Launch launch{table, first, last - first, chunk_offsets[first], last == table.num_tensors};
+    Launch launch{table, first, last - first, last == table.num_tensors};
     launch.table.chunks += chunk_offsets[first];
     launch.table.chunk_squares += chunk_offsets[first];
     launch.table.num_chunks = chunk_offsets[last] - chunk_offsets[first];
@@ -107,15 +112,26 @@ __device__ __forceinline__ T* global(T* address) {
   return address;
 }
 
+// Has a line of global memory brought into the second-level cache.
+__device__ __forceinline__ void prefetch_line(const void* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 // The sum of one number per thread, in an order that depends on nothing else; valid in thread 0.
 __device__ __forceinline__ double block_sum(double value) {
   __shared__ double values[kThreads];
   values[threadIdx.x] = value;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (threadIdx.x < width) values[threadIdx.x] += values[threadIdx.x + width];
+  __syncthreads();
+  double sum = 0.0;
+  if (threadIdx.x < kWarp) {
+    for (int i = threadIdx.x; i < kThreads; i += kWarp) sum += values[i];
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      sum += __shfl_down_sync(0xffffffffu, sum, distance);
+    }
   }
-  const double sum = values[0];
   __syncthreads();  // the memory may be used again
   return sum;
 }
@@ -137,15 +153,29 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   return is_last;
 }
 
-// Advances the counters once every block of the launch has read them.
-__device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients) {
-  if (!is_last_block(launch.table.ticket)) return;
+// Draws a ticket for this block, from 0 on, in one of its threads, which alone has read counters or
+// has seen that the others have.
+__device__ __forceinline__ uint32_t draw_ticket(uint32_t* ticket) {
+  __threadfence();
+  return atomicAdd(ticket, 1u);
+}
+
+// Advances the counters, in the block that drew the last ticket: every block has read them by then.
+// `ticket` is that of the first thread. For all threads of a block.
+__device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients,
+                                       uint32_t ticket) {
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) is_last = ticket == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
   for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {
     if (gradients.address[i] != nullptr) {
       *launch.table.tensors[launch.first_tensor + i].step += 1.0f;
     }
   }
-  if (threadIdx.x == 0 && launch.is_last && launch.table.commits_step) *launch.table.step += 1;
+  if (threadIdx.x != 0) return;
+  *launch.table.ticket = 0;
+  if (launch.is_last && launch.table.commits_step) *launch.table.step += 1;
 }
 #endif
 

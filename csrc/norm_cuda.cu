@@ -1,4 +1,4 @@
-// The norm of all gradients on a CUDA device: one sum per chunk, which the last block adds up.
+// The norm of all gradients on a CUDA device: one sum per block, which the last block adds up.
 #include "launch.cuh"
 #include "step_cuda.h"
 
@@ -41,27 +41,38 @@ __device__ __forceinline__ double squares_of_dtype(DType dtype, const void* grad
   return 0.0;
 }
 
-// Writes the sum of each chunk of the launch to `sums`, and after the last launch the root of all
-// `num_sums` to `norm`.
+// What a block adds up at least, if there is as much: a sum takes as long as a few thousand
+// elements.
+constexpr int64_t kNormElements = 16384;
+
+// Where the blocks of a launch leave their sums, and how many chunks each of them adds up.
+struct BlockSums {
+  double* all;
+  int64_t first, last;  // of this launch
+  int64_t chunks_each;
+};
+
+// Writes the sums of the launch, and after the last launch the root of all of them to `norm`.
 __global__ void __launch_bounds__(kThreads)
     norm_kernel(const __grid_constant__ Launch launch, const __grid_constant__ Gradients gradients,
-                double* sums, int64_t num_sums, float* norm) {
+                BlockSums sums, float* norm) {
   const StepTable& table = launch.table;
-  if (blockIdx.x < table.num_chunks) {
-    const Chunk chunk = table.chunks[blockIdx.x];
-    const void* gradient = gradients.address[chunk.tensor - launch.first_tensor];
-    double sum = 0.0;
-    if (gradient != nullptr) {
-      const TensorEntry& entry = table.tensors[chunk.tensor];
-      const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
-      sum = squares_of_dtype(entry.dtype, gradient, range);
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) sums[launch.first_chunk + blockIdx.x] = sum;
-  }
-  if (!is_last_block(table.ticket) || !launch.is_last) return;
+  const Range chunks = chunk_range(table.num_chunks, sums.chunks_each, blockIdx.x);
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < num_sums; i += kThreads) sum += __ldcg(sums + i);
+  for (int64_t i = chunks.begin; i < chunks.end; ++i) {
+    const Chunk chunk = table.chunks[i];
+    const void* gradient = gradients.address[chunk.tensor - launch.first_tensor];
+    if (gradient == nullptr) continue;
+    const TensorEntry& entry = table.tensors[chunk.tensor];
+    const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
+    sum += squares_of_dtype(entry.dtype, gradient, range);
+  }
+  sum = block_sum(sum);
+  // A launch without chunks still has a block.
+  if (threadIdx.x == 0 && chunks.begin < chunks.end) sums.all[sums.first + blockIdx.x] = sum;
+  if (!is_last_block(table.ticket) || !launch.is_last) return;
+  sum = 0.0;
+  for (int64_t i = threadIdx.x; i < sums.last; i += kThreads) sum += __ldcg(sums.all + i);
   sum = block_sum(sum);
   if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
 }
@@ -72,10 +83,14 @@ void grad_norm_cuda(const StepTable& table, const int64_t* chunk_offsets,
                     const void* const* gradients, double* sums, float* norm, int device,
                     void* stream) {
   const DeviceScope scope(device);
-  const int64_t num_sums = table.num_chunks;
+  BlockSums block_sums{sums, 0, 0, std::max<int64_t>(kNormElements / table.chunk_elements, 1)};
   for_each_launch(table, chunk_offsets, gradients, [&](const Launch& launch, const Gradients& g) {
-    norm_kernel<<<num_blocks(launch), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        launch, g, sums, num_sums, norm);
+    const int64_t count = num_chunks_of(launch.table.num_chunks, block_sums.chunks_each);
+    block_sums.first = block_sums.last;
+    block_sums.last += count;
+    const auto blocks = static_cast<unsigned>(std::max<int64_t>(count, 1));
+    norm_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch, g, block_sums,
+                                                                            norm);
     check(cudaGetLastError(), "the launch of the norm kernel");
   });
 }

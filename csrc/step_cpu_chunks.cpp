@@ -106,11 +106,11 @@ LRS_HOST_DEVICE void update_block(const Update& update, const Elements& elements
     float state[kMaxStates];
     state[0] = Block8State::decode<false>(codes0[i], scale0);
     if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes1[i], scale1);
-    update.template apply<kNumStates>(value, load(grad[i]), state);
-    kept0[i] = Block8State::kept<false>(state[0]);
+    update.template apply<kNumStates, kIsRoot1>(value, load(grad[i]), state);
+    kept0[i] = state[0];
     largest0 = larger_magnitude(largest0, kept0[i]);
     if constexpr (kNumStates > 1) {
-      kept1[i] = Block8State::kept<kIsRoot1>(state[1]);
+      kept1[i] = state[1];
       largest1 = larger_magnitude(largest1, kept1[i]);
     }
     Param::store(param[i], low, value, random[i] & 0xffffu);

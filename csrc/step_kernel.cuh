@@ -50,6 +50,18 @@ struct Arrays {
   }
 };
 
+// Asks for the arrays at `element`, if that is in `range`, while there is something else to do.
+template <int kNumStates, typename Param, typename State>
+__device__ __forceinline__ void prefetch(const Arrays<kNumStates, Param, State>& arrays,
+                                         Range range, int64_t element) {
+  if (element >= range.end) return;
+  prefetch_line(arrays.param + element);
+  prefetch_line(arrays.grad + element);
+  if constexpr (Param::kIsSplit) prefetch_line(arrays.remainder + element);
+#pragma unroll
+  for (int s = 0; s < kNumStates; ++s) prefetch_line(arrays.states[s] + element);
+}
+
 // A parameter and its gradient in registers, kLane elements each.
 template <int kLane, typename Param>
 struct ParamLane {
@@ -69,14 +81,22 @@ struct ParamLane {
     if constexpr (Param::kIsSplit) copy_lane<kLane>(global(arrays.remainder + begin), remainder);
   }
 
-  template <int kNumStates, typename Update>
+  template <int kNumStates, bool kKeepsRoot = false, typename Update>
   __device__ __forceinline__ void apply(const Update& update, int i, float* state,
                                         uint32_t random) {
     float value = Param::load(param[i], remainder[i]);
-    update.template apply<kNumStates>(value, lrs::load(grad[i]), state);
+    update.template apply<kNumStates, kKeepsRoot>(value, lrs::load(grad[i]), state);
     Param::store(param[i], remainder[i], value, random & 0xffffu);
   }
 };
+
+// The widest array takes 16 bytes a lane: neighbouring threads touch neighbouring 16 bytes.
+template <int kNumStates, typename Param, typename State>
+__host__ __device__ constexpr int lane_of() {
+  constexpr int kParam = sizeof(typename Param::Value);
+  constexpr int kState = kNumStates > 0 ? sizeof(typename State::Value) : 0;
+  return 16 / (kState > kParam ? kState : kParam);
+}
 
 // Updates kLane elements from `begin` on.
 template <int kLane, int kNumStates, typename State, typename Param, typename Update>
@@ -118,15 +138,11 @@ __device__ __forceinline__ void update_lane(const Update& update,
 template <int kNumStates, typename Param, typename State, typename Update>
 __device__ __forceinline__ void update_elements(const Update& update, const TensorEntry& entry,
                                                 const void* gradient, Range range, uint32_t key) {
-  // The widest array takes 16 bytes a lane: neighbouring threads touch neighbouring 16 bytes.
-  constexpr int kWidest =
-      kNumStates > 0 && sizeof(typename State::Value) > sizeof(typename Param::Value)
-          ? sizeof(typename State::Value)
-          : sizeof(typename Param::Value);
-  constexpr int kLane = 16 / kWidest;
+  constexpr int kLane = lane_of<kNumStates, Param, State>();
   const Arrays<kNumStates, Param, State> arrays(entry, gradient);
   const Range vector = arrays.vector_part(range, kLane);
   for (int64_t i = vector.begin + threadIdx.x * kLane; i < vector.end; i += kThreads * kLane) {
+    prefetch(arrays, vector, i + kThreads * kLane);
     update_lane<kLane, kNumStates>(update, arrays, i, key);
   }
   const int64_t head = vector.begin - range.begin;
@@ -151,19 +167,17 @@ template <bool kIsRoot, int kElements>
 __device__ __forceinline__ void encode(const float (&state)[kElements],
                                        const uint32_t (&random)[kElements], int index,
                                        uint8_t (&codes)[kElements], float* scale) {
-  float kept[kElements];
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    kept[i] = Block8State::kept<kIsRoot>(state[i]);
-    const uint32_t magnitude = to_bits(kept[i]) & 0x7fffffffu;
+    const uint32_t magnitude = to_bits(state[i]) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
   const float block = block_scale(warp_max(largest));
   const float factor = share_factor(block);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    codes[i] = Block8State::encode<kIsRoot>(kept[i] * factor, state_random(random[i], index));
+    codes[i] = Block8State::encode<kIsRoot>(state[i] * factor, state_random(random[i], index));
   }
   if (threadIdx.x % kWarp == 0) *scale = block;
 }
@@ -210,7 +224,7 @@ __device__ __forceinline__ void update_block(const Update& update,
     float state[kMaxStates];
     state[0] = Block8State::decode<false>(codes[0][i], scales[0]);
     if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes[1][i], scales[1]);
-    lane.template apply<kNumStates>(update, i, state, random[i]);
+    lane.template apply<kNumStates, kIsRoot1>(update, i, state, random[i]);
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) states[s][i] = state[s];
   }
@@ -246,6 +260,8 @@ __device__ __forceinline__ void update_blocks(const Update& update, const Tensor
   const bool is_aligned = arrays.vector_part(range, kQuantBlock / kWarp).begin == range.begin;
   const int64_t first = range.begin + threadIdx.x / kWarp * kQuantBlock;
   for (int64_t begin = first; begin < range.end; begin += kThreads / kWarp * kQuantBlock) {
+    const int64_t thread = (kThreads + threadIdx.x % kWarp) * (kQuantBlock / kWarp);
+    prefetch(arrays, range, begin + thread);
     if (is_aligned && range.end - begin >= kQuantBlock) {
       update_block<true, kNumStates>(update, arrays, begin, kQuantBlock, key);
     } else {
@@ -281,37 +297,65 @@ __device__ __forceinline__ void update_chunk(const Update& update, const TensorE
   }
 }
 
+// Asks for what a thread reads first of a chunk, whatever the parameter's dtype.
+template <int kNumStates, typename State>
+__device__ __forceinline__ void prefetch_first(const TensorEntry& entry, const void* gradient,
+                                               Range range) {
+  if (entry.dtype == DType::kFloat32) {
+    using Param = NearestParam<float>;
+    const Arrays<kNumStates, Param, State> arrays(entry, gradient);
+    prefetch(arrays, range, range.begin + threadIdx.x * lane_of<kNumStates, Param, State>());
+  } else {
+    using Param = NearestParam<BFloat16>;  // or any other of two bytes
+    const Arrays<kNumStates, Param, State> arrays(entry, gradient);
+    prefetch(arrays, range, range.begin + threadIdx.x * lane_of<kNumStates, Param, State>());
+  }
+}
+
+template <typename State>
+constexpr int kBlocks = State::kType == StateType::kBlock8 ? kBlocksPerSM : kManyBlocksPerSM;
+
 template <typename Update, typename State>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+__global__ void __launch_bounds__(kThreads, kBlocks<State>)
     step_kernel(const __grid_constant__ Launch launch,
                 const __grid_constant__ Gradients gradients) {
   __shared__ Update shared_update;
+  __shared__ uint32_t shared_key;
   const StepTable& table = launch.table;
   if (is_skipped(table.scaling)) return;
+  Chunk chunk{};
+  TensorEntry entry{};
+  const void* gradient = nullptr;
   if (blockIdx.x < table.num_chunks) {  // a launch without chunks still commits
-    const Chunk chunk = table.chunks[blockIdx.x];
-    const void* gradient = gradients.address[chunk.tensor - launch.first_tensor];
-    if (gradient != nullptr) {
-      const TensorEntry entry = table.tensors[chunk.tensor];
-      if (threadIdx.x == 0) {
-        shared_update = fold<Update>(table, entry, grad_scale(table.scaling));
-      }
-      __syncthreads();
-      const Update update = shared_update;
-      const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
-      const uint32_t key =
-          is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
-      const bool stochastic = table.rounds_stochastically;
-      if (entry.states[Update::kMaxStates - 1] == nullptr) {
-        update_chunk<Update::kMinStates, State>(update, entry, gradient, range, key, stochastic);
-      } else if constexpr (Update::kMaxStates <= kMaxCompressedStates) {
-        update_chunk<Update::kMaxStates, State>(update, entry, gradient, range, key, stochastic);
-      } else if constexpr (State::kType == StateType::kFloat32) {
-        update_chunk<Update::kMaxStates, State>(update, entry, gradient, range, key, stochastic);
-      }
+    chunk = table.chunks[blockIdx.x];
+    gradient = gradients.address[chunk.tensor - launch.first_tensor];
+  }
+  Range range{};
+  if (gradient != nullptr) {
+    entry = table.tensors[chunk.tensor];
+    range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
+    prefetch_first<Update::kMinStates, State>(entry, gradient, range);
+    if (threadIdx.x == 0) {
+      shared_update = fold<Update>(table, entry, grad_scale(table.scaling));
+      shared_key = is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
     }
   }
-  commit(launch, gradients);
+  __syncthreads();
+  // Early: the answer comes while the elements are moved.
+  const uint32_t ticket = threadIdx.x == 0 ? draw_ticket(table.ticket) : 0;
+  if (gradient != nullptr) {
+    const Update update = shared_update;
+    const uint32_t key = shared_key;
+    const bool stochastic = table.rounds_stochastically;
+    if (entry.states[Update::kMaxStates - 1] == nullptr) {
+      update_chunk<Update::kMinStates, State>(update, entry, gradient, range, key, stochastic);
+    } else if constexpr (Update::kMaxStates <= kMaxCompressedStates) {
+      update_chunk<Update::kMaxStates, State>(update, entry, gradient, range, key, stochastic);
+    } else if constexpr (State::kType == StateType::kFloat32) {
+      update_chunk<Update::kMaxStates, State>(update, entry, gradient, range, key, stochastic);
+    }
+  }
+  commit(launch, gradients, ticket);
 }
 
 template <typename Update>

@@ -57,7 +57,7 @@ struct SGD {
     return update;
   }
 
-  template <int kNumStates>
+  template <int kNumStates, bool = false>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
     grad *= grad_factor;
     grad = weight_decay != 0.0f ? grad + weight_decay * param : grad;
@@ -98,10 +98,12 @@ struct Adam {
     return update;
   }
 
-  template <int kNumStates>
+  // With kKeepsRoot the mean of squares comes and goes as its root.
+  template <int kNumStates, bool kKeepsRoot = false>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
+    static_assert(!kKeepsRoot || kNumStates == 2);
     float& exp_avg = state[0];
-    float& exp_avg_sq = state[1];
+    float exp_avg_sq = kKeepsRoot ? state[1] * state[1] : state[1];
     grad *= grad_factor;
     grad = coupled_decay != 0.0f ? grad + coupled_decay * param : grad;
     param *= param_share;
@@ -115,7 +117,9 @@ struct Adam {
       max_exp_avg_sq = keep ? max_exp_avg_sq : exp_avg_sq;
       second_moment = max_exp_avg_sq;
     }
-    const float denominator = sqrtf(second_moment) * denominator_scale + eps;
+    const float root = sqrtf(second_moment);
+    state[1] = kKeepsRoot ? root : exp_avg_sq;
+    const float denominator = root * denominator_scale + eps;
     param -= step_size * (exp_avg / denominator);
   }
 };
@@ -141,7 +145,7 @@ struct Lion {
     return update;
   }
 
-  template <int kNumStates>
+  template <int kNumStates, bool = false>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
     float& exp_avg = state[0];
     grad *= grad_factor;

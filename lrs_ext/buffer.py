@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext.number_checks import checked_learning_rate
+from lrs_ext.param_devices import on_device
 from lrs_ext.schedules import Schedule
 
 
@@ -16,7 +17,8 @@ class ScheduleBuffer:
     """Learning rates by row and step, with the step that the next update reads.
 
     An update reads ``values[row, min(step, capacity - 1)]`` and then advances `step`, all on the
-    device. Both tensors keep their addresses for the life of the buffer.
+    device. Both tensors keep their addresses for the life of the buffer. Those of an optimizer with
+    parameters on several devices are twins: `fill_` and `write_` on one write to all.
 
     Attributes:
         values: float32, shape (rows, capacity). An optimizer has one row per parameter group.
@@ -40,6 +42,19 @@ class ScheduleBuffer:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.rows: list[Tensor] = list(self.values)
         self.schedules: list[Schedule | None] = [None] * rows
+        self._places = [(self.values, self.step)]  # of all twins, in which the list is the same
+
+    def twin(self, device: torch.device) -> ScheduleBuffer:
+        """Returns a buffer on another device that has, and from now on gets, what this one gets.
+
+        Only `step` advances by itself.
+        """
+        twin = ScheduleBuffer(len(self.rows), self.capacity, device)
+        twin.values.copy_(self.values)
+        twin.step.copy_(self.step)
+        self._places.append((twin.values, twin.step))
+        twin._places, twin.schedules = self._places, self.schedules
+        return twin
 
     @property
     def capacity(self) -> int:
@@ -52,14 +67,15 @@ class ScheduleBuffer:
             IndexError: there is no such row.
             ValueError: the row is too short to hold the schedule and the value after its end.
         """
-        target = self._row(row)
+        self._row(row)
         if schedule.capacity > self.capacity:
             raise ValueError(
                 f"a schedule of total_steps={schedule.total_steps} needs a capacity of "
                 f"{schedule.capacity}, got {self.capacity}: make a larger ScheduleBuffer, or give "
                 "the optimizer the schedule with set_schedule"
             )
-        schedule.fill_(target)
+        for values, _ in self._places:
+            schedule.fill_(values[row])
         self.schedules[row] = copy.copy(schedule)
         return self
 
@@ -70,8 +86,8 @@ class ScheduleBuffer:
         learning rate may have no other. No checkpoint keeps what was written.
 
         Args:
-            value: a float or a one-element tensor on any device; on the buffer's device it is not
-                read by the host.
+            value: a float or a one-element tensor on any device; the host waits for it only to
+                write it to a buffer on the CPU.
 
         Raises:
             IndexError: there is no such row.
@@ -79,23 +95,31 @@ class ScheduleBuffer:
             ValueError: `steps` is less than 1, `value` has more than one element, or is a float
                 that is negative or not finite.
         """
-        target = self._row(row)
+        self._row(row)
         steps = operator.index(steps)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"value must have one element, got shape {tuple(value.shape)}")
-            from_host = value.device.type == "cpu"
-            source = value.detach().reshape(1).to(target, non_blocking=from_host)
         else:
-            source = target.new_full((1,), checked_learning_rate(value))
+            value = checked_learning_rate(value)
         length = min(steps, self.capacity)
-        positions = torch.arange(length, device=target.device).add_(self.step)
-        positions.clamp_(max=self.capacity - 1)
-        # Clamped positions coincide, but all write the same value.
-        target.scatter_(0, positions, source.expand(length))
+        for values, step in self._places:
+            if isinstance(value, Tensor):
+                source = on_device(value.detach().reshape(1), values.device).to(values.dtype)
+            else:
+                source = values.new_full((1,), value)
+            positions = torch.arange(length, device=values.device).add_(step)
+            positions.clamp_(max=self.capacity - 1)
+            # Clamped positions coincide, but all write the same value.
+            values[row].scatter_(0, positions, source.expand(length))
         return self
+
+    def set_step_(self, step: int) -> None:
+        """Makes `step` the next update, here and in all twins."""
+        for _, position in self._places:
+            position.fill_(step)
 
     def current(self, row: int) -> Tensor:
         """Returns the 0-d value that the next update reads from `row`, without a sync."""

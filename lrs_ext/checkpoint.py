@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext.layout import same_layout
+from lrs_ext.param_devices import read_all
 from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import step_counter
 
@@ -56,7 +57,18 @@ def unwrap_state(param: Any, saved: Any, storage: Storage) -> Any:
 def last_step(states: dict[Any, Any]) -> int | None:
     """Returns the largest step count among the parameters' states, or None if they have none."""
     counts = [s["step"] for s in states.values() if isinstance(s, dict) and "step" in s]
-    return int(torch.stack(counts).max()) if counts else None
+    return int(max(read_all(counts))) if counts else None
+
+
+def replace_states(states: dict[Any, Any], loaded: dict[Any, Any]) -> None:
+    """Makes the states of all parameters equal to `loaded`, as `replace_state` does."""
+    for param in [param for param in states if param not in loaded]:
+        del states[param]
+    for param, state in loaded.items():
+        if isinstance(state, dict):
+            replace_state(states[param], state)
+        else:
+            states[param] = state
 
 
 def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops
+from lrs_ext.param_devices import on_device
 
 if TYPE_CHECKING:
     from lrs_ext.scheduled_optimizer import ScheduledOptimizer
@@ -24,27 +25,20 @@ class StepScaling:
         """Limits the norm of the next step's gradients, which is `norm` as they are stored."""
         self._norm = norm
         if isinstance(max_norm, Tensor):
-            self._max_norm = max_norm.detach().reshape(()).to(norm, non_blocking=True)
+            self._max_norm = on_device(max_norm.detach().reshape(()), norm.device).to(norm.dtype)
         else:
             self._max_norm = torch.full_like(norm, max_norm)
 
-    def take(
-        self, loss_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
-    ) -> ops.GradScaling | None:
+    def take(self, loss_scale: Tensor | None, found_inf: Tensor | None) -> ops.GradScaling | None:
         """Returns what the step now beginning reads, None if it is nothing; the limit is used up.
 
         Args:
             loss_scale, found_inf: as a GradScaler hands them over, on any device.
-            device: of the parameters.
         """
         norm, max_norm = self._norm, self._max_norm
         if loss_scale is None and found_inf is None and norm is None:
             return None
         self._norm = self._max_norm = None
-        if loss_scale is not None:
-            loss_scale = loss_scale.to(device, non_blocking=True)
-        if found_inf is not None:
-            found_inf = found_inf.to(device, non_blocking=True)
         return ops.GradScaling(loss_scale, found_inf, norm, max_norm)
 
 
@@ -60,7 +54,8 @@ def clip_grad_norm_(optimizer: ScheduledOptimizer, max_norm: float | Tensor) -> 
         max_norm: a positive float, or a one-element tensor, which replays of a CUDA graph read.
 
     Returns:
-        The norm of the gradients as they are stored, before clipping: float32, 0-d, on the device.
+        The norm of the gradients as they are stored, before clipping: float32, 0-d, on the device
+        of the first parameter. With parameters on the CPU too, the host waits for the norm.
         As in torch, a norm that is not finite makes the step's result so too.
 
     Raises:

@@ -97,7 +97,7 @@ class _Followed:
     schedule: Schedule
     value: Callable[[int], float]
     peak: float
-    row: Tensor  # float32, one value a step, of which the last one holds
+    rows: list[Tensor]  # on each device: float32, one value a step, of which the last one holds
     shown: float  # the very float last put into the group from here
 
 
@@ -106,7 +106,7 @@ class _GroupState:
     followed: dict[Number, _Followed] = field(default_factory=dict)
     seen: dict[Number, Any] = field(default_factory=dict)  # the numbers at the last sync
     held: dict[str, Any] = field(default_factory=dict)  # what the group held under their keys then
-    rows: dict[str, Tensor] = field(default_factory=dict)  # of the schedules in charge
+    rows: list[dict[str, Tensor]] = field(default_factory=list)  # those in charge, on each device
     is_listed: bool = False  # among the groups with schedules
 
 
@@ -120,15 +120,19 @@ class HyperSchedules:
     Args:
         numbers: those that the groups have.
         groups: with schedules that `with_peaks` accepts.
-        device: where the parameters are.
+        devices: where the parameters are.
         step: committed updates so far.
     """
 
     def __init__(
-        self, numbers: Sequence[Number], groups: list[Group], device: torch.device, step: int
+        self,
+        numbers: Sequence[Number],
+        groups: list[Group],
+        devices: Sequence[torch.device],
+        step: int,
     ) -> None:
         self._numbers = numbers
-        self._device = device
+        self._devices = devices
         self._states: list[_GroupState] = []
         self._following: list[int] = []  # groups with schedules, in charge or not
         for group in groups:
@@ -136,7 +140,7 @@ class HyperSchedules:
 
     def add(self, group: Group, step: int) -> None:
         """Follows the schedules of one more group."""
-        self._states.append(_GroupState())
+        self._states.append(_GroupState(rows=[{} for _ in self._devices]))
         self._follow_all(self._states[-1], group, step)
 
     def sync(self, index: int, group: Group, step: int, check: Callable[[Group], None]) -> Group:
@@ -166,22 +170,24 @@ class HyperSchedules:
         """
         return self._with_peaks_in_charge(self._states[index], group)
 
-    def rows(self, index: int) -> Mapping[str, Tensor]:
-        """Returns what the kernels read by their names of the numbers: float32, one value a step.
+    def rows(self, index: int, place: int = 0) -> Mapping[str, Tensor]:
+        """Returns what the kernels on device number `place` read, by their names of the numbers.
 
-        The object is another one whenever a row is.
+        Each row is float32, one value a step. The object is another one whenever a row is.
         """
-        return self._states[index].rows
+        return self._states[index].rows[place]
 
-    def current(self, index: int, hyper: Mapping[str, float], step: Tensor) -> dict[str, Any]:
+    def current(
+        self, index: int, hyper: Mapping[str, float], step: Tensor, place: int = 0
+    ) -> dict[str, Any]:
         """Returns what the next update uses, with numbers that may move as float64, 0-d tensors.
 
         Args:
             hyper: the fixed numbers by the kernels' names.
-            step: int64, 0-d: committed updates.
+            step: int64, 0-d: committed updates, on device number `place`.
         """
         numbers: dict[str, Any] = dict(hyper)
-        rows = self.rows(index)
+        rows = self.rows(index, place)
         for name in (number.name for number in self._numbers):
             if name in rows:
                 position = step.clamp(max=len(rows[name]) - 1).reshape(1)
@@ -203,11 +209,13 @@ class HyperSchedules:
         state = self._states[index]
         return {n.name: f.schedule for n, f in state.followed.items() if state.seen[n] is f.shown}
 
-    def moved(self, groups: list[Group], device: torch.device, step: int) -> HyperSchedules:
-        """Returns the same schedules with rows on another device."""
+    def moved(
+        self, groups: list[Group], devices: Sequence[torch.device], step: int
+    ) -> HyperSchedules:
+        """Returns the same schedules with rows on other devices."""
         for index, group in enumerate(groups):
             put_schedules(self._numbers, group, self.in_charge(index))
-        return HyperSchedules(self._numbers, groups, device, step)
+        return HyperSchedules(self._numbers, groups, devices, step)
 
     def save(self, index: int, saved_group: Group) -> dict[str, Any]:
         """Returns what a checkpoint needs for `resume`: plain numbers, strings, lists, dicts."""
@@ -258,8 +266,11 @@ class HyperSchedules:
 
     def _settle(self, state: _GroupState, group: Group) -> None:
         state.held = {number.key: group[number.key] for number in self._numbers}
-        rows = {n.name: f.row for n, f in state.followed.items() if state.seen[n] is f.shown}
-        if [*map(id, rows.values())] != [*map(id, state.rows.values())]:
+        rows = [
+            {n.name: f.rows[place] for n, f in state.followed.items() if state.seen[n] is f.shown}
+            for place in range(len(self._devices))
+        ]
+        if [*map(id, rows[0].values())] != [*map(id, state.rows[0].values())]:
             state.rows = rows
         if state.is_listed != bool(state.followed):
             state.is_listed = bool(state.followed)
@@ -278,13 +289,17 @@ class HyperSchedules:
 
     def _follow(self, state: _GroupState, number: Number, schedule: Schedule) -> None:
         present = state.followed.get(number)
-        if present is not None and len(present.row) >= schedule.capacity:
-            row = present.row
+        if present is not None and len(present.rows[0]) >= schedule.capacity:
+            rows = present.rows
         else:
-            row = torch.empty(schedule.capacity, dtype=torch.float32, device=self._device)
-        schedule.fill_(row)
+            rows = [
+                torch.empty(schedule.capacity, dtype=torch.float32, device=device)
+                for device in self._devices
+            ]
+        for row in rows:
+            schedule.fill_(row)
         value = schedule.value_in_row()
-        state.followed[number] = _Followed(schedule, value, number.peak(schedule), row, value(0))
+        state.followed[number] = _Followed(schedule, value, number.peak(schedule), rows, value(0))
 
     def _show(self, state: _GroupState, number: Number, group: Group, step: int) -> None:
         followed = state.followed[number]

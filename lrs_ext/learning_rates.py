@@ -14,6 +14,7 @@ from lrs_ext import ops
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.host_copy import HostCopy
 from lrs_ext.number_checks import checked_learning_rate
+from lrs_ext.param_devices import on_device
 from lrs_ext.schedules import Schedule
 
 Group = dict[str, Any]
@@ -23,7 +24,7 @@ Group = dict[str, Any]
 class _Source:
     """Where one group's learning rate comes from."""
 
-    row: Tensor  # what the kernels read: one float32 a step, of which the last one holds
+    rows: list[Tensor]  # on each device, what the kernels read: one float32 a step, the last holds
     schedule: Schedule | None = None
     value: Callable[[int], float] | None = None  # the schedule, from step to learning rate
     scheduled: float | None = None  # the very float last put into group["lr"] from here
@@ -32,30 +33,36 @@ class _Source:
 
 
 class LearningRates:
-    """Keeps each ``group["lr"]`` and its row of the schedule buffer in step, without a sync.
+    """Keeps each ``group["lr"]`` and its rows of the schedule buffers in step, without a sync.
 
     A group with a `Schedule` shows on the host, as a float, what the next update will use. Any
     other float put there takes over from the next update. The very float that was found there hands
     control back: saving and restoring ``group["lr"]``, as distributed checkpoints do, changes
     nothing. A tensor is read at every update: where it is if it is float32 and on the device,
-    otherwise through a copy.
+    otherwise through a copy, for which a CPU waits.
 
     Args:
         groups: the optimizer's parameter groups; a `Schedule` in ``group["lr"]`` is replaced by its
             value at `step`.
-        device: where the parameters are.
+        devices: where the parameters are.
         step: committed updates so far.
         capacity: the least length of a row.
+
+    Attributes:
+        buffer: that on the first device.
+        buffers: one on each device, twins of each other.
     """
 
     def __init__(
-        self, groups: list[Group], device: torch.device, step: int = 0, capacity: int = 1
+        self, groups: list[Group], devices: Sequence[torch.device], step: int = 0, capacity: int = 1
     ) -> None:
         self.step = step
-        self.buffer = ScheduleBuffer(len(groups), max(_capacity(groups), capacity), device)
+        first, *others = devices
+        self.buffer = ScheduleBuffer(len(groups), max(_capacity(groups), capacity), first)
         self.buffer.step.fill_(step)
+        self.buffers = {first: self.buffer, **{other: self.buffer.twin(other) for other in others}}
         self._skips: list[HostCopy] = []  # whether updates followed so far were skipped
-        self._sources = [_Source(row) for row in self.buffer.rows]
+        self._sources = [_Source(self._own_rows(index)) for index in range(len(groups))]
         for index, group in enumerate(groups):
             lr = group["lr"]
             if isinstance(lr, Tensor) and any(lr is other["lr"] for other in groups[:index]):
@@ -79,8 +86,14 @@ class LearningRates:
             self._follow_schedule(index, group)
         elif lr is not source.seen or self._has_moved(index, lr):
             self._take(source, index, group)
-        if isinstance(source.seen, Tensor) and source.row is self.buffer.rows[index]:
-            source.row.copy_(source.seen.detach().reshape(()), non_blocking=True)
+        if isinstance(source.seen, Tensor):
+            for row, own_row in zip(source.rows, self._own_rows(index), strict=True):
+                if row is own_row:
+                    row.copy_(on_device(source.seen.detach().reshape(()), row.device))
+
+    def _own_rows(self, index: int) -> list[Tensor]:
+        """Returns the rows of a group in the buffers, whether they are read or not."""
+        return [buffer.rows[index] for buffer in self.buffers.values()]
 
     def with_room_for(
         self, groups: list[Group], schedule: Schedule, was_captured: bool
@@ -94,14 +107,18 @@ class LearningRates:
         """
         if schedule.capacity <= self.buffer.capacity:
             return self
-        if was_captured:
+        self.check_room(schedule, was_captured)
+        return self.rebuilt(groups, list(self.buffers), schedule.capacity)
+
+    def check_room(self, schedule: Schedule, was_captured: bool) -> None:
+        """Raises RuntimeError if `schedule` needs longer rows, but a CUDA graph reads these."""
+        if was_captured and schedule.capacity > self.buffer.capacity:
             raise RuntimeError(
                 f"{schedule!r} needs rows of {schedule.capacity} values, but a CUDA graph reads "
                 f"the present ones of {self.buffer.capacity}: make the optimizer anew, set the "
                 "schedule and capture again, or start with a schedule that is as long, such as "
                 f"lrs_ext.constant(lr, total_steps={schedule.capacity - 1})"
             )
-        return self.rebuilt(groups, self.buffer.values.device, schedule.capacity)
 
     def is_synced(self, index: int, group: Group) -> bool:
         """Returns whether the row has what the host put into ``group["lr"]``."""
@@ -111,18 +128,16 @@ class LearningRates:
 
     def _has_moved(self, index: int, lr: float | Tensor | None) -> bool:
         """Whether a tensor that the kernels read in place has got another memory."""
-        row = self._sources[index].row
-        return (
-            isinstance(lr, Tensor)
-            and row is not self.buffer.rows[index]
-            and not lr.detach().is_set_to(row)
+        return isinstance(lr, Tensor) and any(
+            row is not own_row and not lr.detach().is_set_to(row)
+            for row, own_row in zip(self._sources[index].rows, self._own_rows(index), strict=True)
         )
 
     def _take(self, source: _Source, index: int, group: Group) -> None:
         lr = group["lr"]
-        row = self.buffer.rows[index]
+        rows = self._own_rows(index)
         if lr is source.scheduled and source.refill is not None:
-            source.row = row
+            source.rows = rows
             source.refill()
             source.seen = group["lr"]
             return
@@ -134,28 +149,32 @@ class LearningRates:
             # The value of a tensor on a device is its owner's affair: looking would be waiting.
             value = ops.host_value(lr) if lr.numel() == 1 else None
             check_learning_rate(lr if lr.numel() != 1 else 0.0 if value is None else value)
-            is_readable = lr.dtype == torch.float32 and lr.device == row.device
-            source.row = lr.detach() if is_readable else row
+            is_float32 = lr.dtype == torch.float32
+            source.rows = [
+                lr.detach() if is_float32 and lr.device == row.device else row for row in rows
+            ]
         else:
-            row.fill_(checked_learning_rate(lr))
-            source.row = row
+            value = checked_learning_rate(lr)
+            for row in rows:
+                row.fill_(value)
+            source.rows = rows
         source.seen = lr
 
     def _follow_schedule(self, index: int, group: Group) -> None:
         schedule = self.buffer.schedules[index]
-        source = self._sources[index] = _Source(self.buffer.rows[index], schedule)
+        source = self._sources[index] = _Source(self._own_rows(index), schedule)
         if schedule is not None:
             source.value = schedule.value_in_row()
             group["lr"] = source.scheduled = source.seen = source.value(self.step)
 
-    def row(self, index: int) -> Tensor:
-        """Returns what the kernels read: one float32 a step, of which the last one holds."""
-        return self._sources[index].row
+    def row(self, index: int, place: int = 0) -> Tensor:
+        """Returns what the kernels on device number `place` read: one float32 a step."""
+        return self._sources[index].rows[place]
 
-    def current(self, index: int) -> Tensor:
-        """Returns the 0-d value that the next update of the group uses, without a sync."""
-        row = self._sources[index].row
-        return self.buffer.current(index) if row is self.buffer.rows[index] else row.view(())
+    def current(self, index: int, place: int = 0) -> Tensor:
+        """Returns the 0-d value that the next update of the group uses there, without a sync."""
+        row, buffer = self._sources[index].rows[place], list(self.buffers.values())[place]
+        return buffer.current(index) if row is buffer.rows[index] else row.view(())
 
     def advance(self, groups: list[Group], found_inf: Tensor | None = None) -> None:
         """Follows an update on the host.
@@ -177,9 +196,12 @@ class LearningRates:
         return Mark(self.step, tuple(self._skips))
 
     def roll_back(self, mark: Mark) -> None:
-        """Follows the device's step back to where it stood."""
+        """Follows the first device's step back to where it stood."""
         self.step = mark.step
         self._skips = list(mark.skips)
+        for buffer in self.buffers.values():
+            if buffer is not self.buffer:
+                buffer.step.copy_(on_device(self.buffer.step, buffer.step.device))
 
     def schedule(self, index: int) -> Schedule | None:
         """Returns the schedule that is in charge of the group, if any."""
@@ -236,13 +258,13 @@ class LearningRates:
             elif isinstance(present, Tensor):
                 group["lr"] = present.fill_(group["lr"])
         if _capacity(groups) > self.buffer.capacity:
-            return LearningRates(groups, self.buffer.values.device, step)
+            return LearningRates(groups, list(self.buffers), step)
         self.step = step
         self._skips.clear()
-        self.buffer.step.fill_(step)
+        self.buffer.set_step_(step)
         for index, group in enumerate(groups):
             self.buffer.schedules[index] = None
-            self._sources[index] = _Source(self.buffer.rows[index])
+            self._sources[index] = _Source(self._own_rows(index))
             self.sync(index, group)
         return self
 
@@ -258,8 +280,8 @@ class LearningRates:
         for index, group in enumerate(groups):
             self.buffer.schedules[index] = None
             lr = group["lr"] = float(group["lr"])
-            row = self.buffer.rows[index]
-            self._sources[index] = _Source(row, scheduled=lr, refill=refill, seen=lr)
+            rows = self._own_rows(index)
+            self._sources[index] = _Source(rows, scheduled=lr, refill=refill, seen=lr)
 
     def driven(self, groups: list[Group]) -> list[int]:
         """Returns the groups of which the driver is in charge, not the host."""
@@ -282,9 +304,9 @@ class LearningRates:
                 group["lr"] = source.scheduled = lr
 
     def rebuilt(
-        self, groups: list[Group], device: torch.device, capacity: int = 1
+        self, groups: list[Group], devices: Sequence[torch.device], capacity: int = 1
     ) -> LearningRates:
-        """Returns the same learning rates in a new buffer: more groups, longer rows, a new device.
+        """Returns the same learning rates in new buffers: more groups, longer rows, new devices.
 
         Args:
             capacity: the least length of a row; none gets shorter.
@@ -293,11 +315,12 @@ class LearningRates:
         for index in kept:
             groups[index]["lr"] = self.schedule(index) or groups[index]["lr"]
         capacity = max(capacity, self.buffer.capacity)
-        rates = LearningRates(groups, device, int(self.buffer.step), capacity)
+        rates = LearningRates(groups, devices, int(self.buffer.step), capacity)
         for index in kept:  # somebody may have written to the row, whose last value holds
-            row, old = rates.buffer.rows[index], self.buffer.rows[index]
-            row[: len(old)].copy_(old)
-            row[len(old) :].copy_(old[-1])
+            old = self.buffer.rows[index]
+            for row in rates._own_rows(index):
+                row[: len(old)].copy_(old)
+                row[len(old) :].copy_(old[-1])
         for index, old_source in enumerate(self._sources):
             if old_source.refill is not None:
                 source = rates._sources[index]

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from lrs_ext import ops
 from lrs_ext.learning_rates import Group
+from lrs_ext.param_devices import read_all
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.schedules import Schedule
 from lrs_ext.state_storage import Storage
@@ -27,7 +28,7 @@ class SGD(ScheduledOptimizer):
     variants. Arithmetic is float32 whatever the dtype of the parameters; states are by default.
 
     Args:
-        params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
+        params: float32, bfloat16 or float16 tensors, groups of them, or named ones.
         lr: a float, a one-element tensor or a `Schedule`, here or in a group.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch; momentum and
             weight_decay may be schedules too. Where the momentum of a schedule is 0, the momentum
@@ -117,12 +118,13 @@ class SGD(ScheduledOptimizer):
         if is_new or param not in self._counters:
             count = 0.0 if is_new else 1.0
             self._counters[param] = torch.full((), count, dtype=torch.float32, device=param.device)
+        self._counters[param] = self._counters[param].to(param.device)
         return self._counters[param]
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, where there is no momentum buffer before its first gradient."""
         state_dict = super().state_dict()
-        counts = torch.stack(list(self._counters.values())).tolist() if self._counters else []
+        counts = read_all(list(self._counters.values()))
         fresh = {param for param, n in zip(self._counters, counts, strict=True) if n == 0.0}
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in enumerate(params):
@@ -140,7 +142,7 @@ class Adam(ScheduledOptimizer):
     are by default.
 
     Args:
-        params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
+        params: float32, bfloat16 or float16 tensors, groups of them, or named ones.
         lr: a float, a one-element tensor or a `Schedule`, here or in a group.
         betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch; betas that
             are tensors on a device make every step wait for it. weight_decay and betas[0] may be
@@ -297,7 +299,7 @@ class Lion(ScheduledOptimizer):
     whatever the dtype of the parameters; states are by default.
 
     Args:
-        params: float32, bfloat16 or float16 tensors on one device, groups of them, or named ones.
+        params: float32, bfloat16 or float16 tensors, groups of them, or named ones.
         lr: a float, a one-element tensor or a `Schedule`, here or in a group; the paper advises a
             third to a tenth of AdamW's, with a weight decay as many times larger.
         betas, weight_decay, maximize: as in `torch.optim.AdamW`; the decay is decoupled.

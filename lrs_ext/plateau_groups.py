@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrs_ext.autolrs.rates import check_optimizer, usable_lr, warn_of_waiting
 from lrs_ext.host_copy import HostCopy
+from lrs_ext.param_devices import on_device
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 Group = dict[str, Any]
@@ -112,9 +113,10 @@ class BufferGroups(Groups):
 
     def _put(self) -> None:
         optimizer = self._optimizer
-        rows = optimizer.schedule_buffer.rows
-        for index in optimizer.driven_groups():
-            rows[index].copy_(self._lrs[index])
+        for device, buffer in optimizer.schedule_buffers.items():
+            lrs = on_device(self._lrs, device)
+            for index in optimizer.driven_groups():
+                buffer.rows[index].copy_(lrs[index])
 
     def _show_what_is_here(self) -> None:
         if self._copies and all(copy.is_here for copy in self._copies):

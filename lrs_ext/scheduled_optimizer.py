@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lrs_ext import ops, reference
+from lrs_ext import capture_checks, ops
 from lrs_ext.buffer import ScheduleBuffer
-from lrs_ext.checkpoint import last_step, replace_state, unwrap_state, wrap_tensors
+from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
+from lrs_ext.device_tables import CAPTURE_AGAIN
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
-from lrs_ext.hyper_schedules import HyperSchedules, numbers_of, put_schedules, with_peaks
-from lrs_ext.layout import dense_copies, is_dense
-from lrs_ext.learning_rates import (
-    Group,
-    LearningRates,
-    Mark,
-    check_learning_rate,
-    saved_position,
-)
+from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
+from lrs_ext.hyper_schedules import numbers_of, with_peaks
+from lrs_ext.layout import is_dense
+from lrs_ext.learning_rates import Group, Mark, check_learning_rate
+from lrs_ext.param_devices import device_of, devices_of, on_device
 from lrs_ext.schedules import Schedule
 from lrs_ext.state_storage import Storage
 from lrs_ext.step_hooks import watched_step
-from lrs_ext.step_parts import Part, Selection, StridedPart, Table
-from lrs_ext.tensor_checks import (
-    check_numbers,
-    check_params,
-    checked_gradient,
-    common_device,
-)
-
-# What a row of the group table holds: learning rates, numbers, rows of numbers that move.
-Written = tuple[Tensor | None, dict[str, float], Mapping[str, Tensor]]
-
-
-_CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
+from lrs_ext.step_parts import Selection
+from lrs_ext.table_set import Launches, TableSet
+from lrs_ext.tensor_checks import check_numbers, check_params, checked_gradient
 
 
 class ScheduledOptimizer(torch.optim.Optimizer):
-    """One launch a step for every tensor of every group, on one device.
+    """One launch a step for every tensor of every group on a device.
 
     A leaf class says which update it is, which arrays it keeps and which numbers it reads.
     """
@@ -53,8 +40,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     was_captured: bool  # whether a step has been captured into a CUDA graph
     _released: GradientRelease
     may_have_skipped: bool  # whether a flag on the device decided on the last step
-    _table: Table | None
-    _table_names: list[list[str]]
 
     # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
     # lends the optimizer the attributes `grad_scale` and `found_inf`.
@@ -72,13 +57,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if defaults["fused"] and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_learning_rate(defaults["lr"])
-        self._numbers = numbers_of(defaults)
-        self._check(with_peaks(self._numbers, defaults))
+        self._movable = numbers_of(defaults)
+        self._check(with_peaks(self._movable, defaults))
         self._requested_backend = backend
         self._storage = storage or Storage()
         self._counters: dict[Tensor, Tensor] = {}
-        self._rates: LearningRates | None = None
-        self.was_captured = False
+        self._is_started = self.was_captured = False
         super().__init__(params, defaults)
         self._start()
 
@@ -108,21 +92,36 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     @property
     def backend(self) -> str:
-        """The name of the backend in use."""
-        return self._backend
+        """The name of the backend in use on the first parameter's device."""
+        return next(iter(self._backends.values()))
+
+    @property
+    def backends(self) -> dict[torch.device, str]:
+        """The name of the backend in use, by device."""
+        return dict(self._backends)
 
     @property
     def schedule_buffer(self) -> ScheduleBuffer:
-        """The learning rates on the parameters' device: row g belongs to parameter group g."""
-        return self._learning_rates.buffer
+        """The learning rates on the first parameter's device: row g belongs to group g."""
+        return self._numbers.rates.buffer
+
+    @property
+    def schedule_buffers(self) -> dict[torch.device, ScheduleBuffer]:
+        """The learning rates on each device: twins, of which all get what one is given."""
+        return dict(self._numbers.rates.buffers)
 
     def lr_tensor(self, group: int = 0) -> Tensor:
         """Returns what the next update of a group will use: float32, 0-d, without a sync."""
-        self._learning_rates.sync(group, self.param_groups[group])
-        return self._learning_rates.current(group)
+        self._numbers.rates.sync(group, self.param_groups[group])
+        return self._numbers.rates.current(group)
 
     def current_lr(self) -> list[float]:
-        """Returns what the next update of each group will use; waits for the device."""
+        """Returns what the next update of each group will use; waits for the device.
+
+        From then on ``group["lr"]`` knows of updates that only the device had seen so far: replayed
+        from a CUDA graph, or skipped under a GradScaler.
+        """
+        self._numbers.follow_device(self.param_groups, self._check)
         return [float(self.lr_tensor(index)) for index in range(len(self.param_groups))]
 
     def set_schedule(self, schedule: Schedule, group: int | None = None) -> None:
@@ -149,9 +148,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         indices = range(len(self.param_groups)) if group is None else [group]
         if group is not None and not 0 <= group < len(self.param_groups):
             raise IndexError(f"group {group} is not one of {len(self.param_groups)} groups")
-        present = self._learning_rates
-        self._rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
-        if self._rates is not present:
+        numbers, present = self._numbers, self._numbers.rates
+        numbers.rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
+        if numbers.rates is not present:
             self._forget_tables()
         for index in indices:
             self.schedule_buffer.fill_(index, schedule)
@@ -173,29 +172,21 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         >>> opt.param_groups[0]["weight_decay"]
         0.1
         """
-        if len(self.param_groups) != len(self._written):
+        if len(self.param_groups) != self._tables.num_groups:
             raise RuntimeError(
                 f"there are {len(self.param_groups)} parameter groups where there were "
-                f"{len(self._written)}: add them with add_param_group, remove them by making a new "
-                "optimizer"
+                f"{self._tables.num_groups}: add them with add_param_group, remove them by making "
+                "a new optimizer"
             )
         names = []
         for index, group in enumerate(self.param_groups):
-            self._learning_rates.sync(index, group)
-            step = self._learning_rates.step
-            fixed = self._hyper_schedules.sync(index, group, step, self._check)
-            row, hyper = self._learning_rates.row(index), self._hyper(fixed)
-            moving = self._hyper_schedules.rows(index)
-            written_row, written_hyper, written_moving = self._written[index]
-            if row is not written_row or moving is not written_moving or hyper != written_hyper:
-                check_numbers(hyper)
-                self._groups.write(index, row, hyper, moving)
-                self._written[index] = (row, hyper, moving)
+            fixed = self._numbers.sync(index, group, self._check)
+            hyper = self._hyper(fixed)
+            for tables in self._tables.all:
+                tables.write(index, hyper)
             names.append(self._state_names(fixed))
-        if names != self._table_names:
-            self._table_names = names
-            self._table = None
-            self._singles.clear()
+        for tables in self._tables.all:
+            tables.name_states(names)
 
     def forget_graphs(self) -> None:
         """Says that no captured CUDA graph holds a step any more, so that everything may change.
@@ -212,21 +203,21 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 or a CUDA graph holds a step.
         """
         if self.was_captured:
-            raise RuntimeError(f"a new group is not in the captured CUDA graph: {_CAPTURE_AGAIN}")
+            raise RuntimeError(f"a new group is not in the captured CUDA graph: {CAPTURE_AGAIN}")
         super().add_param_group(param_group)
         try:
             check_learning_rate(self.param_groups[-1]["lr"])
-            fixed = with_peaks(self._numbers, self.param_groups[-1])
+            fixed = with_peaks(self._movable, self.param_groups[-1])
             self._check(fixed)
-            common_device(_all_params(self.param_groups))
+            self._select_backends()
             check_params(fixed["params"], type(self).__name__)
             self._check_storage(fixed)
         except Exception:
             self.param_groups.pop()
             raise
-        if self._rates is not None:
-            self._rates = self._rates.rebuilt(self.param_groups, self._device)
-            self._hyper_schedules.add(self.param_groups[-1], self._rates.step)
+        if self._is_started:
+            self._backends = self._select_backends()
+            self._numbers.add_group(self.param_groups, list(self._backends))
             self._forget_tables()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -249,34 +240,28 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         is_captured = self._is_on_gpu and torch.cuda.is_current_stream_capturing()
         if is_captured:
             self._check_capture()
-        parts = self._ready_parts()
+        launches = self._ready_launches()
         has_released = self._released.finish()
-        if not parts and not has_released:
+        if not any(launches) and not has_released:
             self._scaling = StepScaling()  # a limit was for this step
             return loss
-        if not had_state and self._learning_rates.zeroed_by_host and not self._any_gradient():
+        if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             return loss
         found_inf = getattr(self, "found_inf", None)
-        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf, self._device)
+        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
         if self._released.is_in_force and scaling is not None:
             raise RuntimeError(
                 "gradients released in the backward pass can no longer be unscaled or clipped: use "
                 "bfloat16 without a GradScaler, or step() without step_in_backward()"
             )
-        for part in parts:
-            part.run(scaling, commits_step=part is parts[-1])
-        if not parts:
-            self.schedule_buffer.step.add_(1)
+        self._tables.run(launches, scaling)
         self.committed_steps += 1
         self.may_have_skipped = found_inf is not None
         if is_captured:
             self.was_captured = True
-            self._learning_rates.advance(self.param_groups)
-        else:
-            self._learning_rates.advance(self.param_groups, found_inf)
-        self._hyper_schedules.show(self.param_groups, self._learning_rates.step)
+        self._numbers.advance(self.param_groups, None if is_captured else found_inf)
         return loss
 
     def step_in_backward(self) -> GradientRelease:
@@ -314,8 +299,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "gradients released in the backward pass cannot be clipped together: take "
                 "step_in_backward() back by remove()"
             )
-        norms = [part.grad_norm() for part in self._ready_parts()]
-        norm = torch.zeros((), device=self._device) if not norms else norms[0]
+        launches = self._ready_launches()
+        device = self.schedule_buffer.step.device
+        norms = [on_device(part.grad_norm(), device) for parts in launches for part in parts]
+        norm = torch.zeros((), device=device) if not norms else norms[0]
         if len(norms) > 1:
             norm = torch.linalg.vector_norm(torch.stack(norms))
         self._scaling.clip(norm, max_norm)
@@ -328,12 +315,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Reads the position, and with it the learning rates, from the device.
         """
-        self._follow_device()
+        self._numbers.follow_device(self.param_groups, self._check)
         state_dict = super().state_dict()
-        updates = last_step(state_dict["state"])
-        for index, group in enumerate(state_dict["param_groups"]):
-            numbers = self._hyper_schedules.save(index, group)
-            self._learning_rates.save(index, group, updates, numbers)
+        self._numbers.save(state_dict["param_groups"], last_step(state_dict["state"]))
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,7 +345,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def state_to_come(self) -> list[dict[str, Tensor]]:
         """Returns what arrays are kept for each parameter, on the meta device."""
-        fixed = map(self._hyper_schedules.fixed, itertools.count(), self.param_groups)
+        fixed = map(self._numbers.hyper_schedules.fixed, itertools.count(), self.param_groups)
         return [
             self._storage.arrays(param, self._state_names(group), "meta")
             for group in fixed
@@ -374,172 +358,126 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a schedule or a tensor is in charge of a group.
         """
-        rates = self._learning_rates
-        for index, group in enumerate(self.param_groups):
-            if rates.schedule(index) is not None or isinstance(group["lr"], Tensor):
-                raise ValueError(
-                    f"the learning rate of group {index} is a schedule or a tensor, which would be "
-                    "overwritten: give the optimizer a float"
-                )
-        if rates.buffer.capacity < capacity:
-            self._rates = rates.rebuilt(self.param_groups, self._device, capacity)
+        if self._numbers.reserve(self.param_groups, capacity):
             self._forget_tables()
 
     def drive_(self, refill: Callable[[], None]) -> None:
         """Lets somebody else write the schedule buffer; see `LearningRates.drive`."""
-        self._learning_rates.drive(self.param_groups, refill)
+        self._numbers.rates.drive(self.param_groups, refill)
 
     def driven_groups(self) -> list[int]:
         """Returns the groups whose rows the driver may write; see `LearningRates.driven`."""
-        return self._learning_rates.driven(self.param_groups)
+        return self._numbers.rates.driven(self.param_groups)
 
     def show_(self, lrs: Sequence[float]) -> None:
         """Shows each driven group's learning rate; see `LearningRates.show`."""
-        self._learning_rates.show(self.param_groups, lrs)
+        self._numbers.rates.show(self.param_groups, lrs)
 
     def mark(self) -> Mark:
         """Returns where the host stands, for a later `roll_back_`."""
-        return self._learning_rates.mark()
+        return self._numbers.rates.mark()
 
     def roll_back_(self, mark: Mark) -> None:
         """Follows on the host the schedule buffer's step, which has been put back."""
-        self._learning_rates.roll_back(mark)
-        self._hyper_schedules.show(self.param_groups, mark.step)
+        self._numbers.roll_back(self.param_groups, mark)
 
     # The parts of a step
 
-    @property
-    def _learning_rates(self) -> LearningRates:
-        assert self._rates is not None
-        return self._rates
-
     def _start(self, step: int = 0) -> None:
-        self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
-        self._backend = ops.select_backend(self._requested_backend, self._device)
-        self._rates = LearningRates(self.param_groups, self._device, step)
-        self._hyper_schedules = HyperSchedules(self._numbers, self.param_groups, self._device, step)
+        self._backends = self._select_backends()
+        devices = list(self._backends)
+        self._numbers = GroupNumbers(self._movable, self.param_groups, devices, step)
         self._scaling = StepScaling()
         self._released = GradientRelease((), self._update_one)
         self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
         self._forget_tables()
+        self._is_started = True
 
     def _forget_tables(self) -> None:
-        self._is_on_gpu = self._device.type == "cuda"
-        self._groups = ops.GroupTable(len(self.param_groups), self._device)
-        self._written = _nothing_written(self.param_groups)
-        self._table, self._table_names = None, []
-        self._copies: dict[Tensor, Tensor] = {}  # dense ones, of parameters with gaps
-        self._singles: dict[Tensor, Any] = {}  # tables of step_in_backward
+        self._is_on_gpu = any(device.type == "cuda" for device in self._backends)
+        num_groups = len(self.param_groups)
+        self._tables = TableSet(
+            self.algorithm, self._storage, self._numbers, num_groups, self._backends
+        )
+
+    def _select_backends(self) -> dict[torch.device, str]:
+        devices = devices_of(_all_params(self.param_groups))
+        return {device: ops.select_backend(self._requested_backend, device) for device in devices}
 
     def _check_storage(self, group: Group) -> None:
         self._storage.check(group["params"], self._state_names(group))
 
     def _check_capture(self) -> None:
         """Raises RuntimeError where replays of the step now captured would not do as it does."""
-        params = _all_params(self.param_groups)
-        missing = [p for p in params if p.requires_grad and p.grad is None]
-        if missing and not self._released.is_in_force:
-            raise RuntimeError(
-                f"{len(missing)} of {len(params)} parameters have no gradient in the capture, "
-                "whose replays would leave them out: capture the backward pass that makes all "
-                "gradients, or freeze these parameters with requires_grad_(False)"
-            )
-        if self._table is None or self._copies:
-            raise RuntimeError(
-                "a captured step makes no tables or states: make a step before the capture, and "
-                "parameters with gaps between their elements contiguous"
-            )
+        if not self._released.is_in_force:
+            capture_checks.check_gradients(_all_params(self.param_groups))
+        capture_checks.check_tables(self._tables)
         for index, group in enumerate(self.param_groups):
-            is_synced = self._learning_rates.is_synced(index, group)
-            is_synced &= self._hyper_schedules.is_synced(index, group)
-            fixed = self._hyper_schedules.fixed(index, group)
-            if not is_synced or self._hyper(fixed) != self._written[index][1]:
-                raise RuntimeError(
-                    f"a number of group {index} has changed since the last step, and each replay "
-                    "would write it again: call sync_groups() before the capture"
-                )
+            fixed = self._numbers.hyper_schedules.fixed(index, group)
+            is_written = self._tables.has_written(index, self._hyper(fixed))
+            is_synced = is_written and self._numbers.is_synced(index, group)
+            capture_checks.check_synced(index, is_synced)
 
-    def _ready_parts(self) -> list[Part]:
+    def _ready_launches(self) -> Launches:
         """Returns what a step launches: parts with what the host has changed and with gradients."""
         self.sync_groups()
-        table = self._table
         param_lists = [group["params"] for group in self.param_groups]
-        if self._copies or table is None or not table.refresh(param_lists, self.state):
-            parts = self._prepare(param_lists)
-        else:
-            parts = [table]
-        return [part for part in parts if part.has_gradients]
+        launches = self._tables.current(param_lists, self.state)
+        if launches is None:
+            launches = self._prepare(param_lists)
+        return [[part for part in parts if part.has_gradients] for parts in launches]
 
     @torch.no_grad()
-    def _prepare(self, param_lists: list[list[Tensor]]) -> list[Part]:
+    def _prepare(self, param_lists: list[list[Tensor]]) -> Launches:
         """Brings the parts up to date, with states for parameters that have their first gradient.
 
-        Everything is checked before anything is changed. Returns nothing if there is nothing to do.
+        Everything is checked before anything is changed. Without gradients nothing is launched.
         """
         for index, group in enumerate(self.param_groups):
             check_params(group["params"], type(self).__name__)
-            self._check_storage(self._hyper_schedules.fixed(index, group))
+            self._check_storage(self._numbers.hyper_schedules.fixed(index, group))
         params = _all_params(self.param_groups)
         gradients = [checked_gradient(param, type(self).__name__) for param in params]
         if all(gradient is None for gradient in gradients):
-            return []
-        if common_device(params) != self._device:
+            return [[] for _ in self._backends]
+        if devices_of(params) != list(self._backends):
             self._follow_params()
-        self._copies = dense_copies(params, self._copies)
-        steps: list[Tensor | None] = []
-        for names, group_params in zip(self._table_names, param_lists, strict=True):
-            for param in group_params:
-                known = param in self.state or param in self._counters
-                if known or gradients[len(steps)] is not None:
-                    is_new = self._complete_state(param, names)
-                    steps.append(self._step_counter(param, is_new))
-                else:
-                    steps.append(None)
-        positions = list(range(len(params)))
-        every = Selection(param_lists, positions, self.state, steps, gradients)
-        if not self._copies:
-            return [self._refreshed_table(every)]
-        strided = every.only(lambda param: param in self._copies)
-        dense = every.only(lambda param: param not in self._copies)
-        return [
-            self._refreshed_table(dense),
-            StridedPart(strided, self._copies, self._make_table),
+        self._tables.copy_strided(params)
+        positions = iter(gradients)
+        steps = [
+            self._step_of(param, index, next(positions))
+            for index, group_params in enumerate(param_lists)
+            for param in group_params
         ]
+        every = Selection(param_lists, list(range(len(params))), self.state, steps, gradients)
+        return self._tables.renewed(every, self.was_captured)
 
-    def _refreshed_table(self, selection: Selection) -> Table:
-        table = self._table
-        refreshed = (selection.param_lists, selection.state, selection.gradients)
-        if table is None or not table.refresh(*refreshed):
-            if self.was_captured and isinstance(table, ops.StepTable):
-                raise RuntimeError(
-                    "a parameter or a state is another tensor, or elsewhere in memory, than when a "
-                    f"CUDA graph captured the step: {_CAPTURE_AGAIN}"
-                )
-            table = self._table = self._make_table(selection)
-        return table
+    def _step_of(self, param: Tensor, index: int, gradient: Tensor | None) -> Tensor | None:
+        """Returns the step counter of a parameter in group `index`, with its state completed.
+
+        It is None where the parameter has never had a gradient.
+        """
+        if gradient is None and param not in self.state and param not in self._counters:
+            return None
+        is_new = self._tables.of(param).complete_state(param, self.state, index)
+        return self._step_counter(param, is_new)
 
     @torch.no_grad()
     def _update_one(self, param: Tensor) -> None:
         """Updates one dense parameter from its gradient, without advancing the schedule."""
+        if device_of(param) not in self._backends:
+            self._follow_params()
         self.sync_groups()
-        table, param_lists, state = self._singles.get(param, (None, [], {}))
-        is_ready = state.get(param) is self.state.get(param)
-        if table is None or not is_ready or not table.refresh(param_lists, state):
+        tables = self._tables.of(param)
+        table = tables.current_single(param, self.state)
+        if table is None:
             check_params([param], type(self).__name__)
+            gradient = checked_gradient(param, type(self).__name__)
             index, position = self._place_of(param)
-            is_new = self._complete_state(param, self._table_names[index])
             param_lists = [[param] if i == index else [] for i in range(len(self.param_groups))]
+            step = self._step_of(param, index, gradient)
             state = {param: self.state[param]} if param in self.state else {}
-            table = self._make_table(
-                Selection(
-                    param_lists,
-                    [position],
-                    state,
-                    [self._step_counter(param, is_new)],
-                    [checked_gradient(param, type(self).__name__)],
-                )
-            )
-            self._singles[param] = (table, param_lists, state)
+            table = tables.single(Selection(param_lists, [position], state, [step], [gradient]))
         table.run(commits_step=False)
 
     def _place_of(self, param: Tensor) -> tuple[int, int]:
@@ -552,95 +490,36 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 position += 1
         raise RuntimeError("a parameter with a hook of step_in_backward has left the optimizer")
 
-    def _make_table(self, selection: Selection) -> Table:
-        if self._backend == "reference":
-            return reference.ReferenceTable(
-                self.algorithm,
-                self._updates_of(selection),
-                self.schedule_buffer.step,
-                self._storage,
-            )
-        table = ops.StepTable(
-            backend=self._backend,
-            algorithm=self.algorithm,
-            param_lists=selection.param_lists,
-            positions=selection.positions,
-            state=selection.state,
-            state_names=self._table_names,
-            steps=selection.steps,
-            groups=self._groups,
-            step=self.schedule_buffer.step,
-            storage=self._storage,
-        )
-        if not table.refresh(selection.param_lists, selection.state, selection.gradients):
-            raise RuntimeError("a parameter or a state changed while the optimizer read it")
-        return table
-
-    def _updates_of(self, selection: Selection) -> list[reference.TensorUpdate]:
-        updates = []
-        rows = zip(selection.positions, selection.steps, selection.gradients, strict=True)
-        for index, params in enumerate(selection.param_lists):
-            lr, step = self._learning_rates.current(index), self.schedule_buffer.step
-            hyper = self._hyper_schedules.current(index, self._written[index][1], step)
-            for param in params:
-                position, count, grad = next(rows)
-                if count is None or grad is None:
-                    continue
-                state, names = selection.state.get(param, {}), self._table_names[index]
-                updates.append(
-                    reference.TensorUpdate(param, grad, state, names, count, lr, hyper, position)
-                )
-        return updates
-
-    def _complete_state(self, param: Tensor, names: list[str]) -> bool:
-        """Creates missing arrays and converts foreign ones; returns whether any was missing."""
-        if not self._storage.arrays(param, names, "meta"):
-            return False
-        return self._storage.complete(self._copies.get(param, param), self.state[param], names)
-
     def _any_gradient(self) -> bool:
         """Returns whether any gradient has an entry that is not zero; waits for the device."""
         gradients = [param.grad for param in _all_params(self.param_groups)]
         return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
     def _follow_params(self) -> None:
-        """Moves everything to the device to which the parameters have been moved."""
-        self._device = common_device(_all_params(self.param_groups)) or torch.device("cpu")
-        self._backend = ops.select_backend(self._requested_backend, self._device)
-        self._rates = self._learning_rates.rebuilt(self.param_groups, self._device)
-        self._hyper_schedules = self._hyper_schedules.moved(
-            self.param_groups, self._device, self._rates.step
-        )
-        for state in self.state.values():
+        """Moves everything to the devices to which the parameters have been moved."""
+        self._backends = self._select_backends()
+        self._numbers.move(self.param_groups, list(self._backends))
+        for param in filter(self.state.__contains__, _all_params(self.param_groups)):
+            state = self.state[param]
             for name, value in state.items():
                 if isinstance(value, Tensor):
-                    state[name] = value.to(self._device)
-        self._counters = {p: c.to(self._device) for p, c in self._counters.items()}
+                    state[name] = value.to(param.device)
+        self._counters = {param: c.to(param.device) for param, c in self._counters.items()}
         self._forget_tables()
         self.sync_groups()
-
-    def _follow_device(self) -> None:
-        """Takes the position from the device, which alone knows of replayed updates."""
-        rates = self._learning_rates
-        for index, group in enumerate(self.param_groups):
-            self._hyper_schedules.sync(index, group, rates.step, self._check)
-        rates.follow_device(self.param_groups)
-        self._hyper_schedules.show(self.param_groups, rates.step)
 
     # Pickling, copying, loading
 
     def __getstate__(self) -> dict[str, Any]:
-        self._follow_device()
-        rates, groups = self._learning_rates, range(len(self.param_groups))
+        self._numbers.follow_device(self.param_groups, self._check)
         return {
             **super().__getstate__(),
             "_requested_backend": self._requested_backend,
             "_storage": self._storage,
             "_counters": self._counters,
-            "_schedules": [rates.schedule(index) for index in groups],
-            "_number_schedules": [self._hyper_schedules.in_charge(index) for index in groups],
-            "_schedule_step": rates.step,
-            "_values": rates.buffer.values,
+            "_schedules": [self._numbers.schedules(i) for i in range(len(self.param_groups))],
+            "_schedule_step": self._numbers.rates.step,
+            "_values": self.schedule_buffer.values,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -650,14 +529,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             return
         state = dict(state)
         schedules, step = state.pop("_schedules"), state.pop("_schedule_step")
-        values, number_schedules = state.pop("_values"), state.pop("_number_schedules")
+        values = state.pop("_values")
         super().__setstate__(state)
-        self._numbers = numbers_of(self.defaults)
-        for index, group in enumerate(self.param_groups):
-            group["lr"] = schedules[index] or group["lr"]
-            put_schedules(self._numbers, group, number_schedules[index])
+        self._movable = numbers_of(self.defaults)
+        for group, in_charge in zip(self.param_groups, schedules, strict=True):
+            put_all_schedules(self._movable, group, in_charge)
         self._start(step)
-        self.schedule_buffer.values.copy_(values)  # what write_ has put there is in no schedule
+        for buffer in self.schedule_buffers.values():
+            buffer.values.copy_(values)  # what write_ has put there is in no schedule
 
     def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
         # Whatever can be wrong with the checkpoint comes to light before anything is changed.
@@ -668,34 +547,29 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             param: unwrap_state(param, saved, self._storage) for param, saved in saved_state.items()
         }
         updates = last_step(states)
-        positions = [saved_position(group, updates) for group in groups]
-        for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
-            self._hyper_schedules.resume(index, group, position)
-            fixed = with_peaks(self._numbers, group)
+        positions = self._numbers.resume(groups, updates)
+        for position in positions:
+            if position is not None and position.schedule is not None:
+                self._numbers.rates.check_room(position.schedule, self.was_captured)
+        for group in groups:
+            fixed = with_peaks(self._movable, group)
             self._check(fixed)
             self._check_storage(fixed)
             check_numbers(self._hyper(fixed))
-        for param in [param for param in self.state if param not in states]:
-            del self.state[param]
-        for param, loaded in states.items():
-            if isinstance(loaded, dict):
-                replace_state(self.state[param], loaded)
-            else:
-                self.state[param] = loaded
+        replace_states(self.state, states)
         for param, counter in list(self._counters.items()):
             counter.fill_(1.0)
             if param not in self.state:
                 del self._counters[param]
-        self._rates = self._learning_rates.loaded(groups, positions, updates)
-        self._hyper_schedules.load(groups, self._rates.step)
+        buffer = self.schedule_buffer
+        self._numbers.load(groups, positions, updates)
         self.param_groups = groups
-        self._written = _nothing_written(groups)
+        if self.schedule_buffer is buffer:
+            self._tables.forget_numbers()
+        else:
+            self._forget_tables()
         self.sync_groups()
 
 
 def _all_params(groups: list[Group]) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
-
-
-def _nothing_written(groups: list[Group]) -> list[Written]:
-    return [(None, {}, {}) for _ in groups]

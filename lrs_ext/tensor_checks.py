@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,21 +41,6 @@ def check_params(params: list[Tensor], name: str) -> None:
         raise ValueError(
             "optimizer contains a parameter group with duplicate parameters: list each once"
         )
-
-
-def common_device(params: Iterable[Tensor]) -> torch.device | None:
-    """Returns the device of all `params`, None if there are none.
-
-    Raises:
-        RuntimeError: there are several.
-    """
-    devices: set[torch.device] = {param.device for param in params}
-    if len(devices) > 1:
-        names = sorted(map(str, devices))
-        raise RuntimeError(
-            f"all parameters must be on one device, got {names}: make one optimizer per device"
-        )
-    return devices.pop() if devices else None
 
 
 def checked_gradient(param: Tensor, name: str) -> Tensor | None:
@@ -121,5 +106,6 @@ def check_numbers(hyper: Mapping[str, float]) -> None:
 
 def step_counter(param: Tensor, count: Any) -> Tensor:
     """Returns `count`, a number or a tensor, as a count of updates: float32, 0-d."""
-    counter = torch.as_tensor(count).detach()
-    return counter.to(param.device, torch.float32).reshape(())
+    if not isinstance(count, Tensor):  # a copy from the host would wait for the device
+        return torch.full((), count, dtype=torch.float32, device=param.device)
+    return count.detach().to(param.device, torch.float32).reshape(())

@@ -47,6 +47,23 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=HAS_GPU)
+def scaled_bfloat16(monkeypatch):
+    """Lets a GradScaler unscale bfloat16 gradients on a GPU, where torch's kernel refuses them."""
+    foreach = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def unscale(gradients, found_inf, inverse_scale):
+        if gradients[0].dtype != torch.bfloat16:
+            foreach(gradients, found_inf, inverse_scale)
+            return
+        for gradient in gradients:
+            is_finite = gradient.isfinite().all()
+            found_inf.copy_(torch.where(is_finite, found_inf, torch.ones_like(found_inf)))
+            gradient.mul_(inverse_scale)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", unscale)
+
+
 # Where nothing depends on threads: many tiny parallel regions crawl when several tests run at once.
 ONE_THREAD = ("autolrs", "batches", "forecast", "rates", "search", "snapshot", "surrogate")
 

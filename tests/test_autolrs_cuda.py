@@ -25,15 +25,14 @@ class Job:
         self.data = torch.randn(16, 8, 4, device="cuda")
         self.inputs, self.graph = self.data[0].clone(), None
         options = {**PRESETS[preset], "snapshot": snapshot}
-        if replayed:
-            for _ in range(WARM):
-                self.forward_and_step()
         self.auto = lrs_ext.AutoLRS(self.opt, self.model, BOUNDS, **options)
         if not replayed:
             return
-        # The updates above and the one that is captured must not count.
+        # What comes before the first replay must not count.
         copied = Snapshot(self.model, self.opt, ())
         copied.capture()
+        for _ in range(WARM):
+            self.forward_and_step()
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(self.graph):

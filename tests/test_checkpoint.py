@@ -176,6 +176,34 @@ def test_a_checkpoint_of_a_new_optimizer_resets_a_used_one(backend, row):
     assert_equal_runs([fresh, opt], 0, 3)
 
 
+def test_a_longer_schedule_takes_over_an_optimizer_in_use(backend):
+    """Its rows are new, and with them the step that the kernels read."""
+    saved = make("AdamW", make_params(backend), backend, lr=REX)
+    for k in range(3):
+        update(params_of(saved), saved, k)
+    opt = make("AdamW", copies(params_of(saved)), backend, lr=0.5)
+    update(params_of(opt), opt, 0)
+    for param, other in zip(params_of(opt), params_of(saved), strict=True):
+        param.data.copy_(other.data)
+    capacity = opt.schedule_buffer.capacity
+    opt.load_state_dict(through_file(saved.state_dict()))
+    assert opt.schedule_buffer.capacity > capacity
+    assert_equal_runs([saved, opt], 3, 6)
+
+
+def test_a_longer_schedule_is_refused_while_a_graph_reads_the_rows(backend):
+    saved = make("AdamW", make_params(backend), backend, lr=REX)
+    opt = make("AdamW", copies(params_of(saved)), backend, lr=0.5)
+    update(params_of(opt), opt, 0)
+    opt.was_captured = True
+    before = [param.detach().clone() for param in params_of(opt)]
+    with pytest.raises(RuntimeError, match="a CUDA graph reads the present ones"):
+        opt.load_state_dict(saved.state_dict())
+    assert all(map(torch.equal, before, params_of(opt)))
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert opt.schedule_buffer.step.item() == 1
+
+
 @rows
 def test_states_of_16_bit_parameters_are_loaded_in_float32(backend, row):
     opt = make(row, make_params(backend, torch.bfloat16), backend, lr=REX)

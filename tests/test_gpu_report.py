@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,25 +42,22 @@ def test_junit_counts():
     failures = [
         "`tests.test_a::test_bad` failed: assert 1 == 2",
         "`tests.test_a::test_broken` error: boom",
+        "`tests.test_a::test_passed_over` skipped: no CUDA device",
     ]
     counts = {"passed": 1, "failed": 1, "error": 1, "skipped": 1, "xfailed": 1}
-    assert gpu_report.read_junit(JUNIT, skips_fail=False) == (counts, failures)
-    failures.append("`tests.test_a::test_passed_over` skipped: no CUDA device")
-    assert gpu_report.read_junit(JUNIT, skips_fail=True) == (counts, failures)
+    assert gpu_report.read_junit(JUNIT) == (counts, failures)
 
 
 @pytest.mark.parametrize(("kind", "fails"), [("skip", True), ("xfail", False)])
 def test_a_skipped_gpu_test_fails_the_stage(kind, fails, monkeypatch, tmp_path):
-    def run_command(command, limit):
+    def run_command(command, limit, environment):
         (xml,) = [part.partition("=")[2] for part in command if part.startswith("--junitxml=")]
         odd = f'<testcase name="b"><skipped type="pytest.{kind}" message="m" /></testcase>'
         Path(xml).write_text(f'<testsuites><testcase name="a" />{odd}</testsuites>')
         return 0, "1 passed"
 
     monkeypatch.setattr(gpu_report, "run_command", run_command)
-    outcome = gpu_report.run_tests(10, gpu=True, folder=tmp_path)
-    assert outcome["passed"] is not fails
-    assert gpu_report.run_tests(10, gpu=False, folder=tmp_path)["passed"]
+    assert gpu_report.run_tests(10, folder=tmp_path)["passed"] is not fails
 
 
 def test_commands_end_in_time():
@@ -88,17 +86,34 @@ def test_a_failed_stage_is_recorded_and_stops_no_other(capsys):
 
     document, saved = {"stages": {}}, []
     gpu_report.run_stages(
-        {"first": (crash, 50), "second": (good, 50), "third": (good, 1)},
+        {
+            "first": gpu_report.Stage(crash, 50, is_timed=True),
+            "second": gpu_report.Stage(good, 50),
+            "third": gpu_report.Stage(good, 1, is_timed=True),
+        },
         document,
         lambda: saved.append(list(document["stages"])),
         time.monotonic() + 100,
     )
-    assert saved == [["first"], ["first", "second"], ["first", "second", "third"]]
+    assert saved == [["second"], ["first", "second"], ["first", "second", "third"]]
     stages = document["stages"]
     assert [stage["passed"] for stage in stages.values()] == [False, True, False]
     assert stages["first"]["detail"] == "RuntimeError: lost ./x"
     assert stages["third"]["detail"] == "no time was left: give more --minutes"
     assert all(stage["seconds"] >= 0 for stage in stages.values())
+
+
+def test_what_measures_no_time_runs_side_by_side():
+    both = threading.Barrier(2, timeout=30)
+
+    def meet(limit):
+        both.wait()
+        return {"passed": True, "detail": ""}
+
+    document = {}
+    planned = {name: gpu_report.Stage(meet, 50) for name in ("first", "second")}
+    gpu_report.run_stages(planned, document, lambda: None, time.monotonic() + 100)
+    assert all(stage["passed"] for stage in document["stages"].values())
 
 
 def test_a_killed_benchmark_keeps_its_numbers(monkeypatch, tmp_path):
@@ -172,11 +187,11 @@ def test_the_report_has_a_stage_for_each_feature(monkeypatch, tmp_path):
         return 0, "lion, cuda: distance 0.0e+00\nlion, triton: distance 1.0e-08\n"
 
     monkeypatch.setattr(gpu_report, "run_command", run_command)
-    outcome = planned["lion"][0](7.0)
+    outcome = planned["lion"].run(7.0)
     assert outcome["passed"]
     assert outcome["detail"].count("distance") == 2
     assert commands[0][2:] == ["lion", "--device", "cuda"]
-    assert not planned["lamb"][0](7.0)["passed"]  # its line is missing
+    assert not planned["lamb"].run(7.0)["passed"]  # its line is missing
 
 
 @pytest.mark.parametrize("name", gpu_features.CHECKS)

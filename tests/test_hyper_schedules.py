@@ -137,13 +137,16 @@ def test_a_step_writes_nothing_to_the_group_table(monkeypatch):
         opt = make(row, randn_params([(5,)], CPU))
         set_gradients(params_of(opt))
         opt.step()
-        before, rows_before = opt._groups.rows.clone(), opt._hyper_schedules.rows(0)
+        before, rows_before = (
+            opt._tables.all[0].groups.rows.clone(),
+            opt._numbers.hyper_schedules.rows(0),
+        )
         with monkeypatch.context() as patch:
             patch.setattr(ops.GroupTable, "write", None)
             for _ in range(7):
                 opt.step()
-        assert torch.equal(opt._groups.rows, before)
-        assert opt._hyper_schedules.rows(0) is rows_before
+        assert torch.equal(opt._tables.all[0].groups.rows, before)
+        assert opt._numbers.hyper_schedules.rows(0) is rows_before
 
 
 def test_the_device_reads_its_own_step(backend):
@@ -263,7 +266,7 @@ def test_parameters_that_move_to_a_gpu_take_the_schedules_along():
     params_of(opt)[0].data = params_of(opt)[0].data.cuda()
     params_of(opt)[0].grad = None
     assert used + used_decay(opt) == decays(LINEAR, [0, 1])
-    assert opt._hyper_schedules.rows(0)["weight_decay"].is_cuda
+    assert opt._numbers.hyper_schedules.rows(0)["weight_decay"].is_cuda
 
 
 # sync_groups.
@@ -276,13 +279,13 @@ def test_sync_groups_writes_to_the_device_without_a_step(backend):
     opt = make_sgd(backend, weight_decay=0.125, lr=1.0)
     used_decay(opt)
     (param,) = params_of(opt)
-    groups = opt._groups.rows.data_ptr()
+    groups = opt._tables.all[0].groups.rows.data_ptr()
 
     def replayed():
         param.data.fill_(1.0)
         param.grad.zero_()
-        opt._table.refresh([[param]], opt.state)
-        opt._table.run()
+        opt._tables.all[0].table.refresh([[param]], opt.state)
+        opt._tables.all[0].table.run()
         return 1.0 - param.item()
 
     group, step = opt.param_groups[0], opt.schedule_buffer.step
@@ -297,14 +300,14 @@ def test_sync_groups_writes_to_the_device_without_a_step(backend):
         group.update(change)
         opt.sync_groups()
         assert replayed() == expected
-    assert (opt._groups.rows.data_ptr(), int(step)) == (groups, 6)
+    assert (opt._tables.all[0].groups.rows.data_ptr(), int(step)) == (groups, 6)
 
 
 def test_sync_groups_puts_all_numbers_into_the_table():
     opt = lrs_ext.Adam([torch.ones(3, requires_grad=True)], weight_decay=0.1)
     opt.param_groups[0].update(weight_decay=0.2, betas=(0.5, 0.6), eps=0.3, lr=0.4)
     opt.sync_groups()
-    numbers = opt._groups.rows[0].view(torch.float64).tolist()
+    numbers = opt._tables.all[0].groups.rows[0].view(torch.float64).tolist()
     assert numbers[3:9] == [0.2, 0.0, 0.5, 0.6, 0.3, 0.0]
     assert opt.schedule_buffer.values[0, 0].item() == float(np.float32(0.4))
     assert not opt.state
@@ -485,14 +488,14 @@ def test_a_checkpoint_out_of_range_changes_nothing():
 
 def test_loading_reaches_the_device_at_once_and_keeps_the_rows(backend):
     opt = make_sgd(backend, weight_decay=LINEAR)
-    row, groups = opt._hyper_schedules.rows(0)["weight_decay"], opt._groups
+    row, groups = opt._numbers.hyper_schedules.rows(0)["weight_decay"], opt._tables.all[0].groups
     checkpoint = opt.state_dict()
     opt.param_groups[0]["weight_decay"] = 0.25
     opt.sync_groups()
     opt.load_state_dict(checkpoint)
-    assert opt._groups is groups
-    assert opt._hyper_schedules.rows(0)["weight_decay"] is row
-    assert opt._written[0][2] == {"weight_decay": row}
+    assert opt._tables.all[0].groups is groups
+    assert opt._numbers.hyper_schedules.rows(0)["weight_decay"] is row
+    assert opt._tables.all[0]._written[0][2] == {"weight_decay": row}
     assert used_decay(opt) == decays(LINEAR, [0])
 
 
@@ -511,7 +514,7 @@ def test_copies_go_on_to_the_bit_and_share_nothing(row, steps, copied):
     assert_equal_runs([opt, other], steps + 1, steps + 4)
     for group, own in zip(opt.param_groups, other.param_groups, strict=True):
         assert numbers_in(group, row) == numbers_in(own, row)
-    mine, theirs = (o._hyper_schedules.rows(0) for o in (opt, other))
+    mine, theirs = (o._numbers.hyper_schedules.rows(0) for o in (opt, other))
     assert all(mine[name].data_ptr() != theirs[name].data_ptr() for name in mine)
 
 

@@ -133,10 +133,10 @@ def test_parameters_with_overlaps_are_refused(backend, name, view):
 
 @optimizers
 @pytest.mark.parametrize("apart", [False, True], ids=["one group", "two groups"])
-def test_parameters_on_two_devices_are_refused(name, apart):
+def test_every_device_needs_a_backend(name, apart):
     params = [leaf(), leaf(device="meta")]
     groups = [{"params": [p]} for p in params] if apart else params
-    with pytest.raises(RuntimeError, match=r"(?s)cpu.*meta|meta.*cpu"):
+    with pytest.raises(RuntimeError, match="no kernel can be used for parameters on meta"):
         getattr(lrs_ext, name)(groups)
 
 

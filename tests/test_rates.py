@@ -27,6 +27,7 @@ class Driven:
     """Two 0-d parameters that are 0 with gradient -1 before an update, and then the rate used."""
 
     def __init__(self, kind="lrs_ext", steps_before=0, device="cpu"):
+        self.device = device
         self.params = [torch.zeros((), device=device, requires_grad=True) for _ in range(2)]
         groups = [{"params": [p], "lr": lr} for p, lr in zip(self.params, (0.5, 1.0), strict=True)]
         self.opt = KINDS[kind](groups)
@@ -56,7 +57,8 @@ class Driven:
         return used
 
     def write(self, rate, is_known=True):
-        self.rates.write(torch.tensor(rate), torch.tensor(SHAPE, dtype=torch.float64))
+        shape = torch.tensor(SHAPE, dtype=torch.float64, device=self.device)
+        self.rates.write(torch.tensor(rate, device=self.device), shape)
         if is_known:
             self.rates.show(lambda updates: rate * shape_at(updates))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrs_ext.param_devices import on_device
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 Group = dict[str, Any]
@@ -278,14 +279,16 @@ class BufferRates(Rates):
 
     def _put(self) -> None:
         optimizer = self._buffered
-        rows = optimizer.schedule_buffer.rows
         if len(self._positions) != optimizer.schedule_buffer.capacity:
             self._positions = self._all_positions()
         since = (self._positions - self._start).clamp_(0, len(self._shape) - 1)
         heights = (self.rate * self._ratio_tensor).unsqueeze(1)
         values = heights * self._shape.index_select(0, since)
-        for index in optimizer.driven_groups():
-            rows[index].copy_(values[index])
+        driven = optimizer.driven_groups()
+        for device, buffer in optimizer.schedule_buffers.items():
+            values = on_device(values, device)
+            for index in driven:
+                buffer.rows[index].copy_(values[index])
 
     def _all_positions(self) -> Tensor:
         return torch.arange(self._buffered.schedule_buffer.capacity, device=self._device)

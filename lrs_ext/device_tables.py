@@ -1,0 +1,202 @@
+"""What the step kernels read on one device: numbers of the groups, addresses of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lrs_ext import ops, reference
+from lrs_ext.group_numbers import GroupNumbers
+from lrs_ext.layout import dense_copies
+from lrs_ext.state_storage import Storage
+from lrs_ext.step_parts import Part, Selection, StridedPart, Table
+from lrs_ext.tensor_checks import check_numbers
+
+# What a row of the group table holds: learning rates, numbers, rows of numbers that move.
+Written = tuple[Tensor | None, dict[str, float], Mapping[str, Tensor]]
+States = dict[Tensor, dict[str, Any]]
+
+CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
+
+
+class DeviceTables:
+    """The group table and the step tables of an optimizer's parameters on one device.
+
+    Args:
+        algorithm: a native name.
+        storage: how states and bfloat16 parameters are kept.
+        numbers: of the groups.
+        num_groups: how many of them there are.
+        place: the number of the device among those of `numbers`.
+        backend: that of the launches.
+
+    Attributes:
+        groups: the group table.
+        table: that of the last step, None if it must be made anew.
+        copies: dense ones, of the parameters with gaps.
+    """
+
+    def __init__(
+        self,
+        algorithm: str,
+        storage: Storage,
+        numbers: GroupNumbers,
+        num_groups: int,
+        place: int,
+        backend: str,
+    ) -> None:
+        self._algorithm = algorithm
+        self._storage = storage
+        self._numbers = numbers
+        self._place = place
+        self._step = list(numbers.rates.buffers.values())[place].step
+        self._backend = backend
+        self._num_groups = num_groups
+        self.groups = ops.GroupTable(num_groups, self._step.device)
+        self.table: Table | None = None
+        self.copies: dict[Tensor, Tensor] = {}
+        self._names: list[list[str]] = []
+        self._singles: dict[Tensor, tuple[Table, list[list[Tensor]], States]] = {}
+        self.forget_numbers()
+
+    # The numbers of the groups
+
+    def write(self, index: int, hyper: dict[str, float]) -> None:
+        """Writes the row of a group where it has changed.
+
+        Args:
+            hyper: the fixed numbers by native names.
+        """
+        row = self._numbers.rates.row(index, self._place)
+        moving = self._numbers.hyper_schedules.rows(index, self._place)
+        written_row, written_hyper, written_moving = self._written[index]
+        if row is not written_row or moving is not written_moving or hyper != written_hyper:
+            check_numbers(hyper)
+            self.groups.write(index, row, hyper, moving)
+            self._written[index] = (row, hyper, moving)
+
+    def has_written(self, index: int, hyper: dict[str, float]) -> bool:
+        """Returns whether the row of a group holds these fixed numbers."""
+        return self._written[index][1] == hyper
+
+    def forget_numbers(self) -> None:
+        """Makes the next `write` of each group write."""
+        self._written: list[Written] = [(None, {}, {}) for _ in range(self._num_groups)]
+
+    def name_states(self, names: list[list[str]]) -> None:
+        """Says, for each group, which arrays of its states the update reads."""
+        if names != self._names:
+            self._names = names
+            self.table = None
+            self._singles.clear()
+
+    # Tables of all parameters
+
+    def current_parts(self, param_lists: list[list[Tensor]], state: States) -> list[Part] | None:
+        """Returns what a step launches, None if it has to be made up anew by `parts`."""
+        table = self.table
+        if self.copies or table is None or not table.refresh(param_lists, state):
+            return None
+        return [table]
+
+    def copy_strided(self, params: list[Tensor]) -> None:
+        """Makes dense copies of the parameters with gaps; first of all."""
+        self.copies = dense_copies(params, self.copies)
+
+    def complete_state(self, param: Tensor, state: States, index: int) -> bool:
+        """Creates missing arrays of a parameter in group `index` and converts foreign ones.
+
+        Returns:
+            Whether any was missing.
+        """
+        names = self._names[index]
+        if not self._storage.arrays(param, names, "meta"):
+            return False
+        return self._storage.complete(self.copies.get(param, param), state[param], names)
+
+    def parts(self, every: Selection, is_captured: bool) -> list[Part]:
+        """Returns what a step launches.
+
+        Args:
+            every: all parameters, with complete states.
+            is_captured: whether a CUDA graph reads the present table.
+
+        Raises:
+            RuntimeError: such a graph would read what is no longer there.
+        """
+        if not self.copies:
+            return [self._refreshed_table(every, is_captured)]
+        strided = every.only(lambda param: param in self.copies)
+        dense = every.only(lambda param: param not in self.copies)
+        return [
+            self._refreshed_table(dense, is_captured),
+            StridedPart(strided, self.copies, self._make_table),
+        ]
+
+    def _refreshed_table(self, selection: Selection, is_captured: bool) -> Table:
+        table = self.table
+        refreshed = (selection.param_lists, selection.state, selection.gradients)
+        if table is None or not table.refresh(*refreshed):
+            if is_captured and isinstance(table, ops.StepTable):
+                raise RuntimeError(
+                    "a parameter or a state is another tensor, or elsewhere in memory, than when a "
+                    f"CUDA graph captured the step: {CAPTURE_AGAIN}"
+                )
+            table = self.table = self._make_table(selection)
+        return table
+
+    # Tables of one dense parameter
+
+    def current_single(self, param: Tensor, state: States) -> Table | None:
+        """Returns the table of one parameter, None if it has to be made anew by `single`."""
+        table, param_lists, own_state = self._singles.get(param, (None, [], {}))
+        is_ready = own_state.get(param) is state.get(param)
+        if table is None or not is_ready or not table.refresh(param_lists, own_state):
+            return None
+        return table
+
+    def single(self, selection: Selection) -> Table:
+        """Returns the table of one parameter."""
+        table = self._make_table(selection)
+        param = next(param for params in selection.param_lists for param in params)
+        self._singles[param] = (table, selection.param_lists, selection.state)
+        return table
+
+    def _make_table(self, selection: Selection) -> Table:
+        if self._backend == "reference":
+            updates = self._updates_of(selection)
+            return reference.ReferenceTable(self._algorithm, updates, self._step, self._storage)
+        table = ops.StepTable(
+            backend=self._backend,
+            algorithm=self._algorithm,
+            param_lists=selection.param_lists,
+            positions=selection.positions,
+            state=selection.state,
+            state_names=self._names,
+            steps=selection.steps,
+            groups=self.groups,
+            step=self._step,
+            storage=self._storage,
+        )
+        if not table.refresh(selection.param_lists, selection.state, selection.gradients):
+            raise RuntimeError("a parameter or a state changed while the optimizer read it")
+        return table
+
+    def _updates_of(self, selection: Selection) -> list[reference.TensorUpdate]:
+        updates = []
+        rates, hyper_schedules = self._numbers.rates, self._numbers.hyper_schedules
+        rows = zip(selection.positions, selection.steps, selection.gradients, strict=True)
+        for index, params in enumerate(selection.param_lists):
+            lr, fixed = rates.current(index, self._place), self._written[index][1]
+            hyper = hyper_schedules.current(index, fixed, self._step, self._place)
+            for param in params:
+                position, count, grad = next(rows)
+                if count is None or grad is None:
+                    continue
+                state, names = selection.state.get(param, {}), self._names[index]
+                updates.append(
+                    reference.TensorUpdate(param, grad, state, names, count, lr, hyper, position)
+                )
+        return updates

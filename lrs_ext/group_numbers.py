@@ -1,0 +1,145 @@
+"""The numbers of the parameter groups that may follow schedules, on the host and on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrs_ext.hyper_schedules import HyperSchedules, Number, put_schedules
+from lrs_ext.learning_rates import Group, LearningRates, Mark, Position, saved_position
+from lrs_ext.schedules import Schedule
+
+Check = Callable[[Group], None]  # raises ValueError if the numbers of a group do not fit together
+
+
+class GroupNumbers:
+    """Learning rates and other numbers of the groups, which advance together.
+
+    Args:
+        numbers: what else than the learning rate may follow a schedule.
+        groups: the optimizer's parameter groups; schedules in them are replaced by floats.
+        devices: where the parameters are.
+        step: committed updates so far.
+
+    Attributes:
+        rates: the learning rates; another object when their buffers have been replaced.
+        hyper_schedules: the other numbers.
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[Number],
+        groups: list[Group],
+        devices: Sequence[torch.device],
+        step: int = 0,
+    ) -> None:
+        self._numbers = numbers
+        self.rates = LearningRates(groups, devices, step)
+        self.hyper_schedules = HyperSchedules(numbers, groups, devices, step)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return list(self.rates.buffers)
+
+    def sync(self, index: int, group: Group, check: Check) -> Group:
+        """Writes what the host has put into the group to the device; see `HyperSchedules.sync`."""
+        self.rates.sync(index, group)
+        return self.hyper_schedules.sync(index, group, self.rates.step, check)
+
+    def is_synced(self, index: int, group: Group) -> bool:
+        """Returns whether there is nothing new in the group for `sync` to take over."""
+        rates_are_synced = self.rates.is_synced(index, group)
+        return rates_are_synced and self.hyper_schedules.is_synced(index, group)
+
+    def advance(self, groups: list[Group], found_inf: Tensor | None = None) -> None:
+        """Follows an update on the host; see `LearningRates.advance`."""
+        self.rates.advance(groups, found_inf)
+        self.hyper_schedules.show(groups, self.rates.step)
+
+    def roll_back(self, groups: list[Group], mark: Mark) -> None:
+        """Follows the first device's step back to where it stood."""
+        self.rates.roll_back(mark)
+        self.hyper_schedules.show(groups, mark.step)
+
+    def follow_device(self, groups: list[Group], check: Check) -> None:
+        """Takes the position from the device, which alone knows of replayed updates."""
+        for index, group in enumerate(groups):
+            self.hyper_schedules.sync(index, group, self.rates.step, check)
+        self.rates.follow_device(groups)
+        self.hyper_schedules.show(groups, self.rates.step)
+
+    def add_group(self, groups: list[Group], devices: Sequence[torch.device]) -> None:
+        """Takes in a group that has been added to `groups`, which are on `devices` now."""
+        is_new_device = list(devices) != self.devices
+        self.rates = self.rates.rebuilt(groups, devices)
+        self.hyper_schedules.add(groups[-1], self.rates.step)
+        if is_new_device:
+            self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
+
+    def move(self, groups: list[Group], devices: Sequence[torch.device]) -> None:
+        """Moves everything to other devices."""
+        self.rates = self.rates.rebuilt(groups, devices)
+        self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
+
+    def reserve(self, groups: list[Group], capacity: int) -> bool:
+        """Makes the rows of the learning rates longer; returns whether they were too short.
+
+        Raises:
+            ValueError: a schedule or a tensor is in charge of a group.
+        """
+        for index, group in enumerate(groups):
+            if self.rates.schedule(index) is not None or isinstance(group["lr"], Tensor):
+                raise ValueError(
+                    f"the learning rate of group {index} is a schedule or a tensor, which would be "
+                    "overwritten: give the optimizer a float"
+                )
+        if self.rates.buffer.capacity >= capacity:
+            return False
+        self.rates = self.rates.rebuilt(groups, self.devices, capacity)
+        return True
+
+    # Checkpoints and copies
+
+    def save(self, saved_groups: list[Group], updates: int | None) -> None:
+        """Adds to the groups of a checkpoint what it takes to resume.
+
+        Args:
+            updates: the largest step count of the states.
+        """
+        for index, group in enumerate(saved_groups):
+            numbers = self.hyper_schedules.save(index, group)
+            self.rates.save(index, group, updates, numbers)
+
+    def resume(self, groups: list[Group], updates: int | None) -> list[Position | None]:
+        """Puts schedules of a checkpoint into its groups; returns where each group stood.
+
+        Raises:
+            ValueError: a learning rate or a schedule is not valid.
+        """
+        positions = [saved_position(group, updates) for group in groups]
+        for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
+            self.hyper_schedules.resume(index, group, position)
+        return positions
+
+    def load(
+        self, groups: list[Group], positions: list[Position | None], updates: int | None
+    ) -> None:
+        """Takes over the groups of a checkpoint, in the present rows if they are long enough."""
+        self.rates = self.rates.loaded(groups, positions, updates)
+        self.hyper_schedules.load(groups, self.rates.step)
+
+    def schedules(self, index: int) -> dict[str, Schedule]:
+        """Returns the schedules that are in charge of a group, by the names of their numbers."""
+        lr = self.rates.schedule(index)
+        return {**({} if lr is None else {"lr": lr}), **self.hyper_schedules.in_charge(index)}
+
+
+def put_all_schedules(
+    numbers: Sequence[Number], group: Group, schedules: Mapping[str, Any]
+) -> None:
+    """Puts what `GroupNumbers.schedules` has returned into a group."""
+    group["lr"] = schedules.get("lr", group["lr"])
+    put_schedules(numbers, group, schedules)

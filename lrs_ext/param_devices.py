@@ -1,0 +1,38 @@
+"""On which devices the parameters of an optimizer are, and how numbers get from one to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def device_of(param: Tensor) -> torch.device:
+    """Returns the device whose tables a parameter belongs to."""
+    return param.device
+
+
+def devices_of(params: Iterable[Tensor]) -> list[torch.device]:
+    """Returns the devices of `params`, that of the first one first; the CPU if there are none."""
+    return list(dict.fromkeys(map(device_of, params))) or [torch.device("cpu")]
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on `device`, for a kernel that is launched next.
+
+    The host waits only where a number goes from an accelerator to the CPU, whose kernel runs at
+    once: a copy without waiting would let it read what is not there yet.
+    """
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def read_all(numbers: Sequence[Tensor]) -> list[float]:
+    """Returns the values of one-element tensors; waits once for each device."""
+    values = [0.0] * len(numbers)
+    for device in dict.fromkeys(number.device for number in numbers):
+        indices = [i for i, number in enumerate(numbers) if number.device == device]
+        found = torch.stack([numbers[i].reshape(()) for i in indices]).tolist()
+        for index, value in zip(indices, found, strict=True):
+            values[index] = value
+    return values

@@ -1,0 +1,584 @@
+"""Parameters on several devices in one optimizer: all goes as with an optimizer for each device.
+
+Without a GPU, half of the parameters on the CPU count as those of another device.
+"""
+
+import copy
+import itertools
+import pickle
+
+import cases
+import pytest
+import torch
+from moving import with_schedules
+from test_no_sync import NoReadingMethods, NoReadingOps
+
+import lrs_ext
+from lrs_ext import ops, param_devices
+
+REX = lrs_ext.rex(0.1, 8, warmup_steps=2, min_lr=0.001)
+SHAPES = [(5,), (3, 40), (), (300,)]
+CPU, GPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda", 0), torch.device("cpu", 0)
+gpu = pytest.mark.gpu
+PAIRS = [
+    pytest.param((CPU, ELSEWHERE), id="half of the cpu"),
+    pytest.param((CPU, GPU), id="cpu and cuda", marks=gpu),
+    pytest.param((GPU, CPU), id="cuda and cpu", marks=gpu),
+    pytest.param(
+        (GPU, torch.device("cuda", 1)),
+        id="two cuda",
+        marks=[gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")],
+    ),
+]
+ACCELERATORS = [PAIRS[0], PAIRS[3]]  # or what stands for them
+rows = pytest.mark.parametrize("row", cases.STATE_UPDATES, ids=str)
+adamw = cases.UpdateRow("AdamW", {"weight_decay": 0.1})
+
+
+@pytest.fixture
+def mark_elsewhere(monkeypatch):
+    """Parameters that carry `is_elsewhere` are on the second half of the CPU."""
+    monkeypatch.setattr(
+        param_devices,
+        "device_of",
+        lambda param: ELSEWHERE if getattr(param, "is_elsewhere", False) else param.device,
+    )
+
+
+@pytest.fixture(params=PAIRS)
+def devices(request, mark_elsewhere):
+    return request.param
+
+
+def place(tensor, device):
+    param = tensor.detach().to(device, copy=True).requires_grad_()
+    param.is_elsewhere = device == ELSEWHERE
+    return param
+
+
+def make_params(devices, dtypes=(torch.float32, torch.bfloat16)):
+    """Parameters of all shapes and dtypes on each device, in turns."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        place(torch.randn(shape, generator=generator).to(dtype), device)
+        for dtype, shape, device in itertools.product(dtypes, SHAPES, devices)
+    ]
+
+
+def set_gradients(params, k, skip=()):
+    for index, param in enumerate(params):
+        generator = torch.Generator().manual_seed(100 * k + index)
+        gradient = torch.randn(param.shape, generator=generator)
+        param.grad = None if index in skip else gradient.to(param.device, param.dtype)
+
+
+def make(row, groups, **options):
+    return getattr(lrs_ext, row.name)(groups, **{"lr": row.lr} | row.options | options)
+
+
+class Twins:
+    """One optimizer of two groups on both devices, and one for each device."""
+
+    def __init__(self, devices, row=adamw, **options):
+        self.devices = devices
+        self.params, others = make_params(devices), make_params(devices)
+        half = len(self.params) // 2
+        second = {"lr": lrs_ext.linear(0.05, 6), "weight_decay": 0.25}
+        groups = [{"params": self.params[:half]}, {"params": self.params[half:], **second}]
+        self.opt = make(row, groups, **{"lr": REX} | options)
+        self.apart = [
+            make(
+                row,
+                [{"params": others[i:half:2]}, {"params": others[half + i :: 2], **second}],
+                **{"lr": REX} | options,
+            )
+            for i in range(2)
+        ]
+        self.others = others
+        self.steps = 0
+
+    @property
+    def opts(self):
+        return [self.opt, *self.apart]
+
+    def set_gradients(self, skip=()):
+        for params in (self.params, self.others):
+            set_gradients(params, self.steps, skip)
+
+    def step(self, skip=()):
+        self.set_gradients(skip)
+        for opt in self.opts:
+            opt.step()
+        self.steps += 1
+        self.compare()
+
+    def compare(self):
+        for index, (ours, theirs) in enumerate(zip(self.params, self.others, strict=True)):
+            assert torch.equal(ours, theirs), index
+            apart = self.apart[index % 2]
+            mine, other = self.opt.state.get(ours, {}), apart.state.get(theirs, {})
+            assert mine.keys() == other.keys()
+            assert all(torch.equal(mine[name], other[name]) for name in mine), index
+            assert all(state.device == ours.device for state in mine.values())
+        buffers = self.opt.schedule_buffers
+        assert list(buffers) == list(self.devices)
+        for buffer, apart in zip(buffers.values(), self.apart, strict=True):
+            assert torch.equal(buffer.step, apart.schedule_buffer.step)
+            assert torch.equal(buffer.values, apart.schedule_buffer.values)
+        for ours, theirs in zip(self.opt.param_groups, self.apart[0].param_groups, strict=True):
+            assert {k: v for k, v in ours.items() if k != "params"} == {
+                k: v for k, v in theirs.items() if k != "params"
+            }
+        assert self.opt.current_lr() == self.apart[0].current_lr()
+
+
+@rows
+def test_steps_equal_those_of_an_optimizer_for_each_device(devices, row):
+    twins = Twins(devices, row)
+    for k in range(5):
+        twins.step(skip=[1, 2] if k < 2 else [])
+    assert [int(buffer.step) for buffer in twins.opt.schedule_buffers.values()] == [5, 5]
+
+
+def test_members_say_what_there_is_on_each_device(devices):
+    twins = Twins(devices)
+    opt = twins.opt
+    assert opt.schedule_buffer is opt.schedule_buffers[devices[0]]
+    assert list(opt.backends) == list(devices)
+    assert opt.backends == {d: ops.select_backend(None, d) for d in devices}
+    assert opt.backend == opt.backends[devices[0]]
+    for device, buffer in opt.schedule_buffers.items():
+        assert buffer.step.device == buffer.values.device == torch.empty(0, device=device).device
+    assert opt.lr_tensor(1).device == opt.schedule_buffer.step.device
+
+
+@pytest.mark.parametrize("row", cases.MOVING_ALL, ids=str)
+def test_numbers_that_move(devices, row):
+    twins = Twins(devices, row.update, **with_schedules(row))
+    for _ in range(4):
+        twins.step()
+    twins_of_group = [opt.param_groups[0] for opt in twins.opts]
+    for group in twins_of_group:
+        group["weight_decay"] = 0.4
+    twins.step()
+    for group in twins_of_group:
+        group["weight_decay"] = lrs_ext.linear(0.3, 30)
+    for _ in range(2):
+        twins.step()
+
+
+def test_a_device_without_gradients_keeps_up(devices):
+    twins = Twins(devices)
+    twins.step()
+    set_gradients(twins.params, 1, skip=range(1, len(twins.params), 2))
+    twins.opt.step()
+    assert [int(buffer.step) for buffer in twins.opt.schedule_buffers.values()] == [2, 2]
+    for index, param in enumerate(twins.params):
+        assert torch.equal(param, twins.others[index]) == (index % 2 == 1)
+    set_gradients(twins.params, 2, skip=range(len(twins.params)))
+    twins.opt.step()
+    assert [int(buffer.step) for buffer in twins.opt.schedule_buffers.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("home", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("skip", [(), range(1, 16, 2)], ids=["all", "gradients on one device"])
+def test_an_overflow_skips_the_update_everywhere(devices, home, skip):
+    twins = Twins(devices)
+    twins.step()
+    kept = [t.clone() for t in (*twins.params, *states_of(twins.opt))]
+    twins.set_gradients(skip)
+    scale, overflow = (torch.tensor(x, device=devices[home]) for x in (8.0, 1.0))
+    twins.opt.grad_scale, twins.opt.found_inf = scale, overflow
+    twins.opt.step()
+    present = (*twins.params, *states_of(twins.opt))
+    assert all(torch.equal(a, b) for a, b in zip(kept, present, strict=True))
+    assert [int(buffer.step) for buffer in twins.opt.schedule_buffers.values()] == [1, 1]
+    overflow.zero_()
+    for opt in twins.opts:
+        opt.grad_scale, opt.found_inf = scale, overflow
+    twins.step()
+
+
+def states_of(opt):
+    return [value for state in opt.state.values() for value in state.values()]
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_the_norm_is_that_of_all_gradients(devices, scale):
+    twins = Twins(devices)
+    for _ in range(3):
+        twins.set_gradients()
+        stored = torch.cat([p.grad.double().cpu().flatten() for p in twins.params]).norm()
+        max_norm = 0.25 * float(stored)
+        norm = lrs_ext.clip_grad_norm_(twins.opt, max_norm)
+        assert norm.device == twins.params[0].device
+        assert float(norm) == pytest.approx(float(stored), rel=1e-6)
+        for opt, device in zip(twins.apart, devices, strict=True):
+            opt._scaling.clip(norm.to(device), max_norm)
+        if scale is not None:
+            for opt in twins.opts:
+                opt.grad_scale = torch.tensor(scale, device=devices[1])
+                opt.found_inf = torch.zeros((), device=devices[1])
+        before = [param.detach().clone() for param in twins.params]
+        twins.step()
+        assert not any(map(torch.equal, before, twins.params))
+
+
+def test_a_tensor_limits_the_norm_everywhere(devices):
+    params = [place(torch.zeros(2), device) for device in devices]
+    opt = lrs_ext.SGD(params, lr=1.0)
+    for param, gradient in zip(params, ([3.0, 0.0], [0.0, 4.0]), strict=True):
+        param.grad = torch.tensor(gradient, device=param.device)
+    assert float(lrs_ext.clip_grad_norm_(opt, torch.ones(1, device=devices[1]))) == 5.0
+    opt.step()
+    moved = torch.stack([param.detach().cpu() for param in params])
+    torch.testing.assert_close(moved, torch.tensor([[-0.6, 0.0], [0.0, -0.8]]))
+
+
+@rows
+def test_a_checkpoint_goes_on_to_the_bit(devices, row, tmp_path):
+    twins = Twins(devices, row)
+    for _ in range(3):
+        twins.step()
+    torch.save(twins.opt.state_dict(), tmp_path / "checkpoint")
+    params = [place(param, d) for param, d in zip(twins.params, itertools.cycle(devices))]
+    half = len(params) // 2
+    opt = make(row, [{"params": params[:half]}, {"params": params[half:]}])
+    opt.load_state_dict(torch.load(tmp_path / "checkpoint", weights_only=True))
+    twins.opt, twins.params = opt, params
+    for _ in range(3):
+        twins.step()
+
+
+@pytest.mark.parametrize("name", cases.TORCH_OPTIMIZERS)
+def test_checkpoints_of_torch_move_both_ways(devices, name):
+    options = {"lr": 0.1} | ({"momentum": 0.9} if name == "SGD" else {})
+    params = make_params(devices, [torch.float32])
+    theirs = getattr(torch.optim, name)(params, **options)
+    set_gradients(params, 0)
+    theirs.step()
+    ours = getattr(lrs_ext, name)(params, **options)
+    ours.load_state_dict(theirs.state_dict())
+    assert all(s.device == p.device for p in params for s in ours.state[p].values())
+    assert all(int(b.step) == (name != "SGD") for b in ours.schedule_buffers.values())
+    set_gradients(params, 1)
+    ours.step()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_to_the_bit(devices, copied):
+    twins = Twins(devices)
+    for _ in range(2):
+        twins.step()
+    twins.opt = copied(twins.opt)
+    twins.params = [param for group in twins.opt.param_groups for param in group["params"]]
+    for _ in range(2):
+        twins.step()
+
+
+def make_sgd(devices, *lrs, **options):
+    """From 0 and with gradient -1, an update leaves the learning rate in each parameter."""
+    groups = [
+        {"params": [place(torch.zeros(()), device) for device in devices], "lr": lr} for lr in lrs
+    ]
+    opt = lrs_ext.SGD(groups, **options)
+    return opt, lambda: used(opt)
+
+
+def used(opt):
+    params = [param for group in opt.param_groups for param in group["params"]]
+    for param in params:
+        param.data.zero_()
+        param.grad = torch.full_like(param, -1.0)
+    opt.step()
+    return [param.item() for param in params]
+
+
+def test_floats_and_schedules_reach_every_device(devices):
+    opt, used = make_sgd(devices, 0.5, REX)
+    assert used() == pytest.approx([0.5] * 2 + [REX(0)] * 2)
+    opt.param_groups[0]["lr"] = 0.25
+    opt.param_groups[1]["lr"] = 0.125
+    assert used() == [0.25] * 2 + [0.125] * 2
+    opt.set_schedule(lrs_ext.linear(1.0, 8))
+    assert used() == [0.75] * 4
+    values = [buffer.values.data_ptr() for buffer in opt.schedule_buffers.values()]
+    opt.set_schedule(lrs_ext.linear(1.0, 6), group=1)
+    assert values == [buffer.values.data_ptr() for buffer in opt.schedule_buffers.values()]
+    assert used() == [0.625] * 2 + [0.5] * 2
+    opt.set_schedule(lrs_ext.linear(1.0, 16))
+    assert all(buffer.capacity == 17 for buffer in opt.schedule_buffers.values())
+    assert used() == [0.75] * 4
+    assert opt.current_lr() == [11 / 16] * 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_one_buffer_is_given_all_get(devices, which):
+    opt, used = make_sgd(devices, 0.5, lrs_ext.linear(1.0, 8))
+    buffer = opt.schedule_buffers[devices[which]]
+    buffer.write_(1, 0.25, steps=2)
+    assert used() == [0.5] * 2 + [0.25] * 2
+    buffer.write_(1, torch.tensor(0.125, dtype=torch.float64, device=devices[1 - which]), steps=1)
+    assert used() == [0.5] * 2 + [0.125] * 2
+    assert used() == [0.5] * 2 + [0.75] * 2
+    buffer.fill_(1, lrs_ext.linear(0.5, 8))
+    assert used() == [0.5] * 2 + [0.3125] * 2
+    assert opt.param_groups[1]["lr"] == 0.25
+    with pytest.raises(IndexError, match="row 2"):
+        buffer.write_(2, 0.5, steps=1)
+
+
+@pytest.mark.parametrize("home", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_is_read_at_every_update(devices, home, dtype):
+    lr = torch.tensor(0.5, dtype=dtype, device=devices[home])
+    opt, used = make_sgd(devices, lr)
+    assert used() == [0.5] * 2
+    lr.fill_(0.25)
+    assert used() == [0.25] * 2
+    opt.param_groups[0]["lr"] = torch.tensor(0.125, device=devices[1 - home])
+    assert used() == [0.125] * 2
+
+
+def test_a_group_on_a_new_device(devices):
+    first, second = (place(torch.zeros(()), device) for device in devices)
+    schedule = lrs_ext.linear(1.0, 8)
+    opt = lrs_ext.SGD([first], lr=schedule, weight_decay=lrs_ext.linear(0.5, 8))
+    assert used(opt) == [1.0]
+    opt.add_param_group({"params": [second], "lr": 0.5})
+    assert list(opt.schedule_buffers) == list(devices)
+    assert used(opt) == [0.875, 0.5]
+    opt.param_groups[1]["lr"] = schedule
+    assert used(opt) == [0.75, 0.75]
+    assert opt.param_groups[0]["weight_decay"] == opt.param_groups[1]["weight_decay"] == 0.3125
+
+
+def test_a_refused_group_on_a_new_device_leaves_everything_as_it_was(devices):
+    params = [place(torch.zeros(()), device) for device in devices]
+    opt = lrs_ext.SGD(params, lr=0.5)
+    with pytest.raises(RuntimeError, match="parameters on meta"):
+        opt.add_param_group({"params": [torch.zeros((), device="meta", requires_grad=True)]})
+    assert used(opt) == [0.5, 0.5]
+
+
+def test_parameters_that_move_are_followed(devices):
+    twins = Twins(devices, lr=REX)
+    twins.step()
+    home = devices[0]
+    for param in twins.params:
+        param.grad = None
+        param.data = param.data.to(home, copy=True)
+        param.is_elsewhere = home == ELSEWHERE
+    twins.set_gradients()
+    twins.opt.step()
+    assert list(twins.opt.schedule_buffers) == [home]
+    assert int(twins.opt.schedule_buffer.step) == 2
+    assert all(s.device == p.device for p in twins.params for s in twins.opt.state[p].values())
+    for opt in twins.apart:
+        opt.step()
+    for ours, theirs in zip(twins.params, twins.others, strict=True):
+        # Backends round alike, but a device's own division and root may not.
+        torch.testing.assert_close(ours.cpu(), theirs.cpu())
+
+
+@rows
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_parameter_moves_to_the_other_device(devices, row, in_backward):
+    params, others = (
+        [place(torch.full((3,), 2.0), device) for device in (*devices, devices[1])]
+        for _ in range(2)
+    )
+    opt, expected = make(row, params, lr=REX), make(row, others, lr=REX)
+    handle = opt.step_in_backward() if in_backward else None
+    for k in range(4):
+        if k == 2:
+            params[2].grad = None
+            params[2].data = params[2].data.to(devices[0], copy=True)
+            params[2].is_elsewhere = devices[0] == ELSEWHERE
+        for param, other in zip(params, others, strict=True):
+            other.grad = torch.linspace(-1.0, 1.0, 3, device=other.device)
+            (param * other.grad.to(param.device)).sum().backward()
+        opt.step()
+        expected.step()
+        for param, other in zip(params, others, strict=True):
+            torch.testing.assert_close(param.cpu(), other.cpu())
+        if k < 3 and not in_backward:
+            opt.zero_grad()
+    assert opt.state.get(params[2], {}).keys() == expected.state.get(others[2], {}).keys()
+    assert all(value.device == params[2].device for value in opt.state.get(params[2], {}).values())
+    assert [int(buffer.step) for buffer in opt.schedule_buffers.values()] == [4, 4]
+    if handle is not None:
+        handle.remove()
+
+
+@pytest.mark.parametrize("row", cases.STATE_UPDATES[2:4], ids=str)
+def test_gradients_are_released_on_every_device(devices, row):
+    twins = Twins(devices, row)
+    handle = twins.opt.step_in_backward()
+    for k in range(4):
+        twins.set_gradients()
+        for param in twins.params:
+            gradient, param.grad = param.grad, None
+            (param * gradient).sum().backward()
+            assert param.grad is None
+        if k == 2:
+            handle.remove()
+        for opt in twins.opts:
+            opt.step()
+        twins.steps += 1
+        twins.compare()
+        if k == 2:
+            break
+
+
+@rows
+def test_parameters_with_gaps_and_frozen_ones(devices, row):
+    bases = [place(torch.randn(6, 4), device) for device in devices for _ in range(2)]
+    views = [base.detach()[:, ::2].requires_grad_() for base in bases]
+    for view, base in zip(views, bases, strict=True):
+        view.is_elsewhere = base.is_elsewhere
+    plain = [place(view, base.device) for view, base in zip(views, bases, strict=True)]
+    frozen = [place(torch.ones(2), device).requires_grad_(False) for device in devices]
+    for copy_, base in zip(plain, bases, strict=True):
+        copy_.is_elsewhere = base.is_elsewhere
+    opts = [make(row, [*params, *frozen], lr=REX) for params in (views, plain)]
+    for k in range(3):
+        for opt, params in zip(opts, (views, plain), strict=True):
+            set_gradients(params, k)
+            opt.step()
+        assert all(map(torch.equal, views, plain))
+    assert all((param == 1.0).all() for param in frozen)
+
+
+def test_random_bits_are_those_of_the_position_in_the_optimizer():
+    """On the CPU, where the same parameters can be on one device or on two."""
+    results = []
+    for split in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if split:
+                patch.setattr(
+                    param_devices,
+                    "device_of",
+                    lambda param: ELSEWHERE if param.is_elsewhere else CPU,
+                )
+            params = make_params([CPU, ELSEWHERE], [torch.bfloat16])
+            opt = lrs_ext.AdamW(
+                params, lr=REX, stochastic_rounding=True, state_dtype=torch.bfloat16
+            )
+            for k in range(3):
+                set_gradients(params, k)
+                opt.step()
+            assert len(opt.schedule_buffers) == 1 + split
+            results.append([*params, *states_of(opt)])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_plateau_reduces_every_device(devices):
+    opt, used = make_sgd(devices, 0.5, 0.25)
+    plateau = lrs_ext.ReduceOnPlateau(opt, factor=0.5, patience=0)
+    used()
+    for _ in range(2):
+        plateau.step(torch.ones((), device=devices[0]))
+    assert used() == [0.25] * 2 + [0.125] * 2
+
+
+def test_autolrs_drives_and_rolls_back_every_device(devices):
+    torch.manual_seed(0)
+    parts = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)]
+    for part, device in zip(parts, devices, strict=True):
+        part.to(torch.empty(0, device=device).device)
+        for param in part.parameters():
+            param.is_elsewhere = device == ELSEWHERE
+    model = torch.nn.Sequential(*parts)
+    opt = lrs_ext.AdamW(model.parameters(), lr=1e-3)
+    auto = lrs_ext.AutoLRS(opt, model, (1e-4, 1e-1), total_steps=120, num_trials=3, seed=0)
+    x, homes = torch.randn(16, 4), [part.weight.device for part in parts]
+    for _ in range(60):
+        hidden = parts[0](x.to(homes[0])).tanh()
+        loss = (parts[1](hidden.to(homes[1])) - 1.0).square().mean().to(homes[0])
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        auto.step(loss.detach())
+        first, second = opt.schedule_buffers.values()
+        assert int(first.step) == int(second.step)
+        assert torch.equal(first.values.cpu(), second.values.cpu())
+    assert auto.phase == "train"
+    assert auto.history.stages[-1].best_lr > 0.0
+    assert int(first.step) < 60  # trials have been rolled back
+
+
+def test_a_capture_of_several_devices_is_refused(devices, monkeypatch):
+    twins = Twins(devices)
+    twins.step()
+    twins.set_gradients()
+    twins.opt._is_on_gpu = True
+    before = [param.detach().clone() for param in twins.params]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"2 devices cannot be captured.*one optimizer per"):
+        twins.opt.step()
+    assert all(map(torch.equal, before, twins.params))
+
+
+def test_a_backend_must_serve_every_device(monkeypatch):
+    monkeypatch.setattr(
+        param_devices,
+        "device_of",
+        lambda param: GPU if param.is_elsewhere else CPU,
+    )
+    params = [place(torch.ones(2), device) for device in (CPU, ELSEWHERE)]
+    with pytest.raises(RuntimeError, match="it updates CPU tensors, not cuda ones"):
+        lrs_ext.SGD(params, lr=0.1, backend="cpu")
+    opt = lrs_ext.SGD(params[:1], lr=0.1, backend="cpu")
+    with pytest.raises(RuntimeError, match="cannot be used for parameters on cuda:0"):
+        opt.add_param_group({"params": params[1:]})
+    assert len(opt.param_groups) == 1
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
+def test_a_backend_by_name_on_cpu_and_cuda(backend):
+    params = [place(torch.ones(2), device) for device in (CPU, GPU)]
+    if backend == "reference":
+        assert lrs_ext.SGD(params, lr=0.1, backend=backend).backends == {
+            CPU: "reference",
+            GPU: "reference",
+        }
+        return
+    with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot be used"):
+        lrs_ext.SGD(params, lr=0.1, backend=backend)
+
+
+@pytest.mark.parametrize("pair", ACCELERATORS)
+def test_the_host_does_not_wait(pair, mark_elsewhere):
+    """On accelerators; a step on a CPU waits for the numbers that it reads from one."""
+    twins = Twins(pair)
+    twins.step()
+    with NoReadingOps(), NoReadingMethods():
+        for _ in range(3):
+            set_gradients(twins.params, twins.steps)
+            twins.opt.found_inf = torch.zeros((), device=pair[0])
+            lrs_ext.clip_grad_norm_(twins.opt, 0.5)
+            twins.opt.step()
+            twins.opt.param_groups[0]["lr"] = 0.25
+
+
+@pytest.mark.parametrize("pair", ACCELERATORS)
+def test_a_gradscaler_skips_and_unscales_everywhere(pair, mark_elsewhere):
+    """Not on a CPU and a GPU: the scaler's copies to the CPU do not wait for the GPU."""
+    params = [place(torch.ones(3), device) for device in pair]
+    opt = lrs_ext.SGD(params, lr=REX)
+    scaler = torch.amp.GradScaler(pair[0].type, init_scale=8.0)
+    for factor, steps in [(1.0, 1), (float("inf"), 1), (1.0, 2)]:
+        loss = sum((param * factor).sum().to(pair[0]) for param in params)
+        scaler.scale(loss).backward()
+        if steps == 2:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        assert [int(buffer.step) for buffer in opt.schedule_buffers.values()] == [steps] * 2
+    for param in params:
+        torch.testing.assert_close(param.cpu(), torch.full((3,), 1.0 - REX(0) - REX(1)))
