@@ -217,13 +217,13 @@ class AutoLRS:
         restores_itself = any(loader is extra for extra in self._extra_state)
         if restores_itself:
             self._snapshot.leave(loader)  # the batches of a trial come again from here
-        if self._updates == 0:
-            self._snapshot.capture()  # the state may have changed since the controller was made
-        elif self._must_restore:
+        if self._must_restore:
+            self._must_restore = False
             self._snapshot.restore()
             self._begin_trial(self._segment)
             self._watch.follow()
-        self._must_restore = False
+        elif self._updates == 0:
+            self._snapshot.capture()  # the state may have changed since the controller was made
         self._tape.resume(loader, restores_itself)
         while not self.done:
             yield self._tape.next_batch(loader)
