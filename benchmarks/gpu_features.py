@@ -214,7 +214,7 @@ def check_graph(device: torch.device, backend: str) -> str:
     """Replays follow the schedule, and another one that `set_schedule` puts in charge."""
     param = torch.zeros(2049, device=device, requires_grad=True)
     param.grad = torch.ones_like(param)
-    first, second = lrs_ext.linear(0.5, total_steps=8), lrs_ext.linear(0.25, total_steps=16)
+    first, second = lrs_ext.linear(0.5, total_steps=16), lrs_ext.linear(0.25, total_steps=8)
     optimizer = lrs_ext.SGD([param], lr=first, backend=backend)
     optimizer.step()
     replay: Callable[[], Any] = optimizer.step

@@ -15,12 +15,6 @@ namespace lrs {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kBlocksPerSM = 4;  // bounds the registers at 64 a thread
-// At 48, for kernels that need no more; from compute capability 10.0 on they would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kManyBlocksPerSM = 4;
-#else
-constexpr int kManyBlocksPerSM = 5;
-#endif
 
 // Gradients change address from step to step, so their addresses travel with the launch. CUDA 12.1
 // raised the limit of a kernel's arguments from 4 KB to 32 KB.
@@ -112,9 +106,10 @@ __device__ __forceinline__ T* global(T* address) {
   return address;
 }
 
-// Has a line of global memory brought into the second-level cache.
+// Has a line of global memory brought into the second-level cache, on architectures where that has
+// been measured; for newer ones the addresses would not fit into the registers.
 __device__ __forceinline__ void prefetch_line(const void* address) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
@@ -164,10 +159,7 @@ __device__ __forceinline__ uint32_t draw_ticket(uint32_t* ticket) {
 // `ticket` is that of the first thread. For all threads of a block.
 __device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients,
                                        uint32_t ticket) {
-  __shared__ bool is_last;
-  if (threadIdx.x == 0) is_last = ticket == gridDim.x - 1;
-  __syncthreads();
-  if (!is_last) return;
+  if (!__syncthreads_or(threadIdx.x == 0 && ticket == gridDim.x - 1)) return;
   for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {
     if (gradients.address[i] != nullptr) {
       *launch.table.tensors[launch.first_tensor + i].step += 1.0f;

@@ -52,8 +52,8 @@ struct Squares {
   double param, direction;
 };
 
-// Which passes of LAMB a step makes: both, or one, so that sums over the shards of tensors on several
-// devices can be completed between them.
+// Which passes of LAMB a step makes: both, or one, so that sums over the shards of tensors on
+// several devices can be completed between them.
 enum class Passes : int { kBoth, kMoments, kParams };
 
 // What a step reads besides its table, if it is there: null where it is not.

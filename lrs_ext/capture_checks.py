@@ -26,6 +26,11 @@ def check_tables(tables: TableSet) -> None:
             "to one device: make one optimizer per device, or step outside of the graph"
         )
     [only] = tables.all
+    if only.has_local_parts:
+        raise RuntimeError(
+            "a step of DTensors cannot be captured, because their gradients are other tensors "
+            "after each backward pass: step outside of the graph"
+        )
     if only.table is None or only.copies:
         raise RuntimeError(
             "a captured step makes no tables or states: make a step before the capture, and "

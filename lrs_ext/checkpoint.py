@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrs_ext.layout import same_layout
 from lrs_ext.param_devices import read_all
+from lrs_ext.shards import is_dtensor, local
 from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import step_counter
 
@@ -78,12 +79,15 @@ def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:
     for name, value in loaded.items():
         present = state.get(name)
         if isinstance(present, Tensor) and isinstance(value, Tensor) and _are_alike(present, value):
-            present.copy_(value)
+            local(present).copy_(local(value))
         else:
             state[name] = value
 
 
 def _are_alike(present: Tensor, value: Tensor) -> bool:
+    if is_dtensor(present) != is_dtensor(value):
+        return False
+    present, value = local(present), local(value)
     is_same_kind = (present.dtype, present.device) == (value.dtype, value.device)
     # The codes of a block lie together in memory, where the parameter may have moved since.
     return is_same_kind and same_layout(present, value)

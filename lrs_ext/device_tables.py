@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +12,16 @@ from torch import Tensor
 from lrs_ext import ops, reference
 from lrs_ext.group_numbers import GroupNumbers
 from lrs_ext.layout import dense_copies
+from lrs_ext.local_part import LocalPart, by_spread
+from lrs_ext.shards import WHOLE, Spread, is_dtensor, local, spread_of
 from lrs_ext.state_storage import Storage
-from lrs_ext.step_parts import Part, Selection, StridedPart, Table
+from lrs_ext.step_parts import Selection, StridedPart, Table
 from lrs_ext.tensor_checks import check_numbers
 
 # What a row of the group table holds: learning rates, numbers, rows of numbers that move.
 Written = tuple[Tensor | None, dict[str, float], Mapping[str, Tensor]]
 States = dict[Tensor, dict[str, Any]]
+Part = Table | StridedPart | LocalPart
 
 CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
 
@@ -26,6 +31,7 @@ class DeviceTables:
 
     Args:
         algorithm: a native name.
+        name: of the optimizer, in a profile.
         storage: how states and bfloat16 parameters are kept.
         numbers: of the groups.
         num_groups: how many of them there are.
@@ -41,6 +47,7 @@ class DeviceTables:
     def __init__(
         self,
         algorithm: str,
+        name: str,
         storage: Storage,
         numbers: GroupNumbers,
         num_groups: int,
@@ -48,6 +55,7 @@ class DeviceTables:
         backend: str,
     ) -> None:
         self._algorithm = algorithm
+        self._label = f"lrs_ext::{name}_step[{backend}]"
         self._storage = storage
         self._numbers = numbers
         self._place = place
@@ -57,8 +65,10 @@ class DeviceTables:
         self.groups = ops.GroupTable(num_groups, self._step.device)
         self.table: Table | None = None
         self.copies: dict[Tensor, Tensor] = {}
+        self._local_parts: list[LocalPart] = []  # of all parameters, if some are DTensors
+        self._local_params: list[Tensor] = []
         self._names: list[list[str]] = []
-        self._singles: dict[Tensor, tuple[Table, list[list[Tensor]], States]] = {}
+        self._singles: dict[Tensor, tuple[Table | LocalPart, list[list[Tensor]], States]] = {}
         self.forget_numbers()
 
     # The numbers of the groups
@@ -90,12 +100,17 @@ class DeviceTables:
         if names != self._names:
             self._names = names
             self.table = None
+            self._local_parts = []
             self._singles.clear()
 
     # Tables of all parameters
 
     def current_parts(self, param_lists: list[list[Tensor]], state: States) -> list[Part] | None:
         """Returns what a step launches, None if it has to be made up anew by `parts`."""
+        if self._local_parts:
+            is_current = self._has_local_parts_of(param_lists)
+            is_current = is_current and all(part.refresh(state) for part in self._local_parts)
+            return [*self._local_parts] if is_current else None
         table = self.table
         if self.copies or table is None or not table.refresh(param_lists, state):
             return None
@@ -103,7 +118,7 @@ class DeviceTables:
 
     def copy_strided(self, params: list[Tensor]) -> None:
         """Makes dense copies of the parameters with gaps; first of all."""
-        self.copies = dense_copies(params, self.copies)
+        self.copies = dense_copies(map(local, params), self.copies)
 
     def complete_state(self, param: Tensor, state: States, index: int) -> bool:
         """Creates missing arrays of a parameter in group `index` and converts foreign ones.
@@ -114,7 +129,8 @@ class DeviceTables:
         names = self._names[index]
         if not self._storage.arrays(param, names, "meta"):
             return False
-        return self._storage.complete(self.copies.get(param, param), state[param], names)
+        dense = param if is_dtensor(param) else self.copies.get(param, param)
+        return self._storage.complete(dense, state[param], names)
 
     def parts(self, every: Selection, is_captured: bool) -> list[Part]:
         """Returns what a step launches.
@@ -126,6 +142,9 @@ class DeviceTables:
         Raises:
             RuntimeError: such a graph would read what is no longer there.
         """
+        if any(map(is_dtensor, itertools.chain.from_iterable(every.param_lists))):
+            return self._refreshed_local_parts(every)
+        self._local_parts = []
         if not self.copies:
             return [self._refreshed_table(every, is_captured)]
         strided = every.only(lambda param: param in self.copies)
@@ -147,27 +166,58 @@ class DeviceTables:
             table = self.table = self._make_table(selection)
         return table
 
+    # Tables of what this rank holds of DTensors
+
+    @property
+    def has_local_parts(self) -> bool:
+        """Whether parameters are DTensors."""
+        return bool(self._local_parts)
+
+    def _has_local_parts_of(self, param_lists: list[list[Tensor]]) -> bool:
+        params, known = [*itertools.chain.from_iterable(param_lists)], self._local_params
+        return len(params) == len(known) and all(map(operator.is_, params, known))
+
+    def _refreshed_local_parts(self, every: Selection) -> list[Part]:
+        selections = by_spread(every)
+        parts = self._local_parts if self._has_local_parts_of(every.param_lists) else []
+        if len(parts) != len(selections) or not all(
+            part.refresh(selection.state, selection.gradients)
+            for part, (_, selection) in zip(parts, selections, strict=True)
+        ):
+            self._local_params = [*itertools.chain.from_iterable(every.param_lists)]
+            self._local_parts = [
+                LocalPart(selection, spread, self._make_table) for spread, selection in selections
+            ]
+        return [*self._local_parts]
+
     # Tables of one dense parameter
 
-    def current_single(self, param: Tensor, state: States) -> Table | None:
+    def current_single(self, param: Tensor, state: States) -> Table | LocalPart | None:
         """Returns the table of one parameter, None if it has to be made anew by `single`."""
         table, param_lists, own_state = self._singles.get(param, (None, [], {}))
-        is_ready = own_state.get(param) is state.get(param)
-        if table is None or not is_ready or not table.refresh(param_lists, own_state):
+        if table is None or own_state.get(param) is not state.get(param):
             return None
-        return table
+        if isinstance(table, LocalPart):
+            return table if table.refresh(own_state) else None
+        return table if table.refresh(param_lists, own_state) else None
 
-    def single(self, selection: Selection) -> Table:
+    def single(self, selection: Selection) -> Table | LocalPart:
         """Returns the table of one parameter."""
-        table = self._make_table(selection)
         param = next(param for params in selection.param_lists for param in params)
+        table: Table | LocalPart
+        if is_dtensor(param):
+            table = LocalPart(selection, spread_of(param), self._make_table)
+        else:
+            table = self._make_table(selection)
         self._singles[param] = (table, selection.param_lists, selection.state)
         return table
 
-    def _make_table(self, selection: Selection) -> Table:
+    def _make_table(self, selection: Selection, spread: Spread = WHOLE) -> Table:
         if self._backend == "reference":
             updates = self._updates_of(selection)
-            return reference.ReferenceTable(self._algorithm, updates, self._step, self._storage)
+            return reference.ReferenceTable(
+                self._algorithm, updates, self._step, self._storage, spread, self._label
+            )
         table = ops.StepTable(
             backend=self._backend,
             algorithm=self._algorithm,
@@ -179,6 +229,8 @@ class DeviceTables:
             groups=self.groups,
             step=self._step,
             storage=self._storage,
+            spread=spread,
+            label=self._label,
         )
         if not table.refresh(selection.param_lists, selection.state, selection.gradients):
             raise RuntimeError("a parameter or a state changed while the optimizer read it")

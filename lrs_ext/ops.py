@@ -8,6 +8,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lrs_ext.shards import WHOLE, Spread
 
 try:
     from lrs_ext import _C
@@ -46,7 +49,7 @@ _GPU_CHUNKS = (2048, 16384, 2048)
 # element, the more it takes to outweigh the start of a block.
 _CUDA_CHUNKS = {
     "float32": (1024, 2048, 1000),
-    "bfloat16": (1024, 4096, 1000),
+    "bfloat16": (1024, 8192, 1000),
     "block8": (1024, 16384, 1000),
 }
 
@@ -234,6 +237,15 @@ def host_value(tensor: Tensor) -> float | None:
     return float(tensor)
 
 
+_is_profiling = torch._C._autograd._profiler_enabled
+_NO_RANGE: AbstractContextManager[Any] = nullcontext()
+
+
+def profile_range(name: str) -> AbstractContextManager[Any]:
+    """Returns a context that has a name in a profile, if there is one to be."""
+    return torch.autograd.profiler.record_function(name) if _is_profiling() else _NO_RANGE
+
+
 _NOTHING_MOVES: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -311,6 +323,8 @@ class StepTable:
         groups: the hyper-parameters.
         step: int64, 0-d: committed updates.
         storage: how the states and bfloat16 parameters are kept.
+        spread: over which ranks the parameters' elements are spread, of which these are a part.
+        label: of a step, in a profile.
     """
 
     def __init__(
@@ -326,7 +340,12 @@ class StepTable:
         groups: GroupTable,
         step: Tensor,
         storage: Storage,
+        spread: Spread = WHOLE,
+        label: str = "lrs_ext::step",
     ) -> None:
+        self.spread = spread
+        self._label = label
+        self._passes = "both"
         self.backend = backend
         self.algorithm = algorithm
         self.groups = groups
@@ -395,6 +414,10 @@ class StepTable:
 
     def grad_norm(self) -> Tensor:
         """Returns the 2-norm of all gradients as they are stored: float32, 0-d, without waiting."""
+        with profile_range(f"lrs_ext::grad_norm[{self.backend}]"):
+            return self._grad_norm()
+
+    def _grad_norm(self) -> Tensor:
         norm = torch.empty((), dtype=torch.float32, device=self.step.device)
         if self.backend == "cpu":
             self._native.grad_norm_cpu(norm.data_ptr(), torch.get_num_threads())
@@ -425,15 +448,34 @@ class StepTable:
         if scaling is not self._scaling:
             self._scale(scaling or _UNSCALED)
             self._scaling = scaling
-        if self.backend == "cpu":
+        with profile_range(self._label):
+            self._launch(commits_step)
+        self._held = None
+        # Autograd refuses to go back through a graph whose parameters have changed since.
+        torch.autograd.graph.increment_version(self._tensors.updated_params())
+
+    def _launch(self, commits_step: bool) -> None:
+        if self.algorithm == "lamb" and self.spread.groups and self._passes == "both":
+            self._launch_passes(commits_step)
+        elif self.backend == "cpu":
             self._native.run_cpu(torch.get_num_threads(), commits_step)
         elif self.backend == "cuda":
             self._native.run_cuda(commits_step)
         else:
             self._run_triton(commits_step)
-        self._held = None
-        # Autograd refuses to go back through a graph whose parameters have changed since.
-        torch.autograd.graph.increment_version(self._tensors.updated_params())
+
+    def _launch_passes(self, commits_step: bool) -> None:
+        """Completes the sums of squares of each tensor's parts between the two passes of LAMB."""
+        squares = self._squares[-len(self._native.tensor_rows) :]
+        squares.zero_()  # no chunk writes the sums of an empty part
+        try:
+            for self._passes in ("moments", "params"):
+                self._native.choose_passes(self._passes)
+                self._launch(commits_step)
+                if self._passes == "moments":
+                    self.spread.sum_(squares)
+        finally:
+            self._passes = "both"
 
     def _scale(self, scaling: GradScaling) -> None:
         for tensor in scaling.tensors():
@@ -474,7 +516,7 @@ class StepTable:
             "commits_step": commits_step,
         }
         if self.algorithm == "lamb":
-            triton_lamb.step(**tables, squares=self._squares)
+            triton_lamb.step(**tables, squares=self._squares, passes=self._passes)
         else:
             triton_kernels.step(
                 self.algorithm,

@@ -116,14 +116,19 @@ class SGD(ScheduledOptimizer):
         # torch keeps no count in SGD's state. All that matters is whether the momentum buffer has
         # had its first gradient: one that came with a checkpoint has.
         if is_new or param not in self._counters:
-            count = 0.0 if is_new else 1.0
+            count = 0.0 if is_new else self._loaded_count
             self._counters[param] = torch.full((), count, dtype=torch.float32, device=param.device)
         self._counters[param] = self._counters[param].to(param.device)
         return self._counters[param]
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, where there is no momentum buffer before its first gradient."""
+        """As in torch, where there is no momentum buffer before its first gradient.
+
+        But distributed checkpoints ask for it, to load it in place.
+        """
         state_dict = super().state_dict()
+        if self._has_blank_states:
+            return state_dict
         counts = read_all(list(self._counters.values()))
         fresh = {param for param, n in zip(self._counters, counts, strict=True) if n == 0.0}
         params = [param for group in self.param_groups for param in group["params"]]

@@ -14,6 +14,7 @@ Args of both functions, for one parameter:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lrs_ext import ops
 from lrs_ext.block_codes import random_words
+from lrs_ext.shards import WHOLE, Spread
 from lrs_ext.state_storage import Storage, unpacked, unpacked_param
 
 Hyper = Mapping[str, Any]
@@ -106,8 +108,13 @@ def lamb(
     step: Tensor,
     lr: Tensor,
     hyper: Hyper,
+    spread: Spread = WHOLE,
 ) -> None:
-    """Updates one parameter as algorithm 2 of You et al., arXiv 1904.00962."""
+    """Updates one parameter as algorithm 2 of You et al., arXiv 1904.00962.
+
+    Args:
+        spread: over which ranks the parameter is spread, of which `param` is a part.
+    """
     value, grad = _prepare(param, grad, hyper)
     beta1, beta2, weight_decay = hyper["beta1"], hyper["beta2"], hyper["weight_decay"]
     exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
@@ -119,7 +126,9 @@ def lamb(
     denominator = exp_avg_sq.sqrt() / bias_correction2.sqrt().float() + hyper["eps"]
     direction = exp_avg / denominator / bias_correction1.float()
     direction = _decayed(direction, value, weight_decay)
-    param_norm, direction_norm = (x.double().norm() for x in (value, direction))
+    squares = torch.stack([x.double().square().sum() for x in (value, direction)])
+    spread.sum_(squares)
+    param_norm, direction_norm = squares.sqrt()
     adapts = (weight_decay != 0.0) | bool(hyper["always_adapt"])
     has_ratio = adapts & (param_norm != 0.0) & (direction_norm != 0.0)
     lr = lr * torch.where(has_ratio, param_norm / direction_norm, 1.0)
@@ -156,14 +165,26 @@ class ReferenceTable:
         updates: one for each parameter that has a gradient.
         step: int64, 0-d: committed updates.
         storage: how the states and bfloat16 parameters are kept.
+        spread: over which ranks the parameters are spread, of which these are a part.
+        label: of the step, in a profile.
     """
 
     has_gradients = True
 
     def __init__(
-        self, algorithm: str, updates: Sequence[TensorUpdate], step: Tensor, storage: Storage
+        self,
+        algorithm: str,
+        updates: Sequence[TensorUpdate],
+        step: Tensor,
+        storage: Storage,
+        spread: Spread = WHOLE,
+        label: str = "lrs_ext::step",
     ) -> None:
         self._update = UPDATES[algorithm]
+        if algorithm == "lamb":
+            self._update = functools.partial(lamb, spread=spread)
+        self.spread = spread
+        self._label = label
         self._storage = storage
         self._updates = updates
         self._step = step
@@ -174,12 +195,16 @@ class ReferenceTable:
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """Returns the 2-norm of all gradients as they are stored."""
-        squares = [item.grad.double().square().sum() for item in self._updates]
-        return torch.stack(squares).sum().sqrt().float()
+        with ops.profile_range("lrs_ext::grad_norm[reference]"):
+            squares = [item.grad.double().square().sum() for item in self._updates]
+            return torch.stack(squares).sum().sqrt().float()
 
     @torch.no_grad()
     def run(self, scaling: ops.GradScaling | None = None, commits_step: bool = True) -> None:
-        scaling = scaling or ops.GradScaling()
+        with ops.profile_range(self._label):
+            self._run(scaling or ops.GradScaling(), commits_step)
+
+    def _run(self, scaling: ops.GradScaling, commits_step: bool) -> None:
         written = [self._step]
         for item in self._updates:
             arrays = [value for value in item.state.values() if isinstance(value, Tensor)]

@@ -20,8 +20,10 @@ from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
 from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
 from lrs_ext.learning_rates import Group, Mark, check_learning_rate
-from lrs_ext.param_devices import device_of, devices_of, on_device
+from lrs_ext.local_part import total_norm
+from lrs_ext.param_devices import device_of, devices_of
 from lrs_ext.schedules import Schedule
+from lrs_ext.shards import Spread, is_dtensor, local, spread_of
 from lrs_ext.state_storage import Storage
 from lrs_ext.step_hooks import watched_step
 from lrs_ext.step_parts import Selection
@@ -39,6 +41,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
     _released: GradientRelease
+    _has_blank_states: bool  # all 0, made for a distributed checkpoint
+    _loaded_count: float  # of the updates of a loaded state that keeps no count: 0, or 1 for any
     may_have_skipped: bool  # whether a flag on the device decided on the last step
 
     # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
@@ -248,6 +252,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
+            self._has_blank_states = True
             return loss
         found_inf = getattr(self, "found_inf", None)
         scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
@@ -258,6 +263,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             )
         self._tables.run(launches, scaling)
         self.committed_steps += 1
+        self._has_blank_states = False
         self.may_have_skipped = found_inf is not None
         if is_captured:
             self.was_captured = True
@@ -288,7 +294,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         if self._released.is_in_force:
             raise RuntimeError("step_in_backward is in force already: remove() its handle first")
-        dense = [p for p in _all_params(self.param_groups) if p.requires_grad and is_dense(p)]
+        params = [p for p in _all_params(self.param_groups) if p.requires_grad]
+        dense = [p for p in params if is_dense(local(p))]
+        if self.algorithm == "lamb" and any(spread_of(param).groups for param in params):
+            raise RuntimeError(
+                "the norms that LAMB takes of parameters on several ranks cannot be exchanged in "
+                "the backward pass: use step() without step_in_backward()"
+            )
         self._released = GradientRelease(dense, self._update_one)
         return self._released
 
@@ -300,11 +312,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "step_in_backward() back by remove()"
             )
         launches = self._ready_launches()
-        device = self.schedule_buffer.step.device
-        norms = [on_device(part.grad_norm(), device) for parts in launches for part in parts]
-        norm = torch.zeros((), device=device) if not norms else norms[0]
-        if len(norms) > 1:
-            norm = torch.linalg.vector_norm(torch.stack(norms))
+        norms = [(part.grad_norm(), part.spread) for parts in launches for part in parts]
+        norm = total_norm(norms, self.schedule_buffer.step.device)
         self._scaling.clip(norm, max_norm)
         return norm
 
@@ -317,6 +326,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         self._numbers.follow_device(self.param_groups, self._check)
         state_dict = super().state_dict()
+        for index, param in enumerate(_all_params(self.param_groups)):
+            if is_dtensor(param) and index in state_dict["state"]:
+                saved = self._storage.saved(param, state_dict["state"][index])
+                state_dict["state"][index] = saved
         self._numbers.save(state_dict["param_groups"], last_step(state_dict["state"]))
         return state_dict
 
@@ -390,14 +403,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._scaling = StepScaling()
         self._released = GradientRelease((), self._update_one)
         self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
+        self._has_blank_states, self._loaded_count = False, 1.0
         self._forget_tables()
         self._is_started = True
 
     def _forget_tables(self) -> None:
         self._is_on_gpu = any(device.type == "cuda" for device in self._backends)
-        num_groups = len(self.param_groups)
+        num_groups, name = len(self.param_groups), type(self).__name__.lower()
         self._tables = TableSet(
-            self.algorithm, self._storage, self._numbers, num_groups, self._backends
+            self.algorithm, name, self._storage, self._numbers, num_groups, self._backends
         )
 
     def _select_backends(self) -> dict[torch.device, str]:
@@ -491,9 +505,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         raise RuntimeError("a parameter with a hook of step_in_backward has left the optimizer")
 
     def _any_gradient(self) -> bool:
-        """Returns whether any gradient has an entry that is not zero; waits for the device."""
-        gradients = [param.grad for param in _all_params(self.param_groups)]
-        return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+        """Returns whether any gradient has an entry that is not zero, on any rank; waits."""
+        found: dict[Spread, bool] = {}
+        for param in _all_params(self.param_groups):
+            if param.grad is not None:
+                spread = spread_of(param)
+                found[spread] = bool(local(param.grad).any()) or found.get(spread, False)
+        device = self.schedule_buffer.step.device
+        return sum(spread.any(here, device) for spread, here in found.items()) > 0
 
     def _follow_params(self) -> None:
         """Moves everything to the devices to which the parameters have been moved."""
@@ -557,8 +576,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check_storage(fixed)
             check_numbers(self._hyper(fixed))
         replace_states(self.state, states)
+        is_unused = all(position is not None and position.step == 0 for position in positions)
+        self._loaded_count = 0.0 if is_unused else 1.0
+        self._has_blank_states = is_unused
         for param, counter in list(self._counters.items()):
-            counter.fill_(1.0)
+            counter.fill_(self._loaded_count)
             if param not in self.state:
                 del self._counters[param]
         buffer = self.schedule_buffer
@@ -566,7 +588,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self.param_groups = groups
         if self.schedule_buffer is buffer:
             self._tables.forget_numbers()
-        else:
+        else:  # the tables count in another
             self._forget_tables()
         self.sync_groups()
 

@@ -89,6 +89,7 @@ def local_gradient(param: Tensor, gradient: Tensor) -> Tensor:
 def like(param: DTensor, part: Tensor) -> DTensor:
     """Returns a copy of `part` as this rank's part of a DTensor that is spread as `param` is."""
     spread = torch.empty_like(param, dtype=part.dtype, requires_grad=False)
+    assert is_dtensor(spread)
     _local(spread).copy_(part)
     return spread
 
@@ -103,6 +104,8 @@ def part_of(param: DTensor, value: Tensor) -> Tensor:
 
     mesh, placements = param.device_mesh, param.placements
     if is_dtensor(value):
+        if value.device_mesh == mesh and value.placements == placements:
+            return _local(value)
         if value.device_mesh == mesh:
             return _local(value.redistribute(placements=placements))
         value = value.full_tensor()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lrs_ext import block_codes
 from lrs_ext.layout import is_dense, laid_out_as, memory_order, same_layout
-from lrs_ext.tensor_checks import checked_state
+from lrs_ext.shards import is_dtensor, like, local, part_of
+from lrs_ext.tensor_checks import checked_state, with_shape_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 STATE_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.uint8: "block8"}
 REMAINDER = "master_remainder"
@@ -74,13 +78,14 @@ class Storage:
     def arrays(
         self, param: Tensor, names: Sequence[str], device: torch.device | str | None = None
     ) -> dict[str, Tensor]:
-        """Returns the arrays that are kept for a parameter, all 0.
+        """Returns the arrays that are kept for a parameter, or this rank's part of it, all 0.
 
         Args:
             names: of the states.
             device: None is that of the parameter.
         """
         arrays: dict[str, Tensor] = {}
+        param = local(param)
         for name in names:
             arrays |= self._zeros(param, name, device)
         if self._is_split(param):
@@ -90,12 +95,27 @@ class Storage:
     def complete(self, param: Tensor, state: State, names: Sequence[str]) -> bool:
         """Adds what is missing to a parameter's state, and converts what is of another kind.
 
+        The arrays of a DTensor are DTensors in its placements; blocks are those of this rank.
+
         Returns:
             Whether any state was missing.
 
         Raises:
             RuntimeError: a state has another shape than its parameter.
         """
+        if is_dtensor(param):
+            wholes = {n: v for n, v in state.items() if _is_array(n, v)}
+            parts = {n: part_of(param, with_shape_of(param, n, v)) for n, v in wholes.items()}
+            completed = state | parts
+            is_new = self.complete(local(param), completed, names)
+            for name in state.keys() - completed.keys():
+                del state[name]
+            for name, value in completed.items():
+                if not _is_array(name, value):
+                    state[name] = value
+                elif value is not parts.get(name):
+                    state[name] = like(param, value)
+            return is_new
         is_new = False
         for name in names:
             if state.get(name) is None:
@@ -115,21 +135,21 @@ class Storage:
         Raises:
             ValueError: an array does not have the shape of its parameter.
         """
+        if is_dtensor(param):
+            return self._loaded_parts(param, saved)
         state: State = {}
-        for name, value in saved.items():
-            if name.endswith(_SCALE_SUFFIX) and name.removesuffix(_SCALE_SUFFIX) in saved:
-                continue
-            if value.shape != param.shape:
+        for name, value, scale in _saved_arrays(param, saved):
+            if is_dtensor(value):
                 raise ValueError(
-                    f"the loaded {name} has shape {tuple(value.shape)}, its parameter "
-                    f"{tuple(param.shape)}: the checkpoint belongs to another model"
+                    f"the loaded {name} is a DTensor, its parameter is not: gather it with "
+                    "get_optimizer_state_dict and StateDictOptions(full_state_dict=True) of "
+                    "torch.distributed.checkpoint.state_dict"
                 )
             if name == REMAINDER:
                 if self._is_split(param):
                     state[name] = laid_out_as(param, value, torch.int16)
                 continue
             state[name] = value.clone(memory_format=torch.preserve_format)
-            scale = saved.get(name + _SCALE_SUFFIX)
             if scale is not None:
                 blocks = block_codes.num_blocks(param.numel())
                 if scale.shape != (blocks,):
@@ -140,6 +160,25 @@ class Storage:
                 state[name + _SCALE_SUFFIX] = scale.clone()
             self._convert(param, state, name)
         return state
+
+    def saved(self, param: Tensor, state: State) -> State:
+        """Returns the state of a parameter for a checkpoint.
+
+        8-bit blocks of a DTensor are cut from this rank's part, so that no others could read them:
+        they become float32 DTensors, and their scales empty. Loading them into equal parts gives
+        back the same blocks. Low halves become int32, which ranks can exchange; int16 they cannot.
+        """
+        if not is_dtensor(param):
+            return state
+        saved = dict(state)
+        for name, value in state.items():
+            scale = state.get(name + _SCALE_SUFFIX)
+            if scale is not None:
+                numbers = block_codes.decode(local(value), scale, _is_root(name))
+                saved[name], saved[name + _SCALE_SUFFIX] = like(param, numbers), scale.new_empty(0)
+            elif name == REMAINDER:
+                saved[name] = like(param, local(value).int())
+        return saved
 
     def pack(
         self,
@@ -176,6 +215,16 @@ class Storage:
             else:
                 state[name].copy_(number)
 
+    def _loaded_parts(self, param: DTensor, saved: Mapping[str, Tensor]) -> State:
+        """Returns as DTensors what was saved of DTensors or, equal on all ranks, of whole ones."""
+        parts = {}
+        for name, value, scale in _saved_arrays(param, saved):
+            if scale is not None:
+                value = block_codes.decode(value, scale.to(value.device), _is_root(name))
+            parts[name] = part_of(param, value)
+        state = self.loaded(local(param), parts)
+        return {n: like(param, v) if _is_array(n, v) else v for n, v in state.items()}
+
     def _convert(self, param: Tensor, state: State, name: str) -> None:
         """Makes an array of a parameter's state what the kernels need, if it is not already."""
         value, scale = state[name], state.get(name + _SCALE_SUFFIX)
@@ -205,6 +254,31 @@ class Storage:
 
     def _is_split(self, param: Tensor) -> bool:
         return self.master_weights and param.dtype == torch.bfloat16
+
+
+def _saved_arrays(
+    param: Tensor, saved: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yields name, array and, for the codes of 8-bit blocks, scales of what a checkpoint has.
+
+    Raises:
+        ValueError: an array does not have the shape of its parameter.
+    """
+    for name, value in saved.items():
+        if name.endswith(_SCALE_SUFFIX) and name.removesuffix(_SCALE_SUFFIX) in saved:
+            continue
+        if value.shape != param.shape:
+            raise ValueError(
+                f"the loaded {name} has shape {tuple(value.shape)}, its parameter "
+                f"{tuple(param.shape)}: the checkpoint belongs to another model"
+            )
+        # Numbers may come with empty scales: see `Storage.saved`.
+        yield name, value, saved.get(name + _SCALE_SUFFIX) if value.dtype == torch.uint8 else None
+
+
+def _is_array(name: str, value: Any) -> bool:
+    """Returns whether a value of a state has an element for each of its parameter."""
+    return isinstance(value, Tensor) and name != "step" and not name.endswith(_SCALE_SUFFIX)
 
 
 def unpacked_param(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops, reference
+from lrs_ext.shards import Spread
 
 Table = ops.StepTable | reference.ReferenceTable
 
@@ -78,6 +79,10 @@ class StridedPart:
     def has_gradients(self) -> bool:
         return self._table.has_gradients
 
+    @property
+    def spread(self) -> Spread:
+        return self._table.spread
+
     def grad_norm(self) -> Tensor:
         return self._table.grad_norm()
 
@@ -88,6 +93,3 @@ class StridedPart:
             self._table.run(scaling, commits_step)
             for param, copy in self._pairs:
                 param.copy_(copy)
-
-
-Part = Table | StridedPart

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops, param_devices
-from lrs_ext.device_tables import DeviceTables, States
+from lrs_ext.device_tables import DeviceTables, Part, States
 from lrs_ext.group_numbers import GroupNumbers
 from lrs_ext.state_storage import Storage
-from lrs_ext.step_parts import Part, Selection
+from lrs_ext.step_parts import Selection
 
 Launches = list[list[Part]]  # for each device, what a step launches there
 
@@ -22,6 +22,7 @@ class TableSet:
 
     Args:
         algorithm: a native name.
+        name: of the optimizer, in a profile.
         storage: how states and bfloat16 parameters are kept.
         numbers: of the groups.
         num_groups: how many of them there are.
@@ -34,6 +35,7 @@ class TableSet:
     def __init__(
         self,
         algorithm: str,
+        name: str,
         storage: Storage,
         numbers: GroupNumbers,
         num_groups: int,
@@ -42,7 +44,7 @@ class TableSet:
         self.num_groups = num_groups
         self._buffers = numbers.rates.buffers
         self._by_device = {
-            device: DeviceTables(algorithm, storage, numbers, num_groups, place, backend)
+            device: DeviceTables(algorithm, name, storage, numbers, num_groups, place, backend)
             for place, (device, backend) in enumerate(backends.items())
         }
         self.all = list(self._by_device.values())

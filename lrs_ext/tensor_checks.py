@@ -12,11 +12,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lrs_ext import ops
 from lrs_ext.layout import is_dense, laid_out_as, may_overlap, same_layout
+from lrs_ext.shards import check_alike, check_placements, local, local_gradient
 
 
 def check_params(params: list[Tensor], name: str) -> None:
     """Raises RuntimeError or ValueError if the optimizer called `name` cannot update `params`."""
-    for param in params:
+    check_alike(params, name)
+    for whole in params:
+        check_placements(whole, name)
+        param = local(whole)
         if is_traceable_wrapper_subclass(param):
             raise RuntimeError(
                 f"{name} does not support {type(param).__name__} parameters yet: "
@@ -32,6 +36,11 @@ def check_params(params: list[Tensor], name: str) -> None:
                 f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} is a view "
                 "with overlaps or signs of its own: make it with .contiguous()"
             )
+        if param is not whole and not is_dense(param):
+            raise RuntimeError(
+                f"this rank's part of a DTensor has shape {tuple(param.shape)}, strides "
+                f"{param.stride()} and gaps between its elements: make it with .contiguous()"
+            )
         if not ops.has_memory(param):
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} has no memory: its storage was "
@@ -46,12 +55,14 @@ def check_params(params: list[Tensor], name: str) -> None:
 def checked_gradient(param: Tensor, name: str) -> Tensor | None:
     """Returns the gradient of `param` in the layout of `param`, or None if it has none.
 
+    Of a DTensor it is this rank's part, in the placements of `param`.
+
     Raises:
         RuntimeError: it is sparse, has no memory, or differs in dtype, device or shape.
     """
-    gradient = param.grad
-    if gradient is None:
+    if param.grad is None:
         return None
+    gradient, param = local_gradient(param, param.grad), local(param)
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"{name} does not support sparse gradients: use sparse=False in the embedding, or "
@@ -75,11 +86,11 @@ def checked_gradient(param: Tensor, name: str) -> Tensor | None:
     return gradient
 
 
-def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> Tensor:
-    """Returns the array `value` of the state of `param` as the kernels need it.
+def with_shape_of(param: Tensor, name: str, value: Any) -> Tensor:
+    """Returns a value of a parameter's state if it is a tensor of its shape.
 
     Raises:
-        RuntimeError: it is no tensor or has another shape than `param`.
+        RuntimeError: it is not.
     """
     if not isinstance(value, Tensor) or value.shape != param.shape:
         found = tuple(value.shape) if isinstance(value, Tensor) else value
@@ -87,10 +98,20 @@ def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> T
             f"the state {name} has shape {found}, its parameter {tuple(param.shape)}: "
             "delete the parameter's state to start it anew"
         )
-    is_ready = value.dtype == dtype and value.device == param.device
-    if is_ready and same_layout(value, param) and ops.has_memory(value):
-        return value
-    return laid_out_as(param, value, dtype)
+    return value
+
+
+def checked_state(param: Tensor, name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """Returns the array `value` of the state of `param` as the kernels need it.
+
+    Raises:
+        RuntimeError: it is no tensor or has another shape than `param`.
+    """
+    array = with_shape_of(param, name, value)
+    is_ready = array.dtype == dtype and array.device == param.device
+    if is_ready and same_layout(array, param) and ops.has_memory(array):
+        return array
+    return laid_out_as(param, array, dtype)
 
 
 def check_numbers(hyper: Mapping[str, float]) -> None:

@@ -251,6 +251,11 @@ PARAM = {
 STATE = Tolerance(rtol=5e-7, atol=3e-7)
 # Trajectories of STEPS updates against torch.optim's own float32.
 TORCH = Tolerance(rtol=3e-6, atol=1e-6)
+# States of 8 bits that were cut into other blocks: rounded once more to the nearest of 3 bits of
+# mantissa, or of 4 bits of a root; absolute for what is small in its block.
+BLOCKS_APART = Tolerance(rtol=0.07, atol=1e-3)
+# Steps from states that were rounded by other random bits: the distance, as a share of the way.
+STEPS_APART = 0.2
 # Equality to the bit.
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 

@@ -21,14 +21,16 @@ hypothesis.settings.load_profile("lrs_ext")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "two_gpus: needs two CUDA devices")
 
 
 def pytest_collection_modifyitems(items):
-    if HAS_GPU:
-        return
+    devices = torch.cuda.device_count() if HAS_GPU else 0
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and devices < 1:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("two_gpus") and devices < 2:
+            item.add_marker(pytest.mark.skip(reason="fewer than two CUDA devices"))
 
 
 def backend_param(backend):

@@ -87,7 +87,7 @@ class Ranks:
         }
         for rank in range(self.size):
             ours, theirs = multiprocessing.Pipe()
-            log = Path(self._folder.name, f"log-{rank}").open("w+b")
+            log = open(Path(self._folder.name, f"log-{rank}"), "w+b")  # noqa: SIM115
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, str(WORKER), str(theirs.fileno())],

@@ -27,7 +27,7 @@ PAIRS = [
     pytest.param(
         (GPU, torch.device("cuda", 1)),
         id="two cuda",
-        marks=[gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")],
+        marks=pytest.mark.two_gpus,
     ),
 ]
 ACCELERATORS = [PAIRS[0], PAIRS[3]]  # or what stands for them

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from moving import with_schedules
+from test_lamb import OtherParts
 
 import lrs_ext
 from lrs_ext import ops
@@ -294,6 +295,23 @@ def test_a_step_counts_once_and_one_without_gradients_not_at_all(cuda, row):
     twins.step(skip=range(len(SHAPES)))
     assert twins.opts[0].schedule_buffer.step.item() == 5
     assert cuda.runner.launches == before
+
+
+def test_lambs_norms_of_parts_are_completed_between_its_passes(cuda):
+    """Twice the norm is twice the learning rate, to the bit."""
+    torch.manual_seed(0)
+    before = [torch.randn(shape) for shape in SHAPES]
+    params, others = ([b.clone().requires_grad_() for b in before] for _ in range(2))
+    opts = [lrs_ext.LAMB(p, lr, backend="cuda") for p, lr in ((params, 0.01), (others, 0.02))]
+    for _ in range(3):
+        for param, other in zip(params, others, strict=True):
+            param.grad = torch.randn(param.shape)
+            other.grad = param.grad.clone()
+        opts[0]._ready_launches()[0][0].spread = OtherParts()
+        for opt in opts:
+            opt.step()
+        assert all(map(torch.equal, params, others))
+    assert opts[0].schedule_buffer.step.item() == 3
 
 
 @pytest.mark.parametrize("row", cases.SCHEDULES, ids=str)

@@ -169,3 +169,38 @@ def test_norms_of_many_chunks_on_a_gpu():
         results.append(params[0].detach().cpu())
     assert_close(results[1], results[0])
     assert_close(results[2], results[0])
+
+
+class OtherParts:
+    """Stands for ranks whose parts make every parameter's norm twice as long."""
+
+    groups = ("other ranks",)
+
+    def sum_(self, squares):
+        squares[:, 0].mul_(4.0)
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_norms_of_parts_are_completed_between_the_passes(backend, overflows):
+    """Twice the norm is twice the learning rate, to the bit; the reference has it by its ranks."""
+    if backend.name == "reference":
+        pytest.skip("its sums are exchanged tensor by tensor")
+    before = randn(5, 0, 300, 2 * CHUNK + 5 if not backend.interpreted else 2100)
+    params, others = (leaves([b.clone() for b in before], backend) for _ in range(2))
+    opts = [
+        lrs_ext.LAMB(p, lr=lr, weight_decay=0.1, backend=backend.name)
+        for p, lr in ((params, 0.01), (others, 0.02))
+    ]
+    for k in range(3):
+        torch.manual_seed(k)
+        for param, other, grad in zip(params, others, randn(*map(len, before)), strict=True):
+            param.grad, other.grad = (grad.to(backend.device) for _ in range(2))
+        opts[0]._ready_launches()[0][0].spread = OtherParts()
+        for opt in opts:
+            if overflows and k == 1:
+                opt.found_inf = torch.ones((), device=backend.device)
+            opt.step()
+            opt.found_inf = None
+        for param, other in zip(params, others, strict=True):
+            assert torch.equal(param, other)
+    assert opts[0].schedule_buffer.step.item() == (2 if overflows else 3)

@@ -68,5 +68,5 @@ def test_after_a_fault_others_are_started(two):
 
 
 def test_a_function_that_is_not_there_fails_on_every_rank(two):
-    with pytest.raises(RankError, match="rank 0 of 2 failed(.|\n)*rank 1 of 2 failed"):
+    with pytest.raises(RankError, match=r"rank 0 of 2 failed(.|\n)*rank 1 of 2 failed"):
         two.call("rank_faults:nothing")

@@ -222,3 +222,17 @@ def test_a_negative_view_is_no_plain_gradient():
     param.grad = torch._neg_view(torch.ones(5))
     opt.step()
     assert param.tolist() == [2.0] * 5
+
+
+def test_a_checkpoint_with_a_longer_schedule_is_followed_by_an_optimizer_in_use():
+    """Its rows need another buffer, whose step the next update must read and advance."""
+    (param, opt), (other, resumed) = make("SGD", REX, momentum=0.5), make("SGD", 0.5, momentum=0.5)
+    update(param, opt, 3)
+    update(other, resumed)
+    other.data.copy_(param)
+    resumed.load_state_dict(opt.state_dict())
+    for _ in range(3):
+        update(param, opt)
+        update(other, resumed)
+        assert torch.equal(param, other)
+        assert torch.equal(opt.schedule_buffer.step, resumed.schedule_buffer.step)

@@ -123,6 +123,7 @@ def test_replays_of_a_captured_step_follow_what_is_set():
     param.grad = torch.full_like(param, -1.0)
     opt = lrs_ext.SGD([param], lr=LONGER)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         opt.step()
     torch.cuda.synchronize()

@@ -219,11 +219,13 @@ class AutoLRS:
             self._snapshot.leave(loader)  # the batches of a trial come again from here
         if self._must_restore:
             self._must_restore = False
-            self._snapshot.restore()
+            self._snapshot.restore(is_resumed=True)
             self._begin_trial(self._segment)
+            self._pair_random(is_new=False)
             self._watch.follow()
         elif self._updates == 0:
             self._snapshot.capture()  # the state may have changed since the controller was made
+            self._pair_random(is_new=True)
         self._tape.resume(loader, restores_itself)
         while not self.done:
             yield self._tape.next_batch(loader)
@@ -387,13 +389,13 @@ class AutoLRS:
             if segment.trial == 0:
                 self._snapshot.capture()
                 self._tape.record()
-                if self._replicas is not None:
-                    self._replicas.begin_stage()
                 self._measured.validate(segment, 0)
             else:  # it starts from the same state
                 self._measured.repeat_value(segment)
             self._search.propose(segment.stage, segment.trial, segment.width)
             self._begin_trial(segment)
+            if self._updates > 0:  # before the first update, `batches` does it
+                self._pair_random(is_new=segment.trial == 0)
             return
         else:
             rate = self._search.choose(segment.stage)
@@ -407,9 +409,19 @@ class AutoLRS:
         slot = 0
         if self._replicas is not None:
             self._replicas.part()
-            self._replicas.begin_wave()
             slot = self._replicas.slot(segment.width)
         self._write_rate(rates[slot])
+
+    def _pair_random(self, is_new: bool) -> None:
+        """Lets trials that run at once, and those after them, draw equal random numbers.
+
+        Args:
+            is_new: whether a stage begins.
+        """
+        if self._replicas is not None and self._segment.kind == "trial":
+            if is_new:
+                self._replicas.begin_stage()
+            self._replicas.begin_wave()
 
     def _write_rate(self, rate: Tensor) -> None:
         self._rates.write(rate, self._shapes.of(self._segment))
@@ -420,7 +432,7 @@ class AutoLRS:
 
         Each rank then had weights of its own, of which a checkpoint may have one rank's only.
         """
-        self._must_restore = self._segment.kind == "trial"
+        self._must_restore = self._segment.kind == "trial" and self._updates > 0
         if self._must_restore:
             self._updates = self._segment.start
             self._tape.rewind()

@@ -118,11 +118,14 @@ class Snapshot:
         self._random = random_state()
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore(self, is_resumed: bool = False) -> None:
         """Puts back the state of the last `capture`; optimizer state that is younger starts again.
 
         It is then zero in an optimizer of `lrs_ext`, whose captured graphs keep its addresses, and
-        not there at all in one of torch.
+        not there at all in one of torch, or if it has just been loaded.
+
+        Args:
+            is_resumed: whether nothing has been trained since a checkpoint was loaded.
 
         Raises:
             ValueError: a parameter is new, gone or of another shape; nothing has been changed.
@@ -143,6 +146,8 @@ class Snapshot:
             for name in live.keys() - self._captured:
                 if _kind(name) in ("state", "counter"):
                     live[name].zero_()
+            if is_resumed:  # a momentum buffer that was loaded counts as one that has begun
+                self._forget_younger_states()
         else:
             self._restore_torch_state()
         for key, (_, set_state) in self._extras().items():
@@ -343,6 +348,12 @@ class Snapshot:
         is_zero = tensor.dim() > 0 or name.endswith(" step")
         is_young_state = _kind(name) == "counter" or (_kind(name) == "state" and is_zero)
         return torch.zeros_like(tensor) if is_young_state else None
+
+    def _forget_younger_states(self) -> None:
+        captured = {name.split(" ")[1] for name in self._captured if _kind(name) == "state"}
+        for index, param in enumerate(params_of(self._optimizer)):
+            if str(index) not in captured:
+                self._optimizer.state.pop(param, None)
 
     def _restore_torch_state(self) -> None:
         for index, param in enumerate(params_of(self._optimizer)):

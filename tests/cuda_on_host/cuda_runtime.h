@@ -41,6 +41,18 @@ inline unsigned atomicAdd(unsigned* target, unsigned value) {
 
 inline void __syncthreads(int line = __builtin_LINE()) { on_host::sync_block(line); }
 
+// Two variables in turns: a thread may come to the next barrier before others have left this one.
+inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
+  static int any[2];
+  static unsigned turn, arrived;
+  int* const own = &any[turn];
+  if (arrived == 0) *own = 0;
+  *own |= predicate != 0;
+  if (++arrived == blockDim.x) turn ^= 1, arrived = 0;
+  on_host::sync_block(line);
+  return *own;
+}
+
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
   on_host::exchange(mask, 0, on_host::lane(), line);
 }

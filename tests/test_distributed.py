@@ -1,0 +1,237 @@
+"""Several ranks: DDP, FSDP2, tensor parallelism, ZeRO, distributed checkpoints.
+
+The checks stand in rank_checks*.py and run in processes that all tests share.
+"""
+
+import re
+import socket
+from pathlib import Path
+
+import cases
+import pytest
+import ranks
+import torch
+
+pytestmark = pytest.mark.xdist_group("ranks")
+PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
+names = pytest.mark.parametrize("name", cases.OPTIMIZERS)
+SIZES = (2, 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_processes():
+    yield
+    ranks.stop_all()
+
+
+@pytest.fixture(params=SIZES)
+def call(request):
+    """Runs a check on 2 or 4 ranks."""
+    return ranks.ranks(request.param).call
+
+
+@pytest.fixture
+def call_two():
+    return ranks.ranks(2).call
+
+
+# Steps and norms.
+
+
+@pytest.mark.parametrize("how", ["shard", "replicate", "columns", "hybrid", "blocks"])
+def test_steps_are_those_of_one_process(call, how):
+    call("rank_checks:steps_are_those_of_one_process", how, "cpu")
+
+
+def test_steps_of_the_reference_are_those_of_one_process(call_two):
+    call_two("rank_checks:steps_are_those_of_one_process", "shard", "reference")
+
+
+@pytest.mark.parametrize("how", ["shard", "replicate", "columns", "hybrid", "blocks"])
+def test_norms_are_of_all_parts(call, how):
+    call("rank_checks:norms_are_of_all_parts", how)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "states_have_the_shape_of_the_part",
+        "steps_neither_wait_nor_talk",
+        "plain_groups_count_once",
+        "overflows_on_one_rank_skip_the_step_on_all",
+        "errors_say_the_way_out",
+    ],
+)
+def test_parts(call, check):
+    call(f"rank_checks:{check}")
+
+
+@pytest.mark.parametrize("check", ["norms_do_not_wait", "gradients_that_are_not_summed_yet_are"])
+def test_parts_on_two_ranks(call_two, check):
+    call_two(f"rank_checks:{check}")
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "uint8"])
+def test_random_bits_are_those_of_the_elements(call, state_dtype):
+    call("rank_checks:random_bits_are_those_of_the_elements", state_dtype)
+
+
+@pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
+def test_storages_keep_the_parts_as_one_process_would(call_two, storage):
+    call_two("rank_checks:storages_keep_the_parts_as_one_process_would", storage.options)
+
+
+# The engines of torch.
+
+
+@names
+def test_data_parallel_is_one_process(call_two, name):
+    call_two("rank_checks_torch:data_parallel_is_one_process", name)
+
+
+@names
+@pytest.mark.parametrize("how", ["even", "mixed", "hybrid"])
+def test_fully_sharded_steps_are_those_of_one_process(call_two, name, how):
+    call_two("rank_checks_torch:fully_sharded_steps_are_those_of_one_process", name, how)
+
+
+@pytest.mark.parametrize("how", ["mixed", "hybrid"])
+def test_fully_sharded_steps_on_four_ranks(how):
+    ranks.ranks(4).call(
+        "rank_checks_torch:fully_sharded_steps_are_those_of_one_process", "AdamW", how
+    )
+
+
+@names
+def test_tensor_parallel_steps_are_those_of_one_process(call_two, name):
+    call_two("rank_checks_torch:tensor_parallel_steps_are_those_of_one_process", name)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "LAMB"])
+def test_two_dimensions_of_sharding_are_one_process(name):
+    ranks.ranks(4).call("rank_checks_torch:two_dimensions_of_sharding_are_one_process", name)
+
+
+@names
+def test_zero_redundancy_steps_are_those_of_one_process(call_two, name):
+    call_two("rank_checks_torch:zero_redundancy_steps_are_those_of_one_process", name)
+
+
+@pytest.mark.parametrize("name", [name for name in cases.OPTIMIZERS if name != "LAMB"])
+def test_gradients_are_released_in_the_backward_pass(call_two, name):
+    call_two("rank_checks_torch:gradients_are_released_in_the_backward_pass", name)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "gradients_that_accumulate_are_one_step",
+        "no_gradient_is_kept_after_a_step",
+        "parameters_notice_that_they_have_changed",
+    ],
+)
+def test_engines(call_two, check):
+    call_two(f"rank_checks_torch:{check}")
+
+
+# Checkpoints.
+
+STORED = [(name, "float32", 3) for name in cases.OPTIMIZERS] + [
+    ("SGD", "float32", 0),
+    ("AdamW", "float32", 0),
+    ("AdamW", "bfloat16", 3),
+    ("AdamW", "blocks", 3),
+    ("Lion", "blocks", 3),
+    ("AdamW", "split", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "storage", "steps"), STORED)
+def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(name, storage, steps, tmp_path):
+    saved = (str(tmp_path), name, storage, steps)
+    ranks.ranks(2).call("rank_checks_checkpoints:save", *saved)
+    for size in (1, *SIZES):
+        ranks.ranks(size).call("rank_checks_checkpoints:load", *saved, True)
+    if storage != "blocks":
+        ranks.ranks(1).call("rank_checks_checkpoints:load", *saved, False)
+
+
+def test_blocks_of_parts_are_not_taken_for_those_of_a_whole(tmp_path):
+    saved = (str(tmp_path), "AdamW", "blocks", 3)
+    ranks.ranks(2).call("rank_checks_checkpoints:save", *saved)
+    with pytest.raises(ranks.RankError, match=r"Size mismatch.*exp_avg_scale"):
+        ranks.ranks(1).call("rank_checks_checkpoints:load", *saved, False)
+
+
+@names
+def test_asking_for_a_state_dict_moves_nothing(call_two, name):
+    call_two("rank_checks_checkpoints:asking_moves_nothing", name)
+
+
+@names
+def test_whole_state_dicts_go_both_ways(call_two, name):
+    call_two("rank_checks_checkpoints:whole_state_dicts_go_both_ways", name)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "blocks", "split"])
+@pytest.mark.parametrize(
+    "check", ["state_dicts_of_this_rank_resume", "a_checkpoint_of_one_process_is_shared_out"]
+)
+def test_state_dicts_without_a_framework(call_two, check, storage):
+    call_two(f"rank_checks_checkpoints:{check}", storage)
+
+
+def test_checkpoints_that_do_not_fit_say_the_way_out(call_two):
+    call_two("rank_checks_checkpoints:errors_say_the_way_out")
+
+
+# The page of the documentation.
+
+
+def test_the_examples_run(tmp_path):
+    """All code blocks of the page, one after another, as a script under torchrun."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 4
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = ranks.Ranks(2)
+    try:
+        own.call("rank_page:run", str(PAGE), blocks, str(tmp_path), port, timeout=120.0)
+    finally:
+        own.stop()
+
+
+def test_links_of_the_page_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text()):
+        assert target.startswith("https://") or (PAGE.parent / target).exists(), target
+
+
+# The same with NCCL.
+
+GPU_CHECKS = [
+    ("rank_checks:steps_are_those_of_one_process", "shard", "cuda"),
+    ("rank_checks:steps_are_those_of_one_process", "columns", "triton"),
+    ("rank_checks:norms_are_of_all_parts", "shard"),
+    ("rank_checks:steps_neither_wait_nor_talk",),
+    ("rank_checks:norms_do_not_wait",),
+    ("rank_checks:plain_groups_count_once",),
+    ("rank_checks:overflows_on_one_rank_skip_the_step_on_all",),
+    ("rank_checks:random_bits_are_those_of_the_elements", "uint8"),
+    *(("rank_checks_torch:data_parallel_is_one_process", n) for n in cases.OPTIMIZERS),
+    *(
+        ("rank_checks_torch:fully_sharded_steps_are_those_of_one_process", n, "mixed")
+        for n in cases.OPTIMIZERS
+    ),
+    ("rank_checks_torch:tensor_parallel_steps_are_those_of_one_process", "AdamW"),
+    ("rank_checks_torch:gradients_are_released_in_the_backward_pass", "AdamW"),
+    ("rank_checks_checkpoints:whole_state_dicts_go_both_ways", "AdamW"),
+    ("rank_checks_checkpoints:state_dicts_of_this_rank_resume", "split"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("check", GPU_CHECKS, ids=str)
+def test_on_two_gpus(check):
+    ranks.ranks(2, "rank_jobs:start_on_gpus").call(*check)
