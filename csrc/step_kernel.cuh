@@ -321,34 +321,42 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const StepTable& table = launch.table;
   if (is_skipped(table.scaling)) return;
   Chunk chunk{};
+  TensorEntry entry{};
   const void* gradient = nullptr;
   if (blockIdx.x < table.num_chunks) {  // a launch without chunks still commits
     chunk = table.chunks[blockIdx.x];
     gradient = gradients.address[chunk.tensor - launch.first_tensor];
   }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  // The compiler for these then needs fewer registers, for older ones more.
   if (gradient == nullptr) {
-    commit(launch, gradients, threadIdx.x == 0 ? draw_ticket(table.ticket) : 0);
-    return;
+    return commit(launch, gradients, threadIdx.x == 0 ? draw_ticket(table.ticket) : 0);
   }
-  const TensorEntry entry = table.tensors[chunk.tensor];
-  const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
-  prefetch_first<Update::kMinStates, State>(entry, gradient, range);
-  if (threadIdx.x == 0) {
-    shared_update = fold<Update>(table, entry, grad_scale(table.scaling));
-    shared_key = is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
+#endif
+  Range range{};
+  if (gradient != nullptr) {
+    entry = table.tensors[chunk.tensor];
+    range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
+    prefetch_first<Update::kMinStates, State>(entry, gradient, range);
+    if (threadIdx.x == 0) {
+      shared_update = fold<Update>(table, entry, grad_scale(table.scaling));
+      shared_key = is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
+    }
   }
   __syncthreads();
   // Early: the answer comes while the elements are moved.
   const uint32_t ticket = threadIdx.x == 0 ? draw_ticket(table.ticket) : 0;
-  const Update update = shared_update;
-  const uint32_t key = shared_key;
-  const bool stochastic = table.rounds_stochastically;
-  if (entry.states[Update::kMaxStates - 1] == nullptr) {
-    update_chunk<Update::kMinStates, State>(update, entry, gradient, range, key, stochastic);
-  } else if constexpr (Update::kMaxStates <= kMaxCompressedStates) {
-    update_chunk<Update::kMaxStates, State>(update, entry, gradient, range, key, stochastic);
-  } else if constexpr (State::kType == StateType::kFloat32) {
-    update_chunk<Update::kMaxStates, State>(update, entry, gradient, range, key, stochastic);
+  if (gradient != nullptr) {
+    const Update update = shared_update;
+    const uint32_t key = shared_key;
+    const bool stochastic = table.rounds_stochastically;
+    if (entry.states[Update::kMaxStates - 1] == nullptr) {
+      update_chunk<Update::kMinStates, State>(update, entry, gradient, range, key, stochastic);
+    } else if constexpr (Update::kMaxStates <= kMaxCompressedStates) {
+      update_chunk<Update::kMaxStates, State>(update, entry, gradient, range, key, stochastic);
+    } else if constexpr (State::kType == StateType::kFloat32) {
+      update_chunk<Update::kMaxStates, State>(update, entry, gradient, range, key, stochastic);
+    }
   }
   commit(launch, gradients, ticket);
 }

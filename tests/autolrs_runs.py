@@ -38,6 +38,12 @@ class Augmented(torch.utils.data.Dataset):
         return self.inputs[index] + noise, self.targets[index]
 
 
+def set_seeds(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - what loaders draw from
+
+
 def make_loader():
     return torch.utils.data.DataLoader(Augmented(), batch_size=8, shuffle=True)
 
@@ -70,13 +76,27 @@ OPTIMIZERS = {
 
 
 class Training:
-    """Model, optimizer, controller and loader, with a checkpoint of all of them."""
+    """Model, optimizer, controller and loader, with a checkpoint of all of them.
 
-    def __init__(self, optimizer="adamw", seed=0, bounds=BOUNDS, loader=None, **options):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - what loaders draw from
+    Args:
+        wrap: what the model is put into; then every `rank` draws random numbers of its own.
+    """
+
+    def __init__(
+        self,
+        optimizer="adamw",
+        seed=0,
+        bounds=BOUNDS,
+        loader=None,
+        wrap=None,
+        rank=0,
+        **options,
+    ):
+        set_seeds(seed)
         self.model = make_model()
+        if wrap is not None:
+            self.model = wrap(self.model)
+            set_seeds(seed + rank)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.auto = lrs_ext.AutoLRS(self.optimizer, self.model, bounds, **(PEAK | options))
         self.losses, self.batches = [], []

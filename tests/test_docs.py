@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from ranks import ranks
 
 DOCS = Path(__file__).parents[1] / "docs"
 # What each page's examples import, besides torch.
@@ -54,10 +55,19 @@ def test_examples_run(page, tmp_path, monkeypatch):
     assert checks[page]()
 
 
+def test_autolrs_on_several_ranks():
+    first, *others = blocks("autolrs_ranks")
+    assert len(others) == 2
+    whole = "\n".join((first, *others))
+    for best in ranks(2, "autolrs_rank_jobs:start").call("autolrs_rank_jobs:run_code", whole):
+        assert 1e-5 <= best <= 1e-1
+
+
 def test_every_page_is_tested_and_its_links_exist():
     readme = (DOCS.parent / "README.md").read_text()
-    for page in PAGES:
-        text = (DOCS / f"{page}.md").read_text()
-        assert f"docs/{page}.md" in readme
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert target.startswith("https://") or (DOCS / target).exists(), target
+    elsewhere = {"autolrs_ranks", "distributed"}  # run on several ranks
+    assert {page.stem for page in DOCS.glob("*.md")} == PAGES.keys() | elsewhere
+    for page in DOCS.glob("*.md"):
+        assert f"docs/{page.name}" in readme
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (DOCS / target).exists(), (page.name, target)

@@ -389,6 +389,7 @@ def test_a_loaded_copy_lies_where_training_has_its_tensors(optimizer):
     copied.capture()
     state = copied.state_dict()
     state["tensors"]["state 0 unheard_of"] = torch.zeros(3)
+    state["captured"] += ("state 0 unheard_of",)
     there, *_ = make("meta")
     there.load_state_dict(state)
     for name, tensor in there._memory.items():
@@ -438,7 +439,7 @@ def test_random_states_may_have_been_mapped_to_a_device(monkeypatch):
     copied = Snapshot(model, OPTIMIZERS["adamw"](model.parameters()), ())
     copied.capture()
     saved = copied.state_dict()
-    saved["random"] = {**state, **mapped}
+    saved["of_this_rank"]["random"] = {**state, **mapped}
     copied.load_state_dict(saved)
     assert copied._random["torch"] is state["torch"]  # no roll-back waits for it
     copied.restore()

@@ -6,7 +6,7 @@ import copy
 import operator
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -37,22 +37,35 @@ class Tape:
     While batches are kept, the loader draws its random numbers from a stream of its own: training
     then draws the same ones whether a batch is new or comes again. Generators that a loader or its
     sampler brings are its own anyway; they resume with their states at the start of the epoch.
+
+    Args:
+        share: what trials get instead of a batch that is drawn; training gets the batch itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: Callable[[Any], Any] | None = None) -> None:
+        self._share = share
         self._kept: deque[Any] = deque()
+        self._origins: deque[tuple[int, int]] = deque()  # (epoch, index in it) of what is kept
+        self._shared: list[Any] = []  # in place of what is kept, as far as it has been handed out
         self._position = 0  # in what is kept
         self._is_recording = False
         self._epoch = -1
         self._drawn = 0  # batches of this epoch
         self._stream: dict[str, Any] | None = None  # the loader's random state while recording
-        self._epoch_start: dict[str, Any] | None = None  # random states when its epoch began
+        self._has_begun = False  # the epoch of the loader in use
+        self._epoch_start: dict[str, Any] | None = None  # random states when that was
         self._loader: Iterable[Any] | None = None
         self._iterator: Iterator[Any] | None = None
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether batches have been drawn here since it was made or loaded."""
+        return self._loader is not None
 
     def record(self) -> None:
         """Keeps what comes from now on."""
         self._is_recording = True
+        self._shared.clear()
         self._forget_past()
 
     def rewind(self) -> None:
@@ -63,6 +76,7 @@ class Tape:
         """Starts again with the first batch kept, and keeps no more."""
         self._position = 0
         self._is_recording = False
+        self._shared.clear()
 
     def next_batch(self, loader: Iterable[Any]) -> Any:
         """Returns the next batch; a loader at its end starts its next epoch.
@@ -78,36 +92,58 @@ class Tape:
                 "batches() has been called with another loader since, which has taken over: draw "
                 "from one at a time, and join loaders that are needed together into one iterable"
             )
-        if self._position < len(self._kept):
-            batch = self._kept[self._position]
-            self._position += 1
-            if self._is_recording:
-                return cloned(batch)
+        if self._position == len(self._kept):
+            batch = self._draw(loader)
+            if not self._is_recording:
+                return batch
+            self._kept.append(cloned(batch))  # some loaders write every batch into the same memory
+            self._origins.append((self._epoch, self._drawn - 1))
+            is_new = True
+        else:
+            batch, is_new = self._kept[self._position], False
+        self._position += 1
+        if not self._is_recording:
             self._forget_past()
             return batch
-        batch = self._draw(loader)
-        if self._is_recording:
-            self._kept.append(cloned(batch))  # some loaders write every batch into the same memory
-            self._position += 1
-        return batch
+        if self._share is not None:
+            if self._position > len(self._shared):
+                self._shared.append(self._share(batch))
+            return cloned(self._shared[self._position - 1])
+        return batch if is_new else cloned(batch)
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns where the tape is, which is the same on every rank, and `of_this_rank`."""
         return {
-            "kept": [cloned(batch) for batch in self._kept],
             "position": self._position,
             "is_recording": self._is_recording,
             "epoch": self._epoch,
             "drawn": self._drawn,
-            "stream": self._stream,
-            "epoch_start": self._epoch_start,
+            "has_begun": self._has_begun,
+            "origins": tuple(self._origins),
+            "of_this_rank": {
+                "kept": [cloned(batch) for batch in self._kept],
+                "stream": self._stream,
+                "epoch_start": self._epoch_start,
+            },
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._kept = deque(cloned(batch) for batch in state["kept"])
+    def load_state_dict(self, state: dict[str, Any], is_own: bool = True) -> None:
+        """Goes on where `state_dict` was called.
+
+        Args:
+            is_own: whether it was called on this rank. What another rank has kept says nothing
+                here: it is drawn again.
+        """
+        own = state["of_this_rank"]
+        self._kept = deque(cloned(batch) for batch in own["kept"]) if is_own else deque()
+        self._origins = deque(tuple(origin) for origin in state["origins"])
+        self._shared.clear()
         self._position = state["position"]
         self._is_recording = state["is_recording"]
         self._epoch, self._drawn = state["epoch"], state["drawn"]
-        self._stream, self._epoch_start = state["stream"], state["epoch_start"]
+        self._has_begun = state["has_begun"]
+        self._stream = own["stream"] if is_own else None
+        self._epoch_start = own["epoch_start"] if is_own else None
         self._loader = self._iterator = None
 
     def resume(self, loader: Iterable[Any], restores_itself: bool) -> None:
@@ -120,43 +156,56 @@ class Tape:
             restores_itself: the loader's own state has been loaded: nothing is to be skipped.
 
         Raises:
-            RuntimeError: the loader has fewer batches than the saved one had given.
+            RuntimeError: the loader has fewer batches than the saved one had given, or would have
+                to draw again what another rank has kept.
         """
         if self._loader is not None and self._loader is not loader:
-            self._iterator = self._epoch_start = None
+            self._iterator, self._has_begun = None, False
         self._loader = loader
-        if self._iterator is not None or self._epoch_start is None:
+        is_missing = len(self._kept) < len(self._origins)
+        if self._iterator is not None or not (self._has_begun or is_missing):
             return
+        if is_missing and restores_itself:
+            raise RuntimeError(
+                "the batches of the present trials are those of another rank, and a loader in "
+                "extra_state cannot draw this rank's again: save and load AutoLRS.state_dict on "
+                "each rank, or leave the loader out of extra_state"
+            )
         training = random_state()
         try:
-            if restores_itself:
+            if is_missing:
+                self._redraw(loader)
+            elif restores_itself:
                 self._iterator = iter(loader)
             else:
-                self._iterator = self._skipped(loader, self._epoch_start)
+                self._set_generators(loader)
+                self._iterator = _skipped(loader, self._epoch, self._drawn)
         finally:
             set_random_state(training)
 
-    def _skipped(self, loader: Iterable[Any], start: dict[str, Any]) -> Iterator[Any]:
-        """Returns an iterator behind the batches that were drawn in the saved epoch."""
-        set_random_state(start["random"])
-        for place, generator in _generators(loader).items():
-            if place in start["generators"]:
-                generator.set_state(start["generators"][place].cpu())
-        _set_epoch(loader, self._epoch)
-        iterator = iter(loader)
-        for found in range(self._drawn):
-            try:
-                next(iterator)
-            except StopIteration:
-                raise RuntimeError(
-                    f"the loader gives {found} batches, fewer than the {self._drawn} that had been "
-                    "drawn when the run was saved: resume with the same data and batch size"
-                ) from None
-        return iterator
+    def _set_generators(self, loader: Iterable[Any]) -> None:
+        """Puts the generators to where they were when the epoch began, as far as that is known."""
+        if self._epoch_start is not None:
+            set_random_state(self._epoch_start["random"])
+            for place, generator in _generators(loader).items():
+                if place in self._epoch_start["generators"]:
+                    generator.set_state(self._epoch_start["generators"][place].cpu())
+
+    def _redraw(self, loader: Iterable[Any]) -> None:
+        """Draws again, from this rank's loader, what was kept when the run was saved."""
+        (self._epoch, index), end = self._origins[0], (self._epoch, self._drawn)
+        self._iterator, self._drawn = _skipped(loader, self._epoch, index), index
+        self._kept.clear()
+        self._origins.clear()
+        while (self._epoch, self._drawn) < end:
+            batch = self._draw_from(loader)
+            self._kept.append(cloned(batch))
+            self._origins.append((self._epoch, self._drawn - 1))
 
     def _forget_past(self) -> None:
         while self._position:
             self._kept.popleft()
+            self._origins.popleft()
             self._position -= 1
 
     def _draw(self, loader: Iterable[Any]) -> Any:
@@ -178,6 +227,7 @@ class Tape:
                 return batch
         self._epoch += 1
         generators = _generators(loader).items()
+        self._has_begun = True
         self._epoch_start = {
             "random": random_state(),
             "generators": {place: generator.get_state() for place, generator in generators},
@@ -240,6 +290,25 @@ def _generators(loader: Iterable[Any]) -> dict[str, torch.Generator]:
         if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
             found[place] = generator
     return found
+
+
+def _skipped(loader: Iterable[Any], epoch: int, count: int) -> Iterator[Any]:
+    """Returns an iterator behind the first `count` batches of an epoch.
+
+    Raises:
+        RuntimeError: there are fewer.
+    """
+    _set_epoch(loader, epoch)
+    iterator = iter(loader)
+    for found in range(count):
+        try:
+            next(iterator)
+        except StopIteration:
+            raise RuntimeError(
+                f"the loader gives {found} batches, fewer than the {count} that had been "
+                "drawn when the run was saved: resume with the same data and batch size"
+            ) from None
+    return iterator
 
 
 def _set_epoch(loader: Iterable[Any], epoch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,16 @@ def check_loss(loss: Tensor, what: str) -> None:
             f"{what} must be a 0-d floating tensor, got {loss.dtype} of shape "
             f"{tuple(loss.shape)}: take its mean"
         )
+
+
+def check_plan(saved: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raises ValueError if a checkpoint's plan is not that of this run."""
+    for name, value in plan.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"the checkpoint was saved with {name}={saved.get(name)}, this AutoLRS has "
+                f"{value}: make it with the arguments of the run that is continued"
+            )
 
 
 def checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:

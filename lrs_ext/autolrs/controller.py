@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,12 +11,15 @@ import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.batches import Tape
-from lrs_ext.autolrs.checks import check_loss, checked_bounds
+from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds
 from lrs_ext.autolrs.guard import has_diverged
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
+from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
+from lrs_ext.autolrs.ranks import Ranks
 from lrs_ext.autolrs.rates import check_optimizer, group_ratios, rates_of
+from lrs_ext.autolrs.replicas import Replicas, check_replicas
 from lrs_ext.autolrs.shapes import Shapes
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
@@ -26,12 +28,13 @@ from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
 from lrs_ext.host_copy import HostCopy
 from lrs_ext.schedules import Schedule
+from lrs_ext.shards import local
 from lrs_ext.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.distributed import ProcessGroup
 
-VALIDATIONS = 16  # in a trial of the preset "paper", as in the reference code
 WARMUP_SHARE = 0.1  # of the training of "peak": the choice of the peak then matters less
 
 
@@ -41,6 +44,9 @@ class AutoLRS:
     Make it when model, optimizer and whatever a checkpoint brings are in place. Trials start from
     the same state, on the same batches if they come from `batches`; what they have done to the
     state is undone, in place. The host only counts updates.
+
+    On several ranks, make it on each of them: all follow the mean of their losses, and the first
+    one's decisions. See docs/autolrs_ranks.md.
 
     Args:
         optimizer: of `lrs_ext`, or of torch with support for a tensor learning rate, or a
@@ -62,11 +68,15 @@ class AutoLRS:
         val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
         extra_state: what else to roll back: scaler, EMA, loader, ...
         snapshot: where the copy of the state is: "device" or "pinned" host memory.
+        process_group: the ranks that train this model; None takes all there are.
+        parallel_trials: whether ranks try different learning rates at the same time, each on its
+            own: `model` must be the DistributedDataParallel module.
         seed: of the random first trials of "paper".
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the trials do not fit the budget.
-        RuntimeError: the optimizer has a controller already, or the snapshot does not fit.
+        RuntimeError: the optimizer has a controller already, the snapshot does not fit, or ranks
+            have different arguments.
 
     Source: Jin et al., AutoLRS: Automatic Learning-Rate Schedule by Bayesian Optimization on the
     Fly, ICLR 2021, arXiv 2105.10762.
@@ -89,10 +99,15 @@ class AutoLRS:
         val_loss: Callable[[], Tensor] | None = None,
         extra_state: Sequence[Any] = (),
         snapshot: Literal["device", "pinned"] = "device",
+        process_group: ProcessGroup | None = None,
+        parallel_trials: bool = False,
         seed: int = 0,
     ) -> None:
         optimizer = unwrapped(optimizer)
         bounds = checked_bounds(lr_bounds)
+        self._ranks = Ranks(process_group)
+        if parallel_trials:
+            check_replicas(model)
         self._timetable = timetable_of(
             preset,
             total_steps=total_steps,
@@ -101,17 +116,13 @@ class AutoLRS:
             stage_steps=stage_steps,
             trial_steps=trial_steps,
             warmup_steps=warmup_steps or 0,
+            replicas=self._ranks.size if parallel_trials else 1,
         )
         if warmup_steps is None:
             train = self._timetable.segments[-1].steps
             warmup_steps = int(WARMUP_SHARE * train) if preset == "peak" else 0
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "AutoLRS serves one process so far: with several, each would decide for itself"
-            )
         check_free(optimizer)
         self.preset, self.optimizer = preset, optimizer
-        self._val_loss = val_loss
         self._extra_state = tuple(extra_state)
         device = optimizer.param_groups[0]["params"][0].device
         self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
@@ -121,14 +132,19 @@ class AutoLRS:
         self._snapshot = Snapshot(model, optimizer, self._extra_state, placement=snapshot)
         self._rates = rates_of(optimizer, ratios, self.total_steps + 1)
         kind = PeakSearch if preset == "peak" else PaperSearch
-        self._search: Search = kind(self._timetable, bounds, device, seed)
-        self._losses = torch.full((total_steps,), math.nan, device=device)
+        self._search: Search = kind(self._timetable, bounds, device, seed, self._ranks.agree)
+        self._replicas: Replicas | None = None
+        if parallel_trials and self._ranks.size > 1:
+            self._replicas = Replicas(self._ranks, model, self._timetable.at_once, device)
+        interval = peak_interval if preset == "peak" else paper_interval
+        self._measured = Measurements(
+            self._timetable, (self._ranks, self._replicas), val_loss, interval, device
+        )
         self._scales = torch.ones(
             len(self._timetable.segments), LOOKS, dtype=torch.float64, device=device
         )
-        shape = (self._timetable.num_stages, self._timetable.num_trials, VALIDATIONS + 1)
-        self._values = torch.full(shape, math.nan, device=device)  # what val_loss has returned
-        self._tape = Tape()
+        self._tape = Tape(None if self._replicas is None else self._replicas.share)
+        self._must_restore = False  # a wave that a loaded state was saved in begins again
         self._updates = 0
         self._index = 0  # of the segment
         has_scaler = any(isinstance(state, torch.amp.GradScaler) for state in self._extra_state)
@@ -139,6 +155,7 @@ class AutoLRS:
             "lr_bounds": list(bounds),
             "total_steps": total_steps,
             "num_trials": self._timetable.num_trials,
+            "at_once": self._timetable.at_once,
             "search_steps": self._timetable.search_steps,
             "stages": self._timetable.num_stages,
             "warmup_steps": warmup_steps,
@@ -146,6 +163,7 @@ class AutoLRS:
             "ratios": ratios,
             "seed": seed,
         }
+        self._ranks.host_check_alike(self._plan)
         self._begin()
         self._register(weakref.ref(self))
 
@@ -172,7 +190,9 @@ class AutoLRS:
         segment = self._segment
         stage = f"stage {segment.stage + 1}, " if self._timetable.num_stages > 1 else ""
         if segment.kind == "trial":
-            return f"{stage}trial {segment.trial + 1} of {self._timetable.num_trials}"
+            first, last = segment.trial + 1, segment.trial + segment.width
+            which = f"trial {first}" if first == last else f"trials {first} to {last}"
+            return f"{stage}{which} of {self._timetable.num_trials}"
         return f"{stage}{segment.kind}"
 
     @property
@@ -184,7 +204,7 @@ class AutoLRS:
     def history(self) -> History:
         """What has been tried, forecast and chosen so far; waits for the device."""
         return read_history(
-            self._search, self._shapes, self._losses, self._scales, self._updates, self._base_lr
+            self._search, self._shapes, self._measured, self._scales, self._updates, self._base_lr
         )
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -200,8 +220,15 @@ class AutoLRS:
         restores_itself = any(loader is extra for extra in self._extra_state)
         if restores_itself:
             self._snapshot.leave(loader)  # the batches of a trial come again from here
-        if self._updates == 0:
+        if self._must_restore:
+            self._must_restore = False
+            self._snapshot.restore(is_resumed=True)
+            self._begin_trial(self._segment)
+            self._pair_random(is_new=False)
+            self._watch.follow()
+        elif self._updates == 0:
             self._snapshot.capture()  # the state may have changed since the controller was made
+            self._pair_random(is_new=True)
         self._tape.resume(loader, restores_itself)
         while not self.done:
             yield self._tape.next_batch(loader)
@@ -222,15 +249,21 @@ class AutoLRS:
                 f"the budget of {self.total_steps} updates is used up: stop when auto.done is true"
             )
         check_loss(loss, "the loss")
+        is_apart = self._replicas is not None and self._segment.kind == "trial"
+        if is_apart and (self._must_restore or not self._tape.is_in_use):
+            raise RuntimeError(
+                "parallel_trials compares learning rates on equal batches, which come from "
+                "auto.batches(loader): draw them from there"
+            )
         self._watch.check()
         self._rates.check_groups()
         self._watch.follow()
         segment = self._segment
-        self._losses[self._updates].copy_(loss.detach(), non_blocking=True)
+        self._measured.add_loss(segment, self._updates, loss)
         self._updates += 1
         self._rates.advance()
         if segment.kind == "trial":
-            self._validate(segment)
+            self._measured.validate(segment, self._updates - segment.start)
         elif segment.kind == "train":
             self._guard(segment)
         if self._updates == segment.end:
@@ -285,19 +318,33 @@ class AutoLRS:
 
         Save it together with the states of model, optimizer and `extra_state`. It holds the copy of
         the training state and the batches of the present trials.
+
+        On several ranks it exchanges nothing and is the same on all, but "of_this_rank": batches
+        and random generators, which only a rank of the same number takes over from it. Trials that
+        run at once begin again where they are resumed.
         """
+        snapshot, tape = self._snapshot.state_dict(), self._tape.state_dict()
+        rates = self._rates.state_dict()
+        if self._replicas is not None and self._segment.kind == "trial":  # not the same on all
+            rates["rate"] = self._search.rates(self._segment.stage, self._segment.trials)[0]
+            rates |= {"shown": None} if "shown" in rates else {}
+        own = {
+            "snapshot": snapshot.pop("of_this_rank"),
+            "tape": tape.pop("of_this_rank"),
+            "random": random_state(),
+        }
         return {
-            "plan": self._plan,
+            "plan": tuple(self._plan.items()),
             "updates": self._updates,
             "base_lr": self._base_lr,
-            "losses": self._losses.clone(),
-            "values": self._values.clone(),
             "scales": self._scales.clone(),
+            "measured": self._measured.state_dict(),
             "search": self._search.state_dict(),
-            "rates": self._rates.state_dict(),
-            "snapshot": self._snapshot.state_dict(),
-            "tape": self._tape.state_dict(),
-            "random": random_state(),
+            "rates": rates,
+            "snapshot": snapshot,
+            "tape": tape,
+            "replicas": None if self._replicas is None else (self._replicas.state_dict(),),
+            "of_this_rank": ((self._ranks.rank, self._ranks.size), own),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -307,25 +354,28 @@ class AutoLRS:
             ValueError: the state belongs to another plan (other bounds, budget, trials, ...) or to
                 another model.
         """
-        saved = state["plan"]
-        for name, value in self._plan.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"the checkpoint was saved with {name}={saved.get(name)}, this AutoLRS has "
-                    f"{value}: make it with the arguments of the run that is continued"
-                )
-        self._snapshot.load_state_dict(state["snapshot"])
+        check_plan(dict(state["plan"]), self._plan)
+        rank, own = state["of_this_rank"]
+        is_own = tuple(rank) == (self._ranks.rank, self._ranks.size)
+        self._snapshot.load_state_dict(
+            {**state["snapshot"], "of_this_rank": own["snapshot"]}, is_own
+        )
         self._updates = state["updates"]
         self._base_lr = state["base_lr"]
         self._index = self._timetable.index_at(self._updates)
-        for name in ("losses", "values", "scales"):
-            getattr(self, f"_{name}").copy_(state[name])
+        self._scales.copy_(state["scales"])
+        self._measured.load_state_dict(state["measured"])
         self._search.load_state_dict(state["search"])
-        self._tape.load_state_dict(state["tape"])
+        self._tape.load_state_dict({**state["tape"], "of_this_rank": own["tape"]}, is_own)
         self._rates.load_state_dict(state["rates"], self._shapes.of(self._segment))
+        if self._replicas is not None:
+            self._replicas.load_state_dict(*state["replicas"])
+            self._replicas.join()  # until trials begin
+            self._resume_wave()
         self._watch.follow()
         self._known = HostCopy(self._rates.rate)
-        set_random_state(state["random"])
+        if is_own:
+            set_random_state(own["random"])
 
     # What happens between updates
 
@@ -342,23 +392,61 @@ class AutoLRS:
             if segment.trial == 0:
                 self._snapshot.capture()
                 self._tape.record()
-                self._measure(segment, 0)
+                self._measured.validate(segment, 0)
             else:  # it starts from the same state
-                self._values[segment.stage, segment.trial, 0].copy_(
-                    self._values[segment.stage, 0, 0]
-                )
-            rate = self._search.propose(segment.stage, segment.trial)
+                self._measured.repeat_value(segment)
+            self._search.propose(segment.stage, segment.trial, segment.width)
+            self._begin_trial(segment)
+            if self._updates > 0:  # before the first update, `batches` does it
+                self._pair_random(is_new=segment.trial == 0)
+            return
         else:
             rate = self._search.choose(segment.stage)
-        self._rates.write(rate, self._shapes.of(segment))
+        if self._replicas is not None:
+            self._replicas.join()
+        self._write_rate(rate)
+
+    def _begin_trial(self, segment: Segment) -> None:
+        """Sets the learning rate of the trial, or of this rank's among those that run at once."""
+        rates = self._search.rates(segment.stage, segment.trials)
+        slot = 0
+        if self._replicas is not None:
+            self._replicas.part()
+            slot = self._replicas.slot(segment.width)
+        self._write_rate(rates[slot])
+
+    def _pair_random(self, is_new: bool) -> None:
+        """Lets trials that run at once, and those after them, draw equal random numbers.
+
+        Args:
+            is_new: whether a stage begins.
+        """
+        if self._replicas is not None and self._segment.kind == "trial":
+            if is_new:
+                self._replicas.begin_stage()
+            self._replicas.begin_wave()
+
+    def _write_rate(self, rate: Tensor) -> None:
+        self._rates.write(rate, self._shapes.of(self._segment))
         self._known = HostCopy(self._rates.rate)
+
+    def _resume_wave(self) -> None:
+        """Begins the trials again that ran at once when a loaded state was saved.
+
+        Each rank then had weights of its own, of which a checkpoint may have one rank's only.
+        """
+        self._must_restore = self._segment.kind == "trial" and self._updates > 0
+        if self._must_restore:
+            self._updates = self._segment.start
+            self._tape.rewind()
 
     def _end(self, segment: Segment) -> None:
         if segment.kind == "trial":
-            losses, horizon = self._measured(segment)
-            self._search.record(segment.stage, segment.trial, losses, horizon)
+            for trial in segment.trials:
+                losses, horizon = self._measured.of_trial(segment, trial)
+                self._search.record(segment.stage, trial, losses, horizon)
             self._snapshot.restore()
-            is_last = segment.trial == self._timetable.num_trials - 1
+            is_last = segment.trials.stop == self._timetable.num_trials
             self._tape.release() if is_last else self._tape.rewind()
         if segment is not self._timetable.segments[-1]:
             self._index += 1
@@ -369,37 +457,6 @@ class AutoLRS:
         shape, self._known = self._shapes.value_of(self._segment), None
         self._rates.show(lambda updates: rate * shape(updates))
 
-    def _validate(self, segment: Segment) -> None:
-        done = self._updates - segment.start
-        interval = self._validation_interval(segment)
-        if done % interval == 0:
-            self._measure(segment, done // interval)
-
-    def _measure(self, segment: Segment, point: int) -> None:
-        if self._val_loss is not None:
-            training = random_state()  # it may draw random numbers, which would unpair the trials
-            try:
-                with torch.no_grad():
-                    loss = self._val_loss()
-            finally:
-                set_random_state(training)
-            check_loss(loss, "what val_loss returns")
-            self._values[segment.stage, segment.trial, point].copy_(loss, non_blocking=True)
-
-    def _measured(self, segment: Segment) -> tuple[Tensor, float]:
-        """Returns what a trial is judged by, (n,), and where in it the stage would end."""
-        _, train = self._timetable.stage(segment.stage)
-        if self._val_loss is None:
-            return self._losses[segment.start : segment.end], train.steps - 1
-        interval = self._validation_interval(segment)
-        points = segment.steps // interval
-        return self._values[segment.stage, segment.trial, : points + 1], train.steps / interval
-
-    def _validation_interval(self, segment: Segment) -> int:
-        if self.preset == "peak":
-            return segment.steps
-        return -(-segment.steps // VALIDATIONS)
-
     def _guard(self, segment: Segment) -> None:
         """Rolls training back to the last good state, at half the rate, where it has diverged.
 
@@ -409,11 +466,11 @@ class AutoLRS:
         if done % segment.look_steps != 0 and self._updates != segment.end:
             return
         look = (done - 1) // segment.look_steps
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        losses = self._losses[segment.start + look * segment.look_steps : self._updates]
+        params = [local(p) for group in self.optimizer.param_groups for p in group["params"]]
+        losses = self._measured.of_updates(segment.start + look * segment.look_steps, self._updates)
         search = self._search
         start, std = search.start[segment.stage], search.start_std[segment.stage]
-        bad = has_diverged(losses, start, std, params)
+        bad = self._ranks.any(has_diverged(losses, start, std, params))
         self._snapshot.restore_where(bad)
         self._snapshot.capture()
         scale = torch.where(bad, 0.5, 1.0)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lrs_ext.autolrs.measurements import Measurements
 from lrs_ext.autolrs.presets import Search
 from lrs_ext.autolrs.shapes import Shapes
 from lrs_ext.autolrs.surrogate import gp_posterior
@@ -22,7 +23,7 @@ class Trial:
 
     Attributes:
         lr: the learning rate of the first group.
-        start: updates before it, in the whole run.
+        start: updates before it, in the whole run; equal for trials that run at once.
         losses: (updates,), those that have run so far.
         objective: what it was judged by, inf if it diverged, NaN if it has not ended.
         deviation: standard deviation of the objective; 0 where it is not estimated.
@@ -68,7 +69,8 @@ class History:
     Attributes:
         stages: those that have begun.
         learning_rates: (updates,), of the first group, trials included.
-        losses: (updates,), as handed to `AutoLRS.step`.
+        losses: (updates,), as handed to `AutoLRS.step`, the mean over ranks. Where trials run at
+            once, rates and losses are those of the first of them.
         total_steps: the budget in updates.
     """
 
@@ -79,27 +81,37 @@ class History:
 
 
 def read_history(
-    search: Search, shapes: Shapes, losses: Tensor, scales: Tensor, updates: int, base_lr: float
+    search: Search,
+    shapes: Shapes,
+    measured: Measurements,
+    scales: Tensor,
+    updates: int,
+    base_lr: float,
 ) -> History:
     """Reads everything from the device.
 
     Args:
-        losses: (total_steps,).
         scales: (segments, looks): what a look for divergence multiplied the rate with.
         updates: done so far.
         base_lr: the peak of a warm-up before the first search.
     """
     timetable = search.timetable
-    host_losses = losses[:updates].double().cpu().numpy()
+    losses = measured.of_updates(0, updates).double().cpu().numpy()
+    of_trials = measured.trials.double().cpu().numpy()
+    for segment in timetable.segments:
+        if segment.kind == "trial":
+            done = max(min(segment.end, updates) - segment.start, 0)
+            column = of_trials[segment.stage, :done, segment.trial]
+            losses[segment.start : segment.start + done] = column
     track = read_learning_rates(search, shapes, scales, updates, base_lr)
     tried = torch.pow(10.0, search.positions).cpu().numpy()
     best = torch.pow(10.0, search.best).cpu().numpy()
     begun = timetable.segments[timetable.index_at(updates)].stage + 1
     stages = tuple(
-        _read_stage(search, stage, host_losses, tried[stage], float(best[stage]))
+        _read_stage(search, stage, losses, of_trials[stage], tried[stage], float(best[stage]))
         for stage in range(begun)
     )
-    return History(stages, track, host_losses, timetable.total_steps)
+    return History(stages, track, losses, timetable.total_steps)
 
 
 def read_learning_rates(
@@ -130,7 +142,9 @@ def read_learning_rates(
     return track
 
 
-def _read_stage(search: Search, stage: int, losses: Array, tried: Array, best: float) -> Stage:
+def _read_stage(
+    search: Search, stage: int, losses: Array, of_trials: Array, tried: Array, best: float
+) -> Stage:
     trials, train = search.timetable.stage(stage)
     objectives = search.objectives[stage].cpu().numpy()
     deviations = search.deviations[stage].cpu().numpy()
@@ -140,13 +154,14 @@ def _read_stage(search: Search, stage: int, losses: Array, tried: Array, best: f
     return Stage(
         trials=tuple(
             Trial(
-                lr=float(tried[segment.trial]),
+                lr=float(tried[trial]),
                 start=segment.start,
-                losses=losses[segment.start : segment.end],
-                objective=float(objectives[segment.trial]),
-                deviation=float(deviations[segment.trial]),
+                losses=of_trials[: min(segment.steps, len(losses) - segment.start), trial],
+                objective=float(objectives[trial]),
+                deviation=float(deviations[trial]),
             )
             for segment in trials
+            for trial in segment.trials
             if segment.start < len(losses)
         ),
         best_lr=best,

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+from lrs_ext.shards import local
 
 Access = tuple[Callable[[], Any], Callable[[Any], object]]  # to a state: how it is got and set
 
@@ -44,7 +46,7 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     twin.param_groups = []
     plain = {"lr": 0.0, "foreach": False, "fused": False, "capturable": False}
     for group in optimizer.param_groups:
-        params = [torch.empty_like(param, device="meta") for param in group["params"]]
+        params = [torch.empty_like(local(param), device="meta") for param in group["params"]]
         for param in params:
             param.grad = torch.empty_like(param)
         overrides = {name: value for name, value in plain.items() if name in group}
@@ -69,6 +71,29 @@ def module_tensors(module: nn.Module, owner: str) -> Iterator[tuple[str, Tensor]
             if buffer is not None:
                 kind = "cache" if key in part._non_persistent_buffers_set else "buffer"
                 yield f"{kind} {owner}{path}{'.' if path else ''}{key}", buffer
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns what DistributedDataParallel and torch.compile have been put around.
+
+    So names are the same on any number of ranks, as torch.distributed.checkpoint has them.
+    """
+    while True:
+        is_parallel = isinstance(model, DistributedDataParallel)
+        inner = model._modules.get("module" if is_parallel else "_orig_mod")
+        if inner is None:
+            return model
+        model = inner
+
+
+def reshard(module: nn.Module) -> None:
+    """Frees what FSDP has gathered, as after a forward pass without a backward one.
+
+    Until then modules have whole parameters in the place of those that the optimizer updates.
+    """
+    for part in module.modules():
+        if callable(getattr(type(part), "reshard", None)):
+            part.reshard()  # type: ignore[operator]
 
 
 def is_plain_module(extra: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lrs_ext.autolrs import search
 from lrs_ext.autolrs.forecast import forecast
+from lrs_ext.autolrs.surrogate import gp_posterior
 from lrs_ext.autolrs.timetable import Timetable
 
 _TENSORS = ("positions", "objectives", "deviations", "start", "start_std", "best")
@@ -18,6 +20,9 @@ _TENSORS = ("positions", "objectives", "deviations", "start", "start_std", "best
 
 class Search:
     """What the trials of all stages have shown, on the device.
+
+    Args:
+        agree: returns what the ranks make of a decision that each of them has come to.
 
     Attributes:
         positions: float64, (stages, trials): log10 of the tried learning rates.
@@ -32,9 +37,15 @@ class Search:
     forecasts: ClassVar[bool]  # whether an objective is a forecast for the stage's end
 
     def __init__(
-        self, timetable: Timetable, bounds: search.Bounds, device: torch.device, seed: int
+        self,
+        timetable: Timetable,
+        bounds: search.Bounds,
+        device: torch.device,
+        seed: int,
+        agree: Callable[[Tensor], Tensor],
     ) -> None:
         self.timetable, self.bounds, self.seed = timetable, bounds, seed
+        self.agree = agree
         self.grid = search.candidates(bounds, device)
         shape = (timetable.num_stages, timetable.num_trials)
         self.positions = torch.full(shape, math.nan, dtype=torch.float64, device=device)
@@ -44,11 +55,26 @@ class Search:
         self.start_std = torch.zeros_like(self.start)
         self.best = torch.full_like(self.start, math.nan)
 
-    def propose(self, stage: int, trial: int) -> Tensor:
-        """Returns the learning rate of a trial, float64, 0-d, from those before it."""
-        position = self._position(stage, trial)
-        self.positions[stage, trial].fill_(position)
-        return search.rate_at(self.positions[stage, trial])
+    def propose(self, stage: int, first: int, count: int = 1) -> None:
+        """Places `count` trials that run at once.
+
+        They are placed one after another from the trials before them. One that has not run yet
+        counts as what the others lead to expect of it, so that the next is not put beside it.
+
+        Source: Ginsbourger, Le Riche, Carraro: Kriging Is Well-Suited to Parallelize Optimization,
+            2010 (the kriging believer).
+        """
+        objectives = self.objectives[stage].clone()
+        for trial in range(first, first + count):
+            self.positions[stage, trial].fill_(self._position(stage, trial, objectives))
+            if trial + 1 < first + count:
+                objectives[trial].copy_(self._belief(stage, trial, objectives))
+        placed = self.positions[stage, first : first + count]
+        placed.copy_(self.agree(placed))
+
+    def rates(self, stage: int, trials: range) -> Tensor:
+        """Returns the learning rates of trials that have been placed, float64, (trials,)."""
+        return search.rate_at(self.positions[stage, trials.start : trials.stop])
 
     def record(self, stage: int, trial: int, losses: Tensor, horizon: float) -> None:
         """Judges a trial.
@@ -68,12 +94,12 @@ class Search:
 
     def choose(self, stage: int) -> Tensor:
         """Returns the learning rate to train with, float64, 0-d."""
-        self.best[stage].copy_(self._choice(stage))
-        return search.rate_at(self.best[stage])
+        self.best[stage].copy_(self.agree(self._choice(stage)))
+        return self.agree(search.rate_at(self.best[stage]))
 
     def seen(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns positions, objectives and deviations that the choice is made from."""
-        return self._trials(stage, slice(None))
+        return self._trials(stage, slice(None), self.objectives[stage])
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).clone() for name in _TENSORS}
@@ -82,15 +108,26 @@ class Search:
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
 
-    def _trials(self, stage: int, which: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _trials(
+        self, stage: int, which: slice, objectives: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns positions, objectives and deviations as the GP sees them."""
-        objectives = self.objectives[stage, which]
+        objectives = objectives[which]
         values = search.capped(objectives, self.start[stage])
         # A forecast gone astray is just as unsure of itself, but that the trial is bad is certain.
         deviations = torch.where(values < objectives, 0.0, self.deviations[stage, which])
         return self.positions[stage, which], values, deviations
 
-    def _position(self, stage: int, trial: int) -> float | Tensor:
+    def _position(self, stage: int, trial: int, objectives: Tensor) -> float | Tensor:
+        """Returns where to put a trial.
+
+        Args:
+            objectives: of the stage's trials, (trials,), those before it known or believed.
+        """
+        raise NotImplementedError
+
+    def _belief(self, stage: int, trial: int, objectives: Tensor) -> Tensor:
+        """Returns the objective to expect of a trial, 0-d, from those before it."""
         raise NotImplementedError
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
@@ -116,11 +153,18 @@ class PeakSearch(Search):
 
     forecasts = False
 
-    def _position(self, stage: int, trial: int) -> float | Tensor:
+    def _position(self, stage: int, trial: int, objectives: Tensor) -> float | Tensor:
         spread = self._spread()
         if trial < len(spread):
             return spread[trial]
-        return search.next_downhill(*self._valley(stage, slice(trial)))
+        return search.next_downhill(*self._valley(stage, slice(trial), objectives))
+
+    def _belief(self, stage: int, trial: int, objectives: Tensor) -> Tensor:
+        if trial < len(self._spread()):
+            return objectives[trial]  # nobody asks
+        positions, values = self._valley(stage, slice(trial), objectives)
+        at = self.positions[stage, trial : trial + 1]
+        return search.expected(positions, values, at)
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         return search.tail_mean(losses, search.JUDGED_PERCENT), losses.new_zeros(())
@@ -131,7 +175,7 @@ class PeakSearch(Search):
         return torch.where(idle.isfinite(), idle, losses[0]).maximum(losses[0])
 
     def _choice(self, stage: int) -> Tensor:
-        positions, values = self._valley(stage, slice(None))
+        positions, values = self._valley(stage, slice(None), self.objectives[stage])
         lowest, second, *_ = self._spread()
         return search.peak_between(
             positions, values, self.start[stage], self.grid, gap=second - lowest
@@ -141,8 +185,8 @@ class PeakSearch(Search):
         timetable = self.timetable
         return search.spread(self.bounds, timetable.num_trials - timetable.num_downhill)
 
-    def _valley(self, stage: int, which: slice) -> tuple[Tensor, Tensor]:
-        positions, values, _ = self._trials(stage, which)
+    def _valley(self, stage: int, which: slice, objectives: Tensor) -> tuple[Tensor, Tensor]:
+        positions, values, _ = self._trials(stage, which, objectives)
         return positions, search.first_valley(positions, values, self.start[stage])
 
 
@@ -159,11 +203,18 @@ class PaperSearch(Search):
 
     forecasts = True
 
-    def _position(self, stage: int, trial: int) -> float | Tensor:
+    def _position(self, stage: int, trial: int, objectives: Tensor) -> float | Tensor:
         if trial == 0:
             low, high = map(math.log10, self.bounds)
             return random.Random(f"{self.seed} {stage}").uniform(low, high)
-        return search.next_by_bound(*self._trials(stage, slice(trial)), self.grid)
+        return search.next_by_bound(*self._trials(stage, slice(trial), objectives), self.grid)
+
+    def _belief(self, stage: int, trial: int, objectives: Tensor) -> Tensor:
+        if trial == 0:
+            return objectives[trial]  # unknown: trials without an objective are equally bad
+        at = self.positions[stage, trial : trial + 1]
+        mean, _ = gp_posterior(*self._trials(stage, slice(trial), objectives), at)
+        return mean.squeeze(0)
 
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         mean, deviation = forecast(losses, horizon)

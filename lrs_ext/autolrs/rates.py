@@ -151,10 +151,10 @@ class Rates:
         return {
             "rate": self.rate.clone(),
             "updates": self.updates,
-            "taken_over": {
-                index: lr.detach().clone() if isinstance(lr, Tensor) else float(lr)
+            "taken_over": tuple(
+                (index, lr.detach().clone() if isinstance(lr, Tensor) else float(lr))
                 for index, lr in self._others().items()
-            },
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any], shape: Tensor) -> None:

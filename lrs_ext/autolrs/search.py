@@ -110,6 +110,12 @@ def next_by_bound(positions: Tensor, objectives: Tensor, noise: Tensor, grid: Te
     return _at(grid, lower_confidence_bound(mean, std, PAPER_KAPPA).argmin())
 
 
+def expected(positions: Tensor, objectives: Tensor, at: Tensor) -> Tensor:
+    """Returns the posterior mean at a position, (1,), as in `peak_between`: 0-d."""
+    mean, _ = gp_posterior(positions, objectives, 0.0, at, lengthscales=VALLEY_LENGTHSCALES)
+    return mean.squeeze(0)
+
+
 def best_tried(positions: Tensor, objectives: Tensor, noise: Tensor) -> Tensor:
     """Returns the tried position with the smallest posterior mean: not the luckiest one."""
     mean, _ = gp_posterior(positions, objectives, noise, positions)

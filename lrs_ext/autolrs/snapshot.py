@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,20 @@ from lrs_ext.autolrs.live_state import (
     is_plain_module,
     module_tensors,
     params_of,
+    reshard,
     restore_tensors_where,
     state_entries,
     state_to_come,
     tensors_in,
+    unwrapped,
 )
 from lrs_ext.autolrs.random_state import on_host, random_state, set_random_state
 from lrs_ext.learning_rates import Mark
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+from lrs_ext.shards import is_dtensor, like, local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 PLACEMENTS = ("device", "pinned")
 _SCHEDULE_STEP = "schedule step"
@@ -71,7 +77,7 @@ class Snapshot:
                     "extra_state must have objects with state_dict and load_state_dict, got "
                     f"{type(extra).__name__}"
                 )
-        self._model, self._optimizer, self._placement = model, optimizer, placement
+        self._model, self._optimizer, self._placement = unwrapped(model), optimizer, placement
         self._extra_state = dict(enumerate(extra_state))
         self._memory: dict[str, Tensor] = {}
         self._homes: dict[str, torch.device] = {}  # where training has what a copy is of
@@ -81,6 +87,8 @@ class Snapshot:
         self._random: dict[str, Any] = {}
         self._mark = Mark(0)  # of an optimizer of `lrs_ext`, on the host
         live, to_come = self._live_tensors(), state_to_come(optimizer)
+        # What every run with this model and optimizer has, whenever it is saved.
+        self._foretold = {name for name in (*to_come, *live) if _kind(name) != "counter"}
         homes = self._homes_by_param(to_come)
         homes |= _devices({name: t for name, t in to_come.items() if not t.is_meta} | live)
         self._reserve(to_come | live, homes, self._states())
@@ -110,11 +118,14 @@ class Snapshot:
         self._random = random_state()
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore(self, is_resumed: bool = False) -> None:
         """Puts back the state of the last `capture`; optimizer state that is younger starts again.
 
         It is then zero in an optimizer of `lrs_ext`, whose captured graphs keep its addresses, and
-        not there at all in one of torch.
+        not there at all in one of torch, or if it has just been loaded.
+
+        Args:
+            is_resumed: whether nothing has been trained since a checkpoint was loaded.
 
         Raises:
             ValueError: a parameter is new, gone or of another shape; nothing has been changed.
@@ -135,6 +146,8 @@ class Snapshot:
             for name in live.keys() - self._captured:
                 if _kind(name) in ("state", "counter"):
                     live[name].zero_()
+            if is_resumed:  # a momentum buffer that was loaded counts as one that has begun
+                self._forget_younger_states()
         else:
             self._restore_torch_state()
         for key, (_, set_state) in self._extras().items():
@@ -159,24 +172,61 @@ class Snapshot:
             restore_tensors_where(bad, get_state(), self._extra.get(key))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the copies; waits for the device if they are in host memory."""
+        """Returns the copies; waits for the device if they are in host memory.
+
+        "tensors" has the same names in every run with this model and optimizer, so that checkpoints
+        that read into what a new run has find all of them; what was not there to be copied is 0.
+        The rest is in tuples, which they take as they are. What parameters are spread over ranks as
+        DTensors, so are their copies. All is the same on every rank but `of_this_rank`.
+        """
         if any(tensor.is_pinned() for tensor in self._memory.values()):
             torch.cuda.synchronize()
+        spread, saved = self._spread_tensors(), {}
+        for name in sorted(self._foretold | self._captured):
+            part = self._memory[name]
+            part = part.clone() if name in self._captured else torch.zeros_like(part)
+            saved[name] = like(spread[name], part) if name in spread else part
+        own = {name for name in saved if name not in spread and self._is_of_a_part(name)}
+        foretold, younger = self._foretold - own, self._captured - self._foretold - own
         return {
-            "tensors": {name: self._memory[name].clone() for name in sorted(self._captured)},
-            "numbers": copy.deepcopy(self._numbers),
-            "extra": copied(self._extra),
-            "random": self._random,
+            "tensors": {name: saved[name] for name in sorted(foretold)},
+            "captured": tuple(sorted(self._captured)),
+            "younger": tuple((name, saved[name]) for name in sorted(younger)),
+            "numbers": tuple(copy.deepcopy(self._numbers).items()),
+            "extra": tuple(copied(self._extra).items()),
+            "of_this_rank": {
+                "random": self._random,
+                "parts": {name: saved[name] for name in sorted(own & self._captured)},
+            },
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], is_own: bool = True) -> None:
         """Takes over the copies; each goes to where training has what it is a copy of.
+
+        Args:
+            is_own: whether it was saved by this rank: another's random numbers are not taken over,
+                but those of now.
 
         Raises:
             ValueError: the parameters or persistent buffers are not those of the model; nothing has
                 been changed.
         """
-        saved, live = state["tensors"], self._live_tensors()
+        tensors = state["tensors"] | dict(state["younger"])
+        if is_own:
+            tensors = tensors | state["of_this_rank"]["parts"]
+        lost = sorted(set(state["captured"]) - tensors.keys())
+        if lost and self._is_of_a_part(lost[0]):
+            raise ValueError(
+                f"{lost[0]} belongs to what another rank has of a parameter: save and load "
+                "AutoLRS.state_dict on each rank"
+            )
+        if lost:
+            raise ValueError(
+                f"the checkpoint has no {lost[0]}, which the optimizer of the saved run had: make "
+                "an update before AutoLRS is made and the checkpoint is loaded into it"
+            )
+        saved = {name: local(tensors[name]) for name in state["captured"]}
+        live = self._live_tensors()
         _check_fit(saved, live, ("parameter", "buffer"))
         self._reserve(saved, self._homes_by_param(saved) | self._homes | _devices(live), {})
         for name, tensor in saved.items():
@@ -184,19 +234,42 @@ class Snapshot:
         self._captured = set(saved)
         if _SCHEDULE_STEP in saved:
             self._mark = Mark(int(saved[_SCHEDULE_STEP]))
-        self._numbers = copy.deepcopy(state["numbers"])
+        self._numbers = copy.deepcopy(dict(state["numbers"]))
         present = self._states()
-        self._extra = {
-            key: copied(value, present.get(key)) for key, value in state["extra"].items()
-        }
-        self._random = on_host(state["random"])
+        self._extra = {key: copied(value, present.get(key)) for key, value in state["extra"]}
+        self._random = on_host(state["of_this_rank"]["random"]) if is_own else random_state()
 
     def _live_tensors(self) -> dict[str, Tensor]:
+        """Returns this rank's part of `_live`."""
+        return {name: local(tensor) for name, tensor in self._live().items()}
+
+    def _spread_tensors(self) -> dict[str, DTensor]:
+        """Returns the DTensors among what is copied, and parameters in place of states to come."""
+        live, params = self._live(), params_of(self._optimizer)
+        for name, part in self._memory.items():
+            if name not in live and _kind(name) == "state":
+                param = params[int(name.split(" ")[1])]
+                if part.dim() > 0 and part.shape == local(param).shape:
+                    live[name] = param
+        return {name: tensor for name, tensor in live.items() if is_dtensor(tensor)}
+
+    def _is_of_a_part(self, name: str) -> bool:
+        """Whether it is an array of one rank's part of a parameter, such as scales of its blocks.
+
+        A DTensor says itself whose part it is.
+        """
+        if _kind(name) != "state" or name not in self._memory or self._memory[name].dim() == 0:
+            return False
+        return is_dtensor(params_of(self._optimizer)[int(name.split(" ")[1])])
+
+    def _live(self) -> dict[str, Tensor]:
         """Returns everything that is copied in place, by a name that every process gives it.
 
         Its first word says what it is: a parameter, a buffer, a cache (a buffer that is in no
         checkpoint), a state or counter of the optimizer, or the schedule.
         """
+        for module in self._modules().values():
+            reshard(module)
         tensors: dict[str, Tensor] = {}
         own: set[Tensor] = set()
         for owner, module in self._modules().items():
@@ -275,6 +348,12 @@ class Snapshot:
         is_zero = tensor.dim() > 0 or name.endswith(" step")
         is_young_state = _kind(name) == "counter" or (_kind(name) == "state" and is_zero)
         return torch.zeros_like(tensor) if is_young_state else None
+
+    def _forget_younger_states(self) -> None:
+        captured = {name.split(" ")[1] for name in self._captured if _kind(name) == "state"}
+        for index, param in enumerate(params_of(self._optimizer)):
+            if str(index) not in captured:
+                self._optimizer.state.pop(param, None)
 
     def _restore_torch_state(self) -> None:
         for index, param in enumerate(params_of(self._optimizer)):
@@ -391,9 +470,9 @@ def _check_fit(saved: dict[str, Tensor], live: dict[str, Tensor], kinds: Sequenc
     if found:
         raise ValueError(
             f"the copy of the training state belongs to another model: {', '.join(found)}. Give "
-            "AutoLRS the model and the extra_state that the copy was made of, in the same wrappers "
-            "(DistributedDataParallel puts 'module.' before the names, torch.compile '_orig_mod.'),"
-            " and add no parameters in the middle of a trial"
+            "AutoLRS the model and the extra_state that the copy was made of, in the same modules "
+            "(one around it may put 'module.' before the names; DistributedDataParallel and "
+            "torch.compile do not count), and add no parameters in the middle of a trial"
         )
 
 

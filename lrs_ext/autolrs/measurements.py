@@ -1,0 +1,134 @@
+"""What has been measured in a run: losses of updates and validations, as means over the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrs_ext.autolrs.checks import check_loss
+from lrs_ext.autolrs.random_state import random_state, set_random_state
+from lrs_ext.autolrs.ranks import Ranks
+from lrs_ext.autolrs.replicas import Replicas
+from lrs_ext.autolrs.timetable import Segment, Timetable
+
+VALIDATIONS = 16  # in a trial of the preset "paper", as in the reference code
+_TENSORS = ("losses", "trials", "values")
+
+
+def peak_interval(trial_steps: int) -> int:
+    """Returns updates between validations in a trial of "peak": there is one at its end."""
+    return trial_steps
+
+
+def paper_interval(trial_steps: int) -> int:
+    """Returns updates between validations in a trial of "paper"."""
+    return -(-trial_steps // VALIDATIONS)
+
+
+class Measurements:
+    """Losses on the device, the same on every rank; what is not finite on one is so on all.
+
+    Args:
+        among: the ranks over which means are taken, and how trials are spread over them if they run
+            at once.
+        val_loss: returns a loss to judge trials by; None judges by those of their updates.
+        interval: from updates in a trial to updates between validations.
+
+    Attributes:
+        losses: float32, (total_steps,): of the updates that belong to no trial.
+        trials: float32, (stages, updates, trials): of the trials' updates.
+        values: float32, (stages, VALIDATIONS + 1, trials): what `val_loss` has returned.
+    """
+
+    def __init__(
+        self,
+        timetable: Timetable,
+        among: tuple[Ranks, Replicas | None],
+        val_loss: Callable[[], Tensor] | None,
+        interval: Callable[[int], int],
+        device: torch.device,
+    ) -> None:
+        self._timetable, self._val_loss, self._interval = timetable, val_loss, interval
+        self._ranks, self._replicas = among
+        stages, trials = timetable.num_stages, timetable.num_trials
+        longest = max(s.steps for s in timetable.segments if s.kind == "trial")
+        self.losses = torch.full((timetable.total_steps,), math.nan, device=device)
+        self.trials = torch.full((stages, longest, trials), math.nan, device=device)
+        self.values = torch.full((stages, VALIDATIONS + 1, trials), math.nan, device=device)
+
+    def add_loss(self, segment: Segment, update: int, loss: Tensor) -> None:
+        """Takes the loss of an update, counted in the whole run."""
+        if segment.kind == "trial":
+            self._add_of_trials(segment, self.trials[segment.stage, update - segment.start], loss)
+        else:
+            self._add(self.losses[update : update + 1], 0, 1.0 / self._ranks.size, loss)
+
+    def validate(self, segment: Segment, updates: int) -> None:
+        """Takes a validation loss of a trial, if one is due after so many of its updates."""
+        interval = self._interval(segment.steps)
+        if self._val_loss is None or updates % interval != 0:
+            return
+        training = random_state()  # it may draw random numbers, which would unpair the trials
+        try:
+            with torch.no_grad():
+                loss = self._val_loss()
+        finally:
+            set_random_state(training)
+        check_loss(loss, "what val_loss returns")
+        self._add_of_trials(segment, self.values[segment.stage, updates // interval], loss)
+
+    def repeat_value(self, segment: Segment) -> None:
+        """Takes the first trial's validation loss before its first update for later trials'."""
+        self._ranks.wait()
+        slots = self.values[segment.stage, 0]
+        _own(slots, segment).copy_(slots[0])
+
+    def of_updates(self, start: int, end: int) -> Tensor:
+        """Returns the losses of updates outside of trials, (end - start,)."""
+        self._ranks.wait()
+        return self.losses[start:end]
+
+    def of_trial(self, segment: Segment, trial: int) -> tuple[Tensor, float]:
+        """Returns what a trial is judged by, (n,), and where in it the stage would end."""
+        self._ranks.wait()
+        _, train = self._timetable.stage(segment.stage)
+        if self._val_loss is None:
+            return self.trials[segment.stage, : segment.steps, trial], train.steps - 1
+        interval = self._interval(segment.steps)
+        points = segment.steps // interval
+        return self.values[segment.stage, : points + 1, trial], train.steps / interval
+
+    def state_dict(self) -> dict[str, Any]:
+        self._ranks.wait()
+        return {name: getattr(self, name).clone() for name in _TENSORS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._ranks.wait()
+        for name in _TENSORS:
+            getattr(self, name).copy_(state[name])
+
+    def _add_of_trials(self, segment: Segment, slots: Tensor, loss: Tensor) -> None:
+        """Takes a measurement of a segment's trials; slots: (trials,)."""
+        slot, weight = 0, 1.0 / self._ranks.size
+        if self._replicas is not None:
+            width = segment.width
+            slot, weight = self._replicas.slot(width), self._replicas.weight(width)
+        self._add(_own(slots, segment), slot, weight, loss)
+
+    def _add(self, slots: Tensor, slot: int, weight: float, loss: Tensor) -> None:
+        """Writes into all `slots` the sums over the ranks of their weighted losses."""
+        if self._ranks.size > 1:
+            slots.zero_()
+        if weight > 0.0:
+            slots[slot].copy_(loss.detach(), non_blocking=True)
+            if weight < 1.0:
+                slots[slot].mul_(weight)
+        self._ranks.sum_(slots)
+
+
+def _own(slots: Tensor, segment: Segment) -> Tensor:
+    return slots[segment.trials.start : segment.trials.stop]
