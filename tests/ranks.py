@@ -16,7 +16,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("rank_worker.py")
-GRACE = 2.0  # seconds for the other ranks, once one has failed, and for a stack to be written
+GRACE = 5.0  # seconds for the other ranks, once one has failed, and for a stack to be written
 
 
 class RankError(Exception):
@@ -56,7 +56,9 @@ class Ranks:
         if len(answers) == self.size and not failures:
             return [answers[rank][1] for rank in range(self.size)]
         silent = [rank for rank in range(self.size) if rank not in answers]
-        report = [f"rank {rank} of {self.size} failed:\n{text}" for rank, text in failures.items()]
+        report = [
+            f"rank {rank} of {self.size} failed:\n{text}" for rank, text in sorted(failures.items())
+        ]
         for rank, stack in self._stacks(silent).items():
             verb = "was still waiting" if failures else f"did not answer within {timeout:g} s"
             report.append(f"rank {rank} of {self.size} {verb}:\n{stack}")
