@@ -134,7 +134,7 @@ def without_paths(text: str) -> str:
 
 
 def run_tests(limit: float, *, folder: Path) -> Outcome:
-    """Runs the tests for the GPUs that there are."""
+    """Runs the tests for the GPUs that there are, of which none may be skipped."""
     xml = folder / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     marked = "gpu" if torch.cuda.device_count() < 2 else "gpu or two_gpus"
@@ -159,7 +159,11 @@ def run_tests(limit: float, *, folder: Path) -> Outcome:
 
 
 def read_junit(xml: str) -> tuple[dict[str, int], list[str]]:
-    """Returns how many tests had which outcome, and those that did not pass, with the reason."""
+    """Returns how many tests had which outcome, and those that did not pass, with the reason.
+
+    Skipped tests are among these, but for the reference backend, which has no tables to look at and
+    is too slow for some.
+    """
     counts = {"passed": 0, "failed": 0, "error": 0, "skipped": 0, "xfailed": 0}
     kinds = {"failure": "failed", "error": "error", "skipped": "skipped"}
     failures = []
@@ -172,7 +176,8 @@ def read_junit(xml: str) -> tuple[dict[str, int], list[str]]:
         if found[0].get("type") == "pytest.xfail":
             kind = "xfailed"
         counts[kind] += 1
-        if kind in ("failed", "error"):
+        is_by_design = kind == "skipped" and "[reference" in (case.get("name") or "")
+        if kind != "xfailed" and not is_by_design:
             message = (found[0].get("message") or "").strip().splitlines() or ["no message"]
             name = f"{case.get('classname')}::{case.get('name')}"
             failures.append(without_paths(f"`{name}` {kind}: {message[0]}"))

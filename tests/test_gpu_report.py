@@ -24,6 +24,8 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <testcase classname="tests.test_a" name="test_broken" time="0.1"><error message="boom" /></testcase>
 <testcase classname="tests.test_a" name="test_passed_over" time="0.0">
   <skipped type="pytest.skip" message="no CUDA device">where</skipped></testcase>
+<testcase classname="tests.test_a" name="test_table[reference-cuda]" time="0.0">
+  <skipped type="pytest.skip" message="it has no table">where</skipped></testcase>
 <testcase classname="tests.test_a" name="test_expected" time="0.0">
   <skipped type="pytest.xfail" message="known" /></testcase>
 </testsuite></testsuites>"""
@@ -42,16 +44,17 @@ def test_junit_counts():
     failures = [
         "`tests.test_a::test_bad` failed: assert 1 == 2",
         "`tests.test_a::test_broken` error: boom",
+        "`tests.test_a::test_passed_over` skipped: no CUDA device",
     ]
-    counts = {"passed": 1, "failed": 1, "error": 1, "skipped": 1, "xfailed": 1}
+    counts = {"passed": 1, "failed": 1, "error": 1, "skipped": 2, "xfailed": 1}
     assert gpu_report.read_junit(JUNIT) == (counts, failures)
 
 
-@pytest.mark.parametrize(("kind", "fails"), [("error", True), ("skipped", False)])
-def test_a_test_that_breaks_fails_the_stage(kind, fails, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("kind", "fails"), [("pytest.skip", True), ("pytest.xfail", False)])
+def test_a_skipped_gpu_test_fails_the_stage(kind, fails, monkeypatch, tmp_path):
     def run_command(command, limit, environment):
         (xml,) = [part.partition("=")[2] for part in command if part.startswith("--junitxml=")]
-        odd = f'<testcase name="b"><{kind} message="m" /></testcase>'
+        odd = f'<testcase name="b"><skipped type="{kind}" message="m" /></testcase>'
         Path(xml).write_text(f'<testsuites><testcase name="a" />{odd}</testsuites>')
         return 0, "1 passed"
 
