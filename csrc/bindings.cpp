@@ -178,7 +178,7 @@ class Step {
     table_.algorithm = at(kAlgorithms, algorithm);
     table_.state_type = at(kStateTypes, state_type);
     table_.rounds_stochastically = rounds_stochastically;
-    table_.tensors = tensors->entries().data();
+    table_.tensors = table_.host_tensors = tensors->entries().data();
     table_.num_tensors = static_cast<int64_t>(numels.size());
     table_.chunks = chunks_.data();
     table_.num_chunks = static_cast<int64_t>(chunks_.size());

@@ -35,7 +35,7 @@ struct LAMB {
     update.grad_share2 = static_cast<float>(1.0 - hyper[kBeta2]);
     update.exp_avg_scale = static_cast<float>(1.0 / bias_correction1);
     update.denominator_scale = static_cast<float>(1.0 / sqrt(bias_correction2));
-    update.eps = static_cast<float>(hyper[kEps]);
+    update.eps = with_reciprocal(hyper[kEps]);
     update.adapts = hyper[kAlwaysAdapt] != 0.0 || hyper[kWeightDecay] != 0.0;
     return update;
   }
@@ -47,8 +47,8 @@ struct LAMB {
   }
 
   LRS_HOST_DEVICE float direction(float param, float exp_avg, float exp_avg_sq) const {
-    const float denominator = sqrtf(exp_avg_sq) * denominator_scale + eps;
-    const float adam = exp_avg_scale * (exp_avg / denominator);
+    const float denominator = square_root<false>(exp_avg_sq) * denominator_scale + eps;
+    const float adam = exp_avg_scale * (exp_avg * reciprocal<false>(denominator));
     return weight_decay != 0.0f ? adam + weight_decay * param : adam;
   }
 

@@ -30,6 +30,7 @@ from lrs_ext.triton_storage import (
     split,
     state_random,
     store_state,
+    with_reciprocal,
 )
 
 # Columns of a row of the tensor table.
@@ -174,7 +175,7 @@ def adam_fold(
         grad_share2=(1.0 - beta2).to(tl.float32),
         step_size=(lr / bias_correction1).to(tl.float32),
         denominator_scale=(1.0 / tl.sqrt(bias_correction2)).to(tl.float32),
-        eps=tl.load(group + EPS).to(tl.float32),
+        eps=with_reciprocal(tl.load(group + EPS)),
     )
 
 
@@ -197,7 +198,8 @@ def adam_apply(
         states = (exp_avg, exp_avg_sq)
     # Triton's plain division and square root are approximate.
     denominator = tl.sqrt_rn(second_moment) * update.denominator_scale + update.eps
-    return param - update.step_size * tl.div_rn(exp_avg, denominator), states
+    share = exp_avg * tl.div_rn(1.0, denominator)
+    return param - update.step_size * share, states
 
 
 @jit

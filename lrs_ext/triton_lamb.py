@@ -31,7 +31,7 @@ from lrs_ext.triton_kernels import (
     pointers_of,
     power,
 )
-from lrs_ext.triton_storage import jit
+from lrs_ext.triton_storage import jit, with_reciprocal
 
 BIAS_CORRECTION = DECOUPLED
 
@@ -80,7 +80,7 @@ def lamb_fold(
         grad_share2=(1.0 - beta2).to(tl.float32),
         exp_avg_scale=(1.0 / bias_correction1).to(tl.float32),
         denominator_scale=(1.0 / tl.sqrt(bias_correction2)).to(tl.float32),
-        eps=tl.load(group + EPS).to(tl.float32),
+        eps=with_reciprocal(tl.load(group + EPS)),
         adapts=(tl.load(group + ALWAYS_ADAPT) != 0.0) | (weight_decay != 0.0),
     )
 
@@ -91,7 +91,7 @@ def direction_of(
 ) -> tl.tensor:
     # Triton's plain division and square root are approximate.
     denominator = tl.sqrt_rn(exp_avg_sq) * update.denominator_scale + update.eps
-    adam = update.exp_avg_scale * tl.div_rn(exp_avg, denominator)
+    adam = update.exp_avg_scale * (exp_avg * tl.div_rn(1.0, denominator))
     return tl.where(update.weight_decay != 0.0, adam + update.weight_decay * param, adam)
 
 
