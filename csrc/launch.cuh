@@ -158,8 +158,9 @@ __device__ __forceinline__ Chunk chunk_of_block(const Launch& launch) {
   return {tensor, static_cast<int32_t>(blockIdx.x - launch.few.first_chunk[tensor])};
 }
 
-__device__ __forceinline__ const TensorEntry& tensor_at(const Launch& launch, int64_t tensor) {
-  return launch.few.count == 0 ? launch.table.tensors[tensor] : launch.few.tensors[tensor];
+__device__ __forceinline__ TensorEntry tensor_at(const Launch& launch, int64_t tensor) {
+  if (launch.few.count == 0) return launch.table.tensors[tensor];
+  return launch.few.tensors[tensor];
 }
 
 // Moves kLane elements between memory and registers, in accesses of 16 bytes, or of 8.

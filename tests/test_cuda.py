@@ -122,7 +122,7 @@ def test_groups_have_their_own_schedules_and_options(row):
         twins.step(skip=[k])
 
 
-@pytest.mark.parametrize("count", [4000, 4001, 8001])
+@pytest.mark.parametrize("count", [16, 17, 3801, 7600, 7601])
 @state_updates
 def test_more_tensors_than_a_launch_takes(row, count):
     twins = Twins(row, [(1 + i % 3,) for i in range(count)])
