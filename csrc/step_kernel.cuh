@@ -358,8 +358,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     gradient = gradients.at(chunk.tensor - launch.first_tensor);
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  // The compiler for these then needs fewer registers, for older ones more.
-  if (gradient == nullptr) {
+  // The compiler for these then needs fewer registers; for older ones and more states, more.
+  if (Update::kMaxStates == 1 && gradient == nullptr) {
     return commit(launch, gradients, threadIdx.x == 0 ? draw_ticket(table.ticket) : 0);
   }
 #endif
