@@ -142,7 +142,8 @@ LRS_HOST_DEVICE uint32_t shifted(uint32_t word) {
   }
 }
 
-// Sign, exponent and 3 bits of mantissa: in the low 7 bits of the result, the code without its sign.
+// Sign, exponent and 3 bits of mantissa. The code without its sign, in the low 7 bits of the
+// result:
 LRS_HOST_DEVICE uint32_t magnitude_code(float share, uint32_t random) {
   constexpr int32_t kBias = (127 << 3) - 127;  // the code of 1 is 127
   const uint32_t magnitude = to_bits(share) & 0x7fffffffu;
@@ -167,8 +168,7 @@ LRS_HOST_DEVICE float decode_signed(uint32_t word) {
 // What is not 0 stays so: it divides.
 LRS_HOST_DEVICE uint32_t encode_root(float share, uint32_t random) {
   constexpr int32_t kBias = (127 << 4) - 255;  // the code of 1 is 255
-  const auto code =
-      static_cast<int32_t>((to_bits(share) + (random << 11) + 0x400u) >> 19) - kBias;
+  const auto code = static_cast<int32_t>((to_bits(share) + (random << 11) + 0x400u) >> 19) - kBias;
   const int32_t least = share > 0.0f ? 1 : 0;
   return static_cast<uint32_t>(code < least ? least : code);
 }

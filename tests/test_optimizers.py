@@ -201,6 +201,16 @@ def assert_same_bits(actual, expected, backend):
         assert not difference.any()
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "LAMB"])
+def test_an_eps_below_the_normal_floats_moves_nothing_without_a_gradient(backend, name):
+    """Its reciprocal is no float32, and infinity times 0 would be nan."""
+    param = leaf(torch.ones(300), backend)
+    opt = getattr(lrs_ext, name)([param], eps=1e-40, weight_decay=0.0, backend=backend.name)
+    param.grad = torch.zeros_like(param)
+    opt.step()
+    assert param.eq(1.0).all()
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
 def test_storing_rounds_to_nearest_even_to_the_bit(backend, dtype):
     scales = 2.0 ** torch.randint(-4, 4, (2, 3000))
