@@ -23,8 +23,8 @@ struct LAMB {
 
   static LRS_HOST_DEVICE LAMB fold(const double* hyper, double lr, double step, double grad_scale) {
     const bool corrects = hyper[kBiasCorrection] != 0.0;
-    const double bias_correction1 = corrects ? 1.0 - pow(hyper[kBeta1], step) : 1.0;
-    const double bias_correction2 = corrects ? 1.0 - pow(hyper[kBeta2], step) : 1.0;
+    const double bias_correction1 = corrects ? 1.0 - integer_power(hyper[kBeta1], step) : 1.0;
+    const double bias_correction2 = corrects ? 1.0 - integer_power(hyper[kBeta2], step) : 1.0;
     LAMB update;
     update.lr = lr;
     update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
