@@ -1,4 +1,4 @@
-"""The benchmark of the kernels alone: its program compiles, its table is made of made-up numbers."""
+"""The benchmark of the kernels alone: its program compiles; its table, of made-up numbers."""
 
 import shutil
 import subprocess
