@@ -10,14 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lrs_ext.triton_kernels import (
-    ALWAYS_ADAPT,
-    BETA2,
     BFLOAT16,
-    DECOUPLED,
     DTYPE,
-    EPS,
     FLOAT32,
-    MAXIMIZE,
     NUM_WARPS,
     NUMEL,
     PARAM,
@@ -29,9 +24,9 @@ from lrs_ext.triton_kernels import (
     grad_scale,
     jit_kernel,
     pointers_of,
-    power,
 )
 from lrs_ext.triton_storage import jit, with_reciprocal
+from lrs_ext.triton_updates import ALWAYS_ADAPT, BETA2, DECOUPLED, EPS, MAXIMIZE, power
 
 BIAS_CORRECTION = DECOUPLED
 

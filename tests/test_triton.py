@@ -28,7 +28,7 @@ if not HAS_GPU and not COMPILES:
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from lrs_ext import _C, triton_kernels, triton_lamb, triton_norm  # noqa: E402
+from lrs_ext import _C, triton_kernels, triton_lamb, triton_norm, triton_updates  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 CHUNK = 2048
@@ -388,7 +388,7 @@ def test_norms_are_those_of_all_chunks_of_a_tensor_and_of_no_other():
 
 @triton.jit
 def power_kernel(values, exponent):
-    tl.store(values, triton_kernels.power(tl.load(values), tl.load(exponent)))
+    tl.store(values, triton_updates.power(tl.load(values), tl.load(exponent)))
 
 
 @pytest.mark.parametrize("step", [1, 2, 10, 1000, 10**6, 2**24])
