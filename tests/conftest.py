@@ -1,6 +1,7 @@
 """Marks, the backend fixture and the switches that every test shares."""
 
 import functools
+import importlib.util
 import os
 
 import hypothesis
@@ -13,7 +14,12 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("LRS_EXT_BACKEND", None)
 
+import interpreter
+
 import lrs_ext
+
+if not HAS_GPU and importlib.util.find_spec("triton"):
+    interpreter.speed_up()
 
 hypothesis.settings.register_profile("lrs_ext", deadline=None, derandomize=True, max_examples=200)
 hypothesis.settings.load_profile("lrs_ext")
