@@ -23,7 +23,7 @@ from triton_tables import (
     random,
 )
 
-from lrs_ext import _C, triton_kernels, triton_updates
+from lrs_ext import _C, triton_updates
 
 triton = pytest.importorskip("triton")
 tl = triton.language
