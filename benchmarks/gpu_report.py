@@ -140,7 +140,7 @@ def run_tests(limit: float, *, folder: Path) -> Outcome:
     marked = "gpu" if torch.cuda.device_count() < 2 else "gpu or two_gpus"
     command += ["-m", marked, f"--junitxml={xml}"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        command += ["-n", str(min(16, os.cpu_count() or 1))]
     code, output = run_command(command, limit, {"OMP_NUM_THREADS": "1"})
     outcome: Outcome = {"passed": code == 0, "detail": ending(code, output, limit)}
     if xml.exists():

@@ -14,6 +14,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("LRS_EXT_BACKEND", None)
 
+import distribution
 import interpreter
 
 import lrs_ext
@@ -30,7 +31,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "two_gpus: needs two CUDA devices")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return distribution.scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: distribution.place_of(item.nodeid))
     devices = torch.cuda.device_count() if HAS_GPU else 0
     for item in items:
         if item.get_closest_marker("gpu") and devices < 1:

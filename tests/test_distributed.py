@@ -12,7 +12,6 @@ import pytest
 import ranks
 import torch
 
-pytestmark = pytest.mark.xdist_group("ranks")
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 names = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 SIZES = (2, 4)

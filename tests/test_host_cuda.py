@@ -18,9 +18,6 @@ from test_lamb import OtherParts
 import lrs_ext
 from lrs_ext import ops
 
-# xdist: one worker compiles for all tests of the file.
-pytestmark = pytest.mark.xdist_group(__name__)
-
 CHUNK = 2048  # the shortest that the launcher cuts
 TENSORS_PER_LAUNCH = 4000
 SHAPES = [*cases.SHAPES, (CHUNK,), (CHUNK + 5,), (3, CHUNK + 1)]
