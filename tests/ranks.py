@@ -16,8 +16,8 @@ from pathlib import Path
 import rank_worker
 from cases import HAS_GPU
 
-# Ranks are forked from a process that has imported what takes them seconds; on a GPU, whose driver
-# a fork breaks, they import it themselves. What reads its rank when it is imported must not be here.
+# Ranks are forked from a process that has imported what takes them seconds. Not where there are
+# GPUs, whose driver a fork may break. What reads its rank when it is imported must not be here.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     []

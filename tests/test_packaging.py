@@ -33,9 +33,8 @@ def run(*command, cwd=None, check=True, **environment):
     """Runs a command, without the variables that steer a build or a backend unless given."""
     steering = {"CMAKE_ARGS", "LRS_CUDA", "LRS_CUDA_ARCHS", "PYTHONPATH", "TRITON_INTERPRET"}
     kept = {name: value for name, value in os.environ.items() if name not in steering}
-    done = subprocess.run(
-        command, cwd=cwd, env=kept | QUICK | {"PATH": PATH} | environment, capture_output=True, text=True
-    )
+    kept |= QUICK | {"PATH": PATH}
+    done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
