@@ -22,6 +22,7 @@ import lrs_ext
 if not HAS_GPU and importlib.util.find_spec("triton"):
     interpreter.speed_up()
 
+torch.set_num_threads(1)  # also for fixtures of modules
 hypothesis.settings.register_profile("lrs_ext", deadline=None, derandomize=True, max_examples=200)
 hypothesis.settings.load_profile("lrs_ext")
 
@@ -79,30 +80,16 @@ def scaled_bfloat16(monkeypatch):
     monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", unscale)
 
 
-# Where nothing depends on threads: many tiny parallel regions crawl when several tests run at once.
-ONE_THREAD = (
-    "accelerate",
-    "autolrs",
-    "batches",
-    "docs",
-    "forecast",
-    "lightning",
-    "rates",
-    "search",
-    "snapshot",
-    "surrogate",
-    "transformers",
-)
-
-
 @pytest.fixture(autouse=True)
-def one_thread(request):
-    """Keeps the tests of AutoLRS and of frameworks to one thread."""
-    threads = torch.get_num_threads()
-    if any(name in request.module.__name__ for name in ONE_THREAD):
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def one_thread():
+    """Many tiny parallel regions crawl when several tests run at once."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def several_threads(one_thread):
+    """For tests of enough elements to be shared out among threads."""
+    torch.set_num_threads(3)
 
 
 class Probe:

@@ -33,15 +33,6 @@ TINY = Scale(0.01, (10, 100), (0, 1), (100,), (-1, 0), 1, (100,))
 STEPS = 24
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are faster with one thread, also when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @contextlib.contextmanager
 def tiny_scale():
     """Two settings, few held-out digits, a scale of a few updates."""

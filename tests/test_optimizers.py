@@ -215,6 +215,7 @@ def test_storing_rounds_to_nearest_even_to_the_bit(backend, dtype):
     assert_same_bits(params[0], (param.float() - grad.float()).to(dtype), backend)
 
 
+@pytest.mark.usefixtures("several_threads")
 @pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
 def test_every_number_survives_a_zero_gradient(backend, dtype):
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -296,6 +297,7 @@ def test_slices_of_one_buffer_touch_nothing_outside(backend, row, dtype):
     assert torch.equal(flat[outside], before[outside])
 
 
+@pytest.mark.usefixtures("several_threads")
 @dtypes
 @pytest.mark.parametrize("row", cases.ELEMENTWISE_UPDATES, ids=str)
 def test_an_element_gets_the_same_bits_in_every_run_and_wherever_it_lies(backend, row, dtype):
@@ -315,6 +317,7 @@ def test_an_element_gets_the_same_bits_in_every_run_and_wherever_it_lies(backend
         assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.usefixtures("several_threads")
 @state_updates
 def test_large_tensors_and_many_tensors(backend, row):
     shapes = [(40_000,), *[(n % 37 + 1,) for n in range(20 if backend.interpreted else 299)]]
