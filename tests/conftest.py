@@ -14,10 +14,12 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("LRS_EXT_BACKEND", None)
 
+import device_twins
 import distribution
 import interpreter
 
 import lrs_ext
+from lrs_ext import param_devices
 
 if not HAS_GPU and importlib.util.find_spec("triton"):
     interpreter.speed_up()
@@ -113,3 +115,20 @@ class Probe:
 @pytest.fixture
 def probe(backend):
     return functools.partial(Probe, backend)
+
+
+@pytest.fixture
+def mark_elsewhere(monkeypatch):
+    """Parameters that carry `is_elsewhere` are on the second half of the CPU."""
+    monkeypatch.setattr(
+        param_devices,
+        "device_of",
+        lambda param: (
+            device_twins.ELSEWHERE if getattr(param, "is_elsewhere", False) else param.device
+        ),
+    )
+
+
+@pytest.fixture(params=device_twins.PAIRS)
+def devices(request, mark_elsewhere):
+    return request.param

@@ -14,6 +14,7 @@ WHOLE_FILES = [
     "tests/test_autolrs_kill.py",
     "tests/test_cpu_builds.py",
     "tests/test_bench_rex.py",
+    "tests/test_cuda_on_host.py",
 ]
 
 
