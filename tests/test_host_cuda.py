@@ -174,7 +174,8 @@ def test_storages(cuda, row, storage, dtype, shifts):
 def test_scaled_and_clipped_gradients(cuda, dtype, shift):
     """Also more tensors than one launch takes."""
     row = next(row for row in cases.UPDATES if row.name == "AdamW")
-    shapes = [*SHAPES, *[(3,)] * TENSORS_PER_LAUNCH] if shift == 1 else SHAPES
+    is_many = shift == 1 and dtype == torch.float32
+    shapes = [*SHAPES, *[(3,)] * TENSORS_PER_LAUNCH] if is_many else SHAPES
     twins = Twins(cuda, row, shapes, dtype=dtype, shifts=same(shift))
     for k, found_inf in enumerate([1.0, 0.0, 1.0, 0.0]):
         before = {name: tensor.clone() for name, tensor in twins.tensors(twins.opts[0]).items()}
@@ -257,7 +258,9 @@ def test_gradients_that_are_no_numbers(cuda, row, dtype):
 
 # Launches and counters.
 
-LAUNCHED = cases.STATE_UPDATES[::2]  # thousands of tensors take a while; states play no part
+# Thousands of tensors take a while, and all updates are launched by the same function; AdamW
+# updates as many in test_scaled_and_clipped_gradients.
+LAUNCHED = cases.STATE_UPDATES[:1]
 
 
 @pytest.mark.parametrize("count", [TENSORS_PER_LAUNCH, TENSORS_PER_LAUNCH + 100])

@@ -138,11 +138,10 @@ def compile_all():
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """What `compile_all` returns in a process of its own."""
+def report():
+    """What `compile_all` returns in a process of its own; Triton keeps what it has compiled."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, __file__]
     return json.loads(subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE).stdout)
 
