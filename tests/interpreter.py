@@ -1,4 +1,4 @@
-"""Triton's interpreter without its waste: of a small launch, more than half of the time."""
+"""Triton's interpreter without its waste, which is more than half of the time of a small launch."""
 
 import dataclasses
 import functools
@@ -6,18 +6,20 @@ from types import SimpleNamespace
 
 
 def speed_up():
-    """Lets it prepare `triton.language` once, not at each call of a function and to undo it."""
+    """For a process that interprets to its end."""
     import triton.language as tl
     from triton.runtime import interpreter
 
+    # It would prepare `triton.language` again at each call of a function in a kernel.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
 
-    # Sums are made a second time in int64 for assertions that only debugging looks at.
+    # It would compute integers once more in int64, for assertions that only debugging evaluates.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
-    dtype_of = interpreter._get_np_dtype  # makes a table at each call
+    # It would make a table of all types whenever it looks for one.
+    dtype_of = interpreter._get_np_dtype
     known = functools.cache(dtype_of)
     interpreter._get_np_dtype = lambda kind: (
         known(kind) if type(kind) is tl.dtype else dtype_of(kind)
