@@ -290,7 +290,7 @@ LAUNCHED = cases.STATE_UPDATES[1::2]  # hundreds of tensors take a while
 )
 @pytest.mark.parametrize("row", LAUNCHED, ids=str)
 def test_more_tensors_than_a_launch_takes(cuda, row, count, odd_one, launches):
-    twins = Twins(cuda, row, [(i % 4,) for i in range(count)], odd_one=odd_one)
+    twins = Twins(cuda, row, [((i + 1) % 4,) for i in range(count)], odd_one=odd_one)
     twins.step()
     before = cuda.runner.launches
     twins.step()
