@@ -1,5 +1,6 @@
 #include "step_tensors.h"
 
+#include <exception>
 #include <stdexcept>
 #include <utility>
 
@@ -13,8 +14,7 @@ const void* const kEmptyGradient = reinterpret_cast<const void*>(16);
 constexpr const char* kScaleSuffix = "_scale";
 constexpr const char* kRemainder = "master_remainder";
 
-// Between two steps everything has left the cache, and the checks are mostly waiting for memory:
-// it is asked for what they will need that many parameters later.
+// How many parameters before it is needed memory is asked for.
 constexpr size_t kAhead = 4;
 
 dlpack::Tensor read(const TensorAccess& access, const py::handle& object) {
@@ -73,6 +73,11 @@ void* states(StateType type, const dlpack::Tensor& tensor, const dlpack::Device&
       break;
   }
   return floats(tensor, device, count);
+}
+
+void prefetch_lines(Implementation implementation) {
+  const char* description = static_cast<const char*>(implementation);
+  for (int line = 0; line < 3; ++line) __builtin_prefetch(description + 64 * line);
 }
 
 // The C function behind the attribute `grad` of a tensor, which saves its look-up at every step.
@@ -152,9 +157,11 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       entries_.push_back(entry);
     }
   }
+  state_versions_.add(state.ptr());
   for (const auto& item : state) {
     const size_t first = state_values_.size();
     if (PyDict_Check(item.second.ptr())) {
+      state_versions_.add(item.second.ptr());
       for (const auto& array : py::reinterpret_borrow<py::dict>(item.second)) {
         state_values_.push_back(py::reinterpret_borrow<py::object>(array.second));
       }
@@ -167,6 +174,14 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
     addresses_.push_back({TensorHandle(access_, capsule), held_addresses[index++]});
   }
   gradients_.resize(entries_.size());
+  if (!access_.direct) return;
+  directly_held_.resize(entries_.size(), access_.direct->undefined);
+  for (Param& param : params_) {
+    if (param.entry < 0 || param.getter == nullptr || !access_.is_plain(param.tensor)) continue;
+    const TensorPointer tensor = addresses_[param.addresses_begin].handle.pointer();
+    param.direct = *tensor;
+    param.kind = access_.direct->kind(tensor);
+  }
 }
 
 bool StepTensors::same_params(const py::list& param_lists) const {
@@ -181,17 +196,21 @@ bool StepTensors::same_params(const py::list& param_lists) const {
   return position == params_.size();
 }
 
-bool StepTensors::same_states(const py::dict& state) const {
-  if (!state.is(state_) || state.size() != param_states_.size()) return false;
+bool StepTensors::same_states(const py::dict& state) {
+  if (!state.is(state_)) return false;
+  if (state_versions_.are_unchanged()) return true;
+  if (!same_entries()) return false;
+  state_versions_.renew();  // something has been put there and taken away again
+  return true;
+}
+
+bool StepTensors::same_entries() const {
+  if (state_.size() != param_states_.size()) return false;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   auto array = state_values_.begin();
-  for (size_t i = 0; i < param_states_.size(); ++i) {
-    const ParamState& held = param_states_[i];
-    if (i + kAhead < param_states_.size()) {
-      __builtin_prefetch(param_states_[i + kAhead].entry.ptr());
-    }
-    if (!PyDict_Next(state.ptr(), &position, &key, &value) || value != held.entry.ptr()) {
+  for (const ParamState& held : param_states_) {
+    if (!PyDict_Next(state_.ptr(), &position, &key, &value) || value != held.entry.ptr()) {
       return false;
     }
     if (!PyDict_Check(value)) continue;
@@ -226,60 +245,121 @@ py::object StepTensors::gradient_of(const Param& param) {
   return py::reinterpret_steal<py::object>(gradient);
 }
 
-bool StepTensors::same_addresses(size_t position) const {
-  if (position + kAhead < params_.size()) {
-    const Param& later = params_[position + kAhead];
-    __builtin_prefetch(later.tensor.ptr());
-    for (size_t i = later.addresses_begin; i < later.addresses_end; ++i) {
-      const char* description = addresses_[i].handle.description();
-      for (int line = 0; line < 3; ++line) __builtin_prefetch(description + 64 * line);
-      __builtin_prefetch(addresses_[i].address, 1);  // for the kernel
-    }
-  }
-  const Param& param = params_[position];
+bool StepTensors::same_addresses(const Param& param) const {
   for (size_t i = param.addresses_begin; i < param.addresses_end; ++i) {
     if (!addresses_[i].handle.is_at(addresses_[i].address)) return false;
   }
   return true;
 }
 
+// Between two steps everything has left the cache, and the checks are mostly waiting for memory:
+// it is asked for what they will need some parameters later.
+void StepTensors::prefetch(size_t position, bool reads_directly) const {
+  if (position + 2 * kAhead < params_.size()) {
+    const Param& later = params_[position + 2 * kAhead];
+    if (!reads_directly) __builtin_prefetch(later.tensor.ptr());
+    for (size_t i = later.addresses_begin; i < later.addresses_end; ++i) {
+      prefetch_lines(addresses_[i].handle.implementation());
+    }
+  }
+  if (position + kAhead < params_.size()) {
+    const Param& soon = params_[position + kAhead];
+    for (size_t i = soon.addresses_begin; i < soon.addresses_end; ++i) {
+      __builtin_prefetch(addresses_[i].handle.storage());
+      if (device_.type == dlpack::kCPU) __builtin_prefetch(addresses_[i].address, 1);  // for the kernel
+    }
+    if (reads_directly && soon.direct != nullptr) prefetch_lines(*access_.direct->grad(soon.direct));
+  }
+}
+
+void StepTensors::note(const Param& param, const void* address) {
+  const void*& noted = gradients_[static_cast<size_t>(param.entry)];
+  has_gradients_ |= address != nullptr;
+  has_changed_gradients_ |= (address == nullptr) != (noted == nullptr);
+  noted = address;
+}
+
+// Takes a gradient of the parameter's dtype and device; false if it is laid out otherwise.
+bool StepTensors::take(const Param& param, const dlpack::Tensor& gradient) {
+  if (!same_layout(param, gradient)) return false;
+  if (gradient.data != nullptr) {
+    note(param, static_cast<char*>(gradient.data) + gradient.byte_offset);
+    return true;
+  }
+  if (numel(gradient) > 0) return false;
+  note(param, kEmptyGradient);
+  return true;
+}
+
 bool StepTensors::collect(const Param& param, py::object gradient) {
   if (param.entry < 0) return gradient.is_none();
-  const void*& collected = gradients_[static_cast<size_t>(param.entry)];
-  const void* address = nullptr;
-  if (!gradient.is_none()) {
-    dlpack::Tensor grad;
-    if (access_.exchange->tensor_from_py_object(gradient.ptr(), &grad) != 0) {
-      PyErr_Clear();  // it has no plain memory: the caller looks closer and explains
-      return false;
-    }
-    if (!same(grad.dtype, param.dtype) || !same(grad.device, device_) ||
-        !same_layout(param, grad)) {
-      return false;
-    }
-    if (grad.data == nullptr && numel(grad) > 0) return false;
-    address =
-        grad.data == nullptr ? kEmptyGradient : static_cast<char*>(grad.data) + grad.byte_offset;
-    has_gradients_ = true;
-    held_gradients_.push_back(std::move(gradient));
+  if (gradient.is_none()) {
+    note(param, nullptr);
+    return true;
   }
-  has_changed_gradients_ |= (address == nullptr) != (collected == nullptr);
-  collected = address;
+  dlpack::Tensor grad;
+  if (access_.exchange->tensor_from_py_object(gradient.ptr(), &grad) != 0) {
+    PyErr_Clear();  // it has no plain memory: the caller looks closer and explains
+    return false;
+  }
+  if (!same(grad.dtype, param.dtype) || !same(grad.device, device_) || !take(param, grad)) {
+    return false;
+  }
+  held_gradients_.push_back(std::move(gradient));
+  return true;
+}
+
+bool StepTensors::collect_directly(const Param& param) {
+  const DirectAccess& direct = *access_.direct;
+  const TensorPointer gradient = direct.grad(param.direct);
+  // Of a tensor that is no leaf and so has no gradient, the attribute warns.
+  if (*gradient == direct.undefined) return collect(param, gradient_of(param));
+  dlpack::Tensor grad;
+  if (!direct.read(gradient, param.kind, &grad) || !take(param, grad)) return false;
+  return direct.assign(gradient, &directly_held_[static_cast<size_t>(param.entry)]) == 0;
+}
+
+bool StepTensors::collect_all(const py::object& gradients) {
+  const bool reads_directly =
+      access_.direct && gradients.is_none() && !access_.has_function_mode().cast<bool>();
+  for (size_t i = 0; i < params_.size(); ++i) {
+    const Param& param = params_[i];
+    prefetch(i, reads_directly);
+    if (!same_addresses(param)) return false;
+    if (reads_directly && param.direct != nullptr) {
+      if (!collect_directly(param)) return false;
+    } else if (!collect(param, gradients.is_none()
+                                   ? gradient_of(param)
+                                   : py::reinterpret_borrow<py::list>(gradients)[i])) {
+      return false;
+    }
+  }
   return true;
 }
 
 bool StepTensors::refresh(const py::list& param_lists, const py::dict& state,
                           const py::object& gradients) {
-  if (!same_params(param_lists) || !same_states(state)) return false;
+  release_gradients();
   has_gradients_ = false;
+  return same_params(param_lists) && same_states(state) && collect_all(gradients);
+}
+
+void StepTensors::release_gradients() {
   held_gradients_.clear();
-  for (size_t i = 0; i < params_.size(); ++i) {
-    const Param& param = params_[i];
-    if (!same_addresses(i)) return false;
-    if (gradients.is_none()) {
-      if (!collect(param, gradient_of(param))) return false;
-    } else if (!collect(param, py::reinterpret_borrow<py::list>(gradients)[i])) {
-      return false;
+  for (Implementation& held : directly_held_) {
+    const DirectAccess& direct = *access_.direct;
+    if (held != direct.undefined) direct.assign(&direct.undefined, &held);
+  }
+}
+
+bool StepTensors::count_update() {
+  if (!access_.direct) return false;
+  for (const Param& param : params_) {
+    if (param.entry < 0 || gradients_[static_cast<size_t>(param.entry)] == nullptr) continue;
+    try {
+      access_.direct->bump_version(addresses_[param.addresses_begin].handle.pointer());
+    } catch (const std::exception&) {
+      // A tensor made under inference_mode has no counter, and autograd no use for one.
     }
   }
   return true;

@@ -7,8 +7,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <utility>
 
+#include "direct_access.h"
 #include "dlpack_exchange.h"
 
 namespace lrs {
@@ -18,8 +20,23 @@ namespace py = pybind11;
 struct TensorAccess {
   const dlpack::ExchangeApi* exchange;
   py::function make_handles;  // from a list of tensors to a list of capsules, which the taker owns
-  int32_t (*data_pointer)(void* handle, void** out);  // 0 on success
+  int32_t (*data_pointer)(TensorPointer handle, void** out);  // 0 on success
   int32_t (*delete_handle)(void* handle);
+  std::optional<DirectAccess> direct;  // where the framework has it
+  py::tuple plain_types;               // of tensors whose gradient may be read directly
+  py::function has_function_mode;      // whether somebody wants to see each access of a gradient
+
+  // Sets `direct` if the functions, addresses by the names of its members and of `make_undefined`,
+  // do with `probe`, a float32 tensor with a gradient, what they should; returns whether they do.
+  bool use_direct(const py::dict& functions, const py::object& probe);
+
+  // Whether reading the gradient in C++ is the same as reading the attribute in Python.
+  bool is_plain(const py::handle& tensor) const {
+    for (const py::handle type : plain_types) {
+      if (Py_IS_TYPE(tensor.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr()))) return true;
+    }
+    return false;
+  }
 };
 
 // An owned handle: it keeps the tensor alive and follows it when its memory is exchanged.
@@ -39,12 +56,15 @@ class TensorHandle {
   // Whether the tensor's first element is still at `address`.
   bool is_at(const void* address) const {
     void* now = nullptr;
-    return access_->data_pointer(handle_, &now) == 0 && now == address;
+    return access_->data_pointer(pointer(), &now) == 0 && now == address;
   }
+
+  TensorPointer pointer() const { return static_cast<TensorPointer>(handle_); }
 
   // Where the framework keeps what `is_at` reads, as far as we know: fit for a prefetch, which
   // reads nothing and at worst is useless.
-  const char* description() const { return *static_cast<const char* const*>(handle_); }
+  Implementation implementation() const { return *pointer(); }
+  const void* storage() const { return static_cast<const void* const*>(implementation())[2]; }
 
  private:
   const TensorAccess* access_;
