@@ -14,9 +14,6 @@ const void* const kEmptyGradient = reinterpret_cast<const void*>(16);
 constexpr const char* kScaleSuffix = "_scale";
 constexpr const char* kRemainder = "master_remainder";
 
-// How many parameters before it is needed memory is asked for.
-constexpr size_t kAhead = 4;
-
 dlpack::Tensor read(const TensorAccess& access, const py::handle& object) {
   dlpack::Tensor tensor;
   if (access.exchange->tensor_from_py_object(object.ptr(), &tensor) != 0) {
@@ -75,9 +72,9 @@ void* states(StateType type, const dlpack::Tensor& tensor, const dlpack::Device&
   return floats(tensor, device, count);
 }
 
-void prefetch_lines(Implementation implementation) {
-  const char* description = static_cast<const char*>(implementation);
-  for (int line = 0; line < 3; ++line) __builtin_prefetch(description + 64 * line);
+void prefetch_ends(Implementation implementation) {
+  __builtin_prefetch(implementation);
+  __builtin_prefetch(static_cast<const char*>(implementation) + 160);
 }
 
 // The C function behind the attribute `grad` of a tensor, which saves its look-up at every step.
@@ -113,9 +110,14 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       const bool takes_part = !step.is_none();
       const size_t addresses_begin = held_addresses.size();
       const dlpack::Tensor tensor = takes_part ? hold(param) : read(access_, param);
-      params_.push_back({py::reinterpret_borrow<py::object>(param), plain_getter(param),
-                         tensor.dtype, tensor.ndim, layouts_.size(), addresses_begin,
-                         addresses_begin, -1});
+      Param& added = params_.emplace_back();
+      added.tensor = py::reinterpret_borrow<py::object>(param);
+      added.addresses_begin = added.addresses_end = static_cast<uint32_t>(addresses_begin);
+      added.layout = static_cast<uint32_t>(layouts_.size());
+      added.ndim = tensor.ndim;
+      added.entry = -1;
+      added.dtype = tensor.dtype;
+      added.getter = plain_getter(param);
       layouts_.insert(layouts_.end(), tensor.shape, tensor.shape + tensor.ndim);
       layouts_.insert(layouts_.end(), tensor.strides, tensor.strides + tensor.ndim);
       device_ = tensor.device;
@@ -152,8 +154,8 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
         }
       }
       entry.step = floats(hold(step), tensor.device, 1);
-      params_.back().addresses_end = held_addresses.size();
-      params_.back().entry = static_cast<int64_t>(entries_.size());
+      params_.back().addresses_end = static_cast<uint32_t>(held_addresses.size());
+      params_.back().entry = static_cast<int32_t>(entries_.size());
       entries_.push_back(entry);
     }
   }
@@ -169,18 +171,17 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
     param_states_.push_back({py::reinterpret_borrow<py::object>(item.second),
                              static_cast<Py_ssize_t>(state_values_.size() - first)});
   }
-  size_t index = 0;
   for (const py::handle& capsule : py::list(access_.make_handles(held))) {
-    addresses_.push_back({TensorHandle(access_, capsule), held_addresses[index++]});
+    handles_.emplace_back(access_, capsule);
+    addresses_.push_back({*handles_.back().pointer(), held_addresses[addresses_.size()]});
   }
   gradients_.resize(entries_.size());
   if (!access_.direct) return;
   directly_held_.resize(entries_.size(), access_.direct->undefined);
   for (Param& param : params_) {
     if (param.entry < 0 || param.getter == nullptr || !access_.is_plain(param.tensor)) continue;
-    const TensorPointer tensor = addresses_[param.addresses_begin].handle.pointer();
-    param.direct = *tensor;
-    param.kind = access_.direct->kind(tensor);
+    param.direct = addresses_[param.addresses_begin].implementation;
+    param.kind = access_.direct->kind(tensor_at(param.addresses_begin));
   }
 }
 
@@ -245,30 +246,42 @@ py::object StepTensors::gradient_of(const Param& param) {
   return py::reinterpret_steal<py::object>(gradient);
 }
 
+// A copy of the pointer that a tensor is does for one, and is where the address is.
+TensorPointer StepTensors::tensor_at(size_t address) const {
+  return access_.direct ? &addresses_[address].implementation : handles_[address].pointer();
+}
+
 bool StepTensors::same_addresses(const Param& param) const {
   for (size_t i = param.addresses_begin; i < param.addresses_end; ++i) {
-    if (!addresses_[i].handle.is_at(addresses_[i].address)) return false;
+    if (!access_.is_at(tensor_at(i), addresses_[i].address)) return false;
   }
   return true;
 }
 
 // Between two steps everything has left the cache, and the checks are mostly waiting for memory:
-// it is asked for what they will need some parameters later.
+// it is asked for what they will need some parameters later. Where that is, as far as we know, is
+// good enough for it: a prefetch of the wrong place is only useless.
 void StepTensors::prefetch(size_t position, bool reads_directly) const {
-  if (position + 2 * kAhead < params_.size()) {
-    const Param& later = params_[position + 2 * kAhead];
+  constexpr size_t kFar = 8, kNear = 4;
+  constexpr size_t kStorage = 2;  // of the pointers in an implementation
+  if (position + kFar < params_.size()) {
+    const Param& later = params_[position + kFar];
     if (!reads_directly) __builtin_prefetch(later.tensor.ptr());
     for (size_t i = later.addresses_begin; i < later.addresses_end; ++i) {
-      prefetch_lines(addresses_[i].handle.implementation());
+      prefetch_ends(addresses_[i].implementation);
     }
   }
-  if (position + kAhead < params_.size()) {
-    const Param& soon = params_[position + kAhead];
+  if (position + kNear < params_.size()) {
+    const Param& soon = params_[position + kNear];
     for (size_t i = soon.addresses_begin; i < soon.addresses_end; ++i) {
-      __builtin_prefetch(addresses_[i].handle.storage());
-      if (device_.type == dlpack::kCPU) __builtin_prefetch(addresses_[i].address, 1);  // for the kernel
+      __builtin_prefetch(static_cast<void* const*>(addresses_[i].implementation)[kStorage]);
+      if (device_.type == dlpack::kCPU) __builtin_prefetch(addresses_[i].address, 1);  // to compute
     }
-    if (reads_directly && soon.direct != nullptr) prefetch_lines(*access_.direct->grad(soon.direct));
+    if (reads_directly && soon.direct != nullptr) {
+      const Implementation gradient = *access_.direct->grad(soon.direct);
+      prefetch_ends(gradient);
+      __builtin_prefetch(static_cast<const char*>(gradient) + 64);
+    }
   }
 }
 
@@ -357,7 +370,7 @@ bool StepTensors::count_update() {
   for (const Param& param : params_) {
     if (param.entry < 0 || gradients_[static_cast<size_t>(param.entry)] == nullptr) continue;
     try {
-      access_.direct->bump_version(addresses_[param.addresses_begin].handle.pointer());
+      access_.direct->bump_version(tensor_at(param.addresses_begin));
     } catch (const std::exception&) {
       // A tensor made under inference_mode has no counter, and autograd no use for one.
     }

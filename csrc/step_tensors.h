@@ -55,26 +55,26 @@ class StepTensors {
   int device_index() const { return device_.index; }
 
  private:
-  // A parameter, as it was when the table was built.
+  // A parameter, as it was when the table was built: what a step looks at fits into a cache line.
   struct Param {
     py::object tensor;
-    PyGetSetDef* getter;  // of `grad`, or null if it is no plain attribute
-    dlpack::DataType dtype;
+    Implementation direct;  // if its gradient may be read directly, or null
+    TensorKind kind;        // then
+    uint32_t addresses_begin, addresses_end;  // in `addresses_`
+    uint32_t layout;  // where its shape, followed by its strides, begins in `layouts_`
     int32_t ndim;
-    size_t layout;  // where its shape, followed by its strides, begins in `layouts_`
-    size_t addresses_begin, addresses_end;  // in `addresses_`
-    int64_t entry;                          // row of the table, or -1
-    Implementation direct = nullptr;        // if its gradient may be read directly
-    TensorKind kind = {};                   // then
+    int32_t entry;  // row of the table, or -1
+    dlpack::DataType dtype;
+    PyGetSetDef* getter;  // of `grad`, or null if it is no plain attribute
   };
   // One entry of the optimizer's state: if it is a dictionary, with values in `state_values_`.
   struct ParamState {
     py::object entry;
     Py_ssize_t num_values;
   };
-  // An address that the table holds.
+  // An address that the table holds, and whose it is.
   struct Address {
-    TensorHandle handle;
+    Implementation implementation;
     const void* address;
   };
 
@@ -82,6 +82,7 @@ class StepTensors {
   bool same_states(const py::dict& state);
   bool same_entries() const;
   bool same_layout(const Param& param, const dlpack::Tensor& tensor) const;
+  TensorPointer tensor_at(size_t address) const;
   bool same_addresses(const Param& param) const;
   void prefetch(size_t position, bool reads_directly) const;
   bool collect_all(const py::object& gradients);
@@ -100,6 +101,7 @@ class StepTensors {
   std::vector<py::object> state_values_;
   DictVersions state_versions_;  // of `state_` and the dictionaries in it
   std::vector<Address> addresses_;
+  std::vector<TensorHandle> handles_;  // of the tensors at `addresses_`
   std::vector<TensorEntry> entries_;
   std::vector<const void*> gradients_;
   std::vector<py::object> held_gradients_;

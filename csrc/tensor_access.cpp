@@ -16,7 +16,7 @@ bool is_verified(const TensorAccess& access, const DirectAccess& direct,
   probes.append(probe);
   const py::list capsules = access.make_handles(probes);
   const TensorHandle handle(access, capsules[0]);
-  const TensorPointer found = direct.grad(handle.implementation());
+  const TensorPointer found = direct.grad(*handle.pointer());
   dlpack::Tensor expected, read;
   if (access.exchange->tensor_from_py_object(gradient.ptr(), &expected) != 0) {
     throw py::error_already_set();

@@ -30,6 +30,12 @@ struct TensorAccess {
   // do with `probe`, a float32 tensor with a gradient, what they should; returns whether they do.
   bool use_direct(const py::dict& functions, const py::object& probe);
 
+  // Whether the first element of a tensor is at `address`.
+  bool is_at(TensorPointer tensor, const void* address) const {
+    void* now = nullptr;
+    return data_pointer(tensor, &now) == 0 && now == address;
+  }
+
   // Whether reading the gradient in C++ is the same as reading the attribute in Python.
   bool is_plain(const py::handle& tensor) const {
     for (const py::handle type : plain_types) {
@@ -53,18 +59,7 @@ class TensorHandle {
     if (handle_ != nullptr) access_->delete_handle(handle_);
   }
 
-  // Whether the tensor's first element is still at `address`.
-  bool is_at(const void* address) const {
-    void* now = nullptr;
-    return access_->data_pointer(pointer(), &now) == 0 && now == address;
-  }
-
   TensorPointer pointer() const { return static_cast<TensorPointer>(handle_); }
-
-  // Where the framework keeps what `is_at` reads, as far as we know: fit for a prefetch, which
-  // reads nothing and at worst is useless.
-  Implementation implementation() const { return *pointer(); }
-  const void* storage() const { return static_cast<const void* const*>(implementation())[2]; }
 
  private:
   const TensorAccess* access_;
