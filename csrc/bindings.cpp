@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "known_groups.h"
 #include "schedules.h"
 #include "step_cpu.h"
 #include "step_tensors.h"
@@ -352,6 +353,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients)
       .def("count_update", &lrs::StepTensors::count_update)
       .def("updated_params", &lrs::StepTensors::updated_params);
+
+  py::class_<lrs::KnownGroups>(m, "KnownGroups")
+      .def(py::init<>())
+      .def("look_at", &lrs::KnownGroups::look_at, "groups"_a, "schedules"_a)
+      .def("confirm", &lrs::KnownGroups::confirm)
+      .def("forget", &lrs::KnownGroups::forget)
+      .def("are_unchanged", &lrs::KnownGroups::are_unchanged, "groups"_a, "schedules"_a)
+      .def("put", &lrs::KnownGroups::put, "groups"_a, "key"_a, "values"_a);
 
   py::class_<Step>(m, "Step")
       .def(py::init<const std::string&, lrs::StepTensors*, int64_t, const std::string&, bool>(),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lrs_ext.profile_schedule import ProfileSchedule
     from lrs_ext.state_storage import Storage
 
+KnownGroups = _C.KnownGroups
 QUANT_BLOCK: int = _C.quant_block
 PROFILES: tuple[str, ...] = tuple(_C.profiles)
 COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
@@ -480,7 +481,10 @@ class StepTable:
         if scaling is not self._scaling:
             self._scale(scaling or _UNSCALED)
             self._scaling = scaling
-        with profile_range(self._label):
+        if _is_profiling():
+            with torch.autograd.profiler.record_function(self._label):
+                self._launch(commits_step)
+        else:
             self._launch(commits_step)
         self._held = None
         # Autograd refuses to go back through a graph whose parameters have changed since.
