@@ -151,7 +151,8 @@ lrs::Group make_group(uintptr_t lr, int64_t capacity, double scale,
 
 lrs::TensorAccess make_tensor_access(const py::capsule& exchange_api,
                                      const py::function& make_handles, uintptr_t data_pointer,
-                                     uintptr_t delete_handle, const py::tuple& plain_types,
+                                     uintptr_t delete_handle, const py::function& is_negated,
+                                     const py::tuple& plain_types,
                                      const py::function& has_function_mode) {
   auto* exchange = static_cast<lrs::dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(exchange_api.ptr(), lrs::dlpack::kCapsuleName));
@@ -166,6 +167,7 @@ lrs::TensorAccess make_tensor_access(const py::capsule& exchange_api,
           make_handles,
           reinterpret_cast<int32_t (*)(lrs::TensorPointer, void**)>(data_pointer),
           reinterpret_cast<int32_t (*)(void*)>(delete_handle),
+          is_negated,
           std::nullopt,
           plain_types,
           has_function_mode};
@@ -332,7 +334,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<lrs::TensorAccess>(m, "TensorAccess")
       .def(py::init(&make_tensor_access), "exchange_api"_a, "make_handles"_a, "data_pointer"_a,
-           "delete_handle"_a, "plain_types"_a, "has_function_mode"_a)
+           "delete_handle"_a, "is_negated"_a, "plain_types"_a, "has_function_mode"_a)
       .def("use_direct", &lrs::TensorAccess::use_direct, "functions"_a, "probe"_a)
       .def_property_readonly("is_direct", [](const lrs::TensorAccess& access) {
         return access.direct.has_value();

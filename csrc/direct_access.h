@@ -1,7 +1,7 @@
 // What torch's libraries offer for gradients and version counters without Python objects, which a
 // backward pass does not make and which take more time than all else.
 //
-// All but two are functions of its stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h).
+// All but three are functions of its stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h).
 // They rely on one property of torch, which `verified` makes sure of: a tensor (`at::Tensor`), to
 // which a handle points, is nothing but a pointer to its implementation.
 #pragma once
@@ -25,6 +25,8 @@ struct DirectAccess {
 
   // The gradient of a tensor, `undefined` if it has none: c10::TensorImpl::grad.
   TensorPointer (*grad)(Implementation);
+  // Whether the elements in memory are those of the tensor negated: at::native::is_neg.
+  bool (*is_negated)(TensorPointer);
   // Throws where there is no counter: torch::autograd::impl::bump_version.
   void (*bump_version)(TensorPointer);
   // Makes the second tensor the same as the first, which it then owns too.
@@ -46,8 +48,9 @@ struct DirectAccess {
     return kind;
   }
 
-  // Reads where a tensor is and how it is laid out; false if it is of another kind.
+  // Reads where a tensor is and how it is laid out; false if it is of another kind, or negated.
   bool read(TensorPointer tensor, const TensorKind& expected, dlpack::Tensor* out) const {
+    if (is_negated(tensor)) return false;
     int32_t value;
     // The layout comes first: where it is another, there is nothing else to read.
     if (layout(tensor, &value) != 0 || value != expected.layout) return false;

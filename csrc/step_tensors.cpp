@@ -315,6 +315,7 @@ bool StepTensors::collect(const Param& param, py::object gradient) {
     PyErr_Clear();  // it has no plain memory: the caller looks closer and explains
     return false;
   }
+  if (access_.is_negated(gradient).cast<bool>()) return false;
   if (!same(grad.dtype, param.dtype) || !same(grad.device, device_) || !take(param, grad)) {
     return false;
   }

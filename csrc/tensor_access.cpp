@@ -14,8 +14,9 @@ bool is_verified(const TensorAccess& access, const DirectAccess& direct,
   const py::object gradient = probe.attr("grad");
   py::list probes;
   probes.append(probe);
+  probes.append(gradient.attr("_neg_view")());
   const py::list capsules = access.make_handles(probes);
-  const TensorHandle handle(access, capsules[0]);
+  const TensorHandle handle(access, capsules[0]), negated(access, capsules[1]);
   const TensorPointer found = direct.grad(*handle.pointer());
   dlpack::Tensor expected, read;
   if (access.exchange->tensor_from_py_object(gradient.ptr(), &expected) != 0) {
@@ -28,6 +29,7 @@ bool is_verified(const TensorAccess& access, const DirectAccess& direct,
   for (int32_t i = 0; i < read.ndim; ++i) {
     if (read.shape[i] != expected.shape[i] || read.strides[i] != expected.strides[i]) return false;
   }
+  if (direct.is_negated(found) || !direct.is_negated(negated.pointer())) return false;
   if (*direct.grad(*found) != direct.undefined) return false;  // a gradient has none
   Implementation held = direct.undefined;
   if (direct.assign(found, &held) != 0 || held != *found) return false;
@@ -43,6 +45,7 @@ bool is_verified(const TensorAccess& access, const DirectAccess& direct,
 bool TensorAccess::use_direct(const py::dict& functions, const py::object& probe) {
   DirectAccess found{};
   look_up(functions, "grad", &found.grad);
+  look_up(functions, "is_negated", &found.is_negated);
   look_up(functions, "bump_version", &found.bump_version);
   look_up(functions, "assign", &found.assign);
   int32_t (*make_undefined)(void** handle);

@@ -22,6 +22,7 @@ struct TensorAccess {
   py::function make_handles;  // from a list of tensors to a list of capsules, which the taker owns
   int32_t (*data_pointer)(TensorPointer handle, void** out);  // 0 on success
   int32_t (*delete_handle)(void* handle);
+  py::function is_negated;  // whether the elements in memory are those of the tensor negated
   std::optional<DirectAccess> direct;  // where the framework has it
   py::tuple plain_types;               // of tensors whose gradient may be read directly
   py::function has_function_mode;      // whether somebody wants to see each access of a gradient

@@ -44,6 +44,7 @@ class TensorAccess:
         make_handles: Callable[[list[Any]], list[Any]],
         data_pointer: int,
         delete_handle: int,
+        is_negated: Callable[[Any], bool],
         plain_types: tuple[type, ...],
         has_function_mode: Callable[[], bool],
     ) -> None: ...

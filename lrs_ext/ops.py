@@ -204,6 +204,7 @@ def fill_values(target: Tensor, values: NDArray[np.float64]) -> None:
 # native core has for them. Names of C++ functions are mangled.
 _DIRECT_FUNCTIONS = {
     "grad": "_ZNK3c1010TensorImpl4gradEv",
+    "is_negated": "_ZN2at6native6is_negERKNS_6TensorE",
     "bump_version": "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",
     "assign": "aoti_torch_assign_tensors",
     "make_undefined": "aoti_torch_new_uninitialized_tensor",
@@ -230,6 +231,7 @@ def _tensor_access() -> _C.TensorAccess:
             make_handles=torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
             data_pointer=_address(torch_library.aoti_torch_get_data_ptr),
             delete_handle=_address(torch_library.aoti_torch_delete_tensor_object),
+            is_negated=Tensor.is_neg,
             plain_types=(Tensor, torch.nn.Parameter),
             has_function_mode=torch._C._is_torch_function_mode_enabled,
         )
