@@ -336,9 +336,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_tensor_access), "exchange_api"_a, "make_handles"_a, "data_pointer"_a,
            "delete_handle"_a, "is_negated"_a, "plain_types"_a, "has_function_mode"_a)
       .def("use_direct", &lrs::TensorAccess::use_direct, "functions"_a, "probe"_a)
-      .def_property_readonly("is_direct", [](const lrs::TensorAccess& access) {
-        return access.direct.has_value();
-      });
+      .def_property_readonly(
+          "is_direct", [](const lrs::TensorAccess& access) { return access.direct.has_value(); });
 
   py::class_<lrs::StepTensors>(m, "StepTensors")
       .def(py::init([](const lrs::TensorAccess& access, const py::list& param_lists,

@@ -2,8 +2,8 @@
 // backward pass does not make and which take more time than all else.
 //
 // All but three are functions of its stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h).
-// They rely on one property of torch, which `verified` makes sure of: a tensor (`at::Tensor`), to
-// which a handle points, is nothing but a pointer to its implementation.
+// They rely on one property of torch, which `TensorAccess::use_direct` makes sure of: a tensor
+// (`at::Tensor`), to which a handle points, is nothing but a pointer to its implementation.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace lrs {
 
-using Implementation = const void*;        // of a tensor
+using Implementation = const void*;           // of a tensor
 using TensorPointer = const Implementation*;  // to a tensor
 
 // What a tensor is, apart from its shape: in numbers of torch.

@@ -22,18 +22,15 @@ class KnownGroups {
     }
     groups_ = copy(groups);
     versions_ = DictVersions();
+    are_plain_ = true;
     for (const py::handle& group : groups_) {
-      if (PyDict_CheckExact(group.ptr())) {
-        versions_.add(group.ptr());
-      } else {
-        groups_ = py::list();  // never the same as any groups
-        return;
-      }
+      are_plain_ &= PyDict_CheckExact(group.ptr()) != 0;  // no class of its own hides a change
+      if (are_plain_) versions_.add(group.ptr());
     }
   }
 
   // Says that all of it has been seen, and is of a kind that only changes by being replaced.
-  void confirm() { is_known_ = true; }
+  void confirm() { is_known_ = are_plain_; }
 
   void forget() { is_known_ = false; }
 
@@ -72,7 +69,7 @@ class KnownGroups {
 
   py::list groups_, schedules_;
   DictVersions versions_;
-  bool is_known_ = false;
+  bool are_plain_ = false, is_known_ = false;
 };
 
 }  // namespace lrs

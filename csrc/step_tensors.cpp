@@ -274,7 +274,9 @@ void StepTensors::prefetch(size_t position, bool reads_directly) const {
   if (position + kNear < params_.size()) {
     const Param& soon = params_[position + kNear];
     for (size_t i = soon.addresses_begin; i < soon.addresses_end; ++i) {
-      __builtin_prefetch(static_cast<void* const*>(addresses_[i].implementation)[kStorage]);
+      if (access_.direct) {
+        __builtin_prefetch(static_cast<void* const*>(addresses_[i].implementation)[kStorage]);
+      }
       if (device_.type == dlpack::kCPU) __builtin_prefetch(addresses_[i].address, 1);  // to compute
     }
     if (reads_directly && soon.direct != nullptr) {

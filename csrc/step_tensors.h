@@ -58,8 +58,8 @@ class StepTensors {
   // A parameter, as it was when the table was built: what a step looks at fits into a cache line.
   struct Param {
     py::object tensor;
-    Implementation direct;  // if its gradient may be read directly, or null
-    TensorKind kind;        // then
+    Implementation direct;                    // if its gradient may be read directly, or null
+    TensorKind kind;                          // then
     uint32_t addresses_begin, addresses_end;  // in `addresses_`
     uint32_t layout;  // where its shape, followed by its strides, begins in `layouts_`
     int32_t ndim;

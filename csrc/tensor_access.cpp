@@ -9,8 +9,7 @@ void look_up(const py::dict& functions, const char* name, Function* function) {
 }
 
 // Whether the functions do what their names promise.
-bool is_verified(const TensorAccess& access, const DirectAccess& direct,
-                 const py::object& probe) {
+bool is_verified(const TensorAccess& access, const DirectAccess& direct, const py::object& probe) {
   const py::object gradient = probe.attr("grad");
   py::list probes;
   probes.append(probe);

@@ -224,9 +224,23 @@ def _tensor_access() -> _C.TensorAccess:
 
     Where torch lacks one of `_DIRECT_FUNCTIONS`, gradients are read as Python objects.
     """
+    torch_library = ctypes.CDLL(torch._C.__file__)
+    access = _object_access(torch_library)
+    if all(hasattr(torch_library, symbol) for symbol in _DIRECT_FUNCTIONS.values()):
+        addresses = {
+            name: _address(getattr(torch_library, symbol))
+            for name, symbol in _DIRECT_FUNCTIONS.items()
+        }
+        with torch.inference_mode(False):
+            probe = torch.zeros(2, 3, dtype=torch.float32, device="cpu", requires_grad=True)
+            probe.grad = torch.zeros_like(probe)
+            access.use_direct(addresses, probe)
+    return access
+
+
+def _object_access(torch_library: ctypes.CDLL) -> _C.TensorAccess:
     try:
-        torch_library = ctypes.CDLL(torch._C.__file__)
-        access = _C.TensorAccess(
+        return _C.TensorAccess(
             exchange_api=Tensor.__dlpack_c_exchange_api__,
             make_handles=torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
             data_pointer=_address(torch_library.aoti_torch_get_data_ptr),
@@ -239,16 +253,6 @@ def _tensor_access() -> _C.TensorAccess:
         raise RuntimeError(
             f"lrs_ext needs torch 2.10 or later, got {torch.__version__}: {error}"
         ) from error
-    if all(hasattr(torch_library, symbol) for symbol in _DIRECT_FUNCTIONS.values()):
-        addresses = {
-            name: _address(getattr(torch_library, symbol))
-            for name, symbol in _DIRECT_FUNCTIONS.items()
-        }
-        with torch.inference_mode(False):
-            probe = torch.zeros(2, 3, dtype=torch.float32, device="cpu", requires_grad=True)
-            probe.grad = torch.zeros_like(probe)
-        access.use_direct(addresses, probe)
-    return access
 
 
 def _address(function: Any) -> int:
