@@ -490,6 +490,30 @@ def test_a_tensor_of_inference_mode_has_no_count_of_changes(access):
     assert param.tolist() == other.tolist() == [-1.0] * 3
 
 
+def trained():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    opt = lrs_ext.AdamW(model.parameters(), lr=lrs_ext.rex(0.1, total_steps=8))
+    for step in range(8):
+        opt.zero_grad()
+        model(torch.randn(6, 5)).square().sum().backward()
+        if step == 3:
+            model[0].bias.grad = None
+        if step == 5:
+            model[2].weight.data = model[2].weight.data.clone()
+        opt.step()
+    return [*model.parameters(), *(a for state in opt.state.values() for a in state.values())]
+
+
+def test_both_ways_train_the_same(monkeypatch):
+    directly = trained()
+    access = ops._object_access(ctypes.CDLL(torch._C.__file__))
+    monkeypatch.setattr(ops, "_tensor_access", lambda: access)
+    through_objects = trained()
+    assert len(directly) == 16
+    assert all(map(torch.equal, directly, through_objects))
+
+
 class Watch(TorchFunctionMode):
     def __init__(self):
         super().__init__()
