@@ -196,7 +196,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             names.append(self._state_names(fixed))
         for tables in self._tables.all:
             tables.name_states(names)
-        if all(_is_constant(group.get(key)) for group in self.param_groups for key in self.defaults):
+        if all(
+            _is_constant(group.get(key)) for group in self.param_groups for key in self.defaults
+        ):
             known.confirm()
 
     def forget_graphs(self) -> None:
