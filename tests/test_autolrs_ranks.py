@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from ranks import ranks
 
-SETUP = "autolrs_rank_jobs:start"
 TORCH = {"optimizer": "torch adamw"}
 KINDS = {
     "peak": {},
@@ -27,7 +26,7 @@ WAVES = {
 
 
 def call(size, function, *args):
-    return ranks(size, SETUP).call(f"autolrs_rank_jobs:{function}", *args)
+    return ranks(size).call(f"autolrs_rank_jobs:{function}", *args)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from pathlib import Path
 import cases
 import pytest
 import ranks
-import torch
 
 pytestmark = pytest.mark.xdist_group("ranks")
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
@@ -230,8 +229,7 @@ GPU_CHECKS = [
 ]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 @pytest.mark.parametrize("check", GPU_CHECKS, ids=str)
 def test_on_two_gpus(check):
-    ranks.ranks(2, "rank_jobs:start_on_gpus").call(*check)
+    ranks.ranks(2, "nccl").call(*check)

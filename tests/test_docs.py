@@ -59,7 +59,7 @@ def test_autolrs_on_several_ranks():
     first, *others = blocks("autolrs_ranks")
     assert len(others) == 2
     whole = "\n".join((first, *others))
-    for best in ranks(2, "autolrs_rank_jobs:start").call("autolrs_rank_jobs:run_code", whole):
+    for best in ranks(2).call("autolrs_rank_jobs:run_code", whole):
         assert 1e-5 <= best <= 1e-1
 
 
