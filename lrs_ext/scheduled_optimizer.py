@@ -329,7 +329,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         state_dict = super().state_dict()
         for index, param in enumerate(_all_params(self.param_groups)):
             if is_dtensor(param) and index in state_dict["state"]:
-                saved = self._storage.saved(param, state_dict["state"][index])
+                saved = self.saved_state(param, state_dict["state"][index])
                 state_dict["state"][index] = saved
         self._numbers.save(state_dict["param_groups"], last_step(state_dict["state"]))
         return state_dict
@@ -368,6 +368,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for group in fixed
             for param in group["params"]
         ]
+
+    def saved_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state of a parameter for a checkpoint; see `Storage.saved`."""
+        return self._storage.saved(param, state)
+
+    def loaded_state(self, param: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
+        """Returns the arrays that `saved_state` had as they are kept; see `Storage.loaded`."""
+        return self._storage.loaded(param, saved)
 
     def reserve_(self, capacity: int) -> None:
         """Makes the rows of the schedule buffer at least `capacity` values long.

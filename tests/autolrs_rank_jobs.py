@@ -37,11 +37,6 @@ def on_device(batch):
     return [part.to(rank_jobs.device) for part in batch]
 
 
-def placed(storage, location):
-    """For `torch.load`: what was on another rank's GPU goes to this rank's."""
-    return storage if location == "cpu" else storage.to(rank_jobs.device)
-
-
 class Batches:
     """This rank's parts of fixed global batches, epoch by epoch in another order."""
 
@@ -239,7 +234,8 @@ def resumed(options, stop, folder, how):
         torch.save(run.state_dict(), folder / f"{rank}.pt")
         dist.barrier()
         source = rank if how == "each" else 0
-        state = torch.load(folder / f"{source}.pt", map_location=placed, weights_only=True)
+        gpus = {f"cuda:{source}": f"cuda:{rank}"}
+        state = torch.load(folder / f"{source}.pt", map_location=gpus, weights_only=True)
         other = Run(**options).load_state_dict(state)
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(99 + rank) if how != "each" else None

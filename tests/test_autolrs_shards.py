@@ -7,9 +7,10 @@ import cases
 import numpy as np
 import pytest
 from autolrs_runs import PRESETS
-from ranks import RankError, ranks
+from ranks import ranks
 from test_autolrs_ranks import close, same_but_own
 
+pytestmark = pytest.mark.xdist_group("autolrs_shards")
 names = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 
 
@@ -92,7 +93,9 @@ UNDONE = [
 ]
 
 
-@pytest.mark.parametrize("options", UNDONE, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize(
+    "options", UNDONE, ids=lambda options: "-".join(map(str, options.values()))
+)
 def test_trials_are_undone_to_the_bit(engine, options):
     plan = PRESETS[options.get("preset", "peak")]
     count = plan["num_trials"] * len(plan.get("stage_steps", (0,)))
@@ -142,10 +145,14 @@ def test_a_run_goes_on_bit_by_bit(engine, options, stop, how, tmp_path):
         assert_all_equal(result, expected)
 
 
-@pytest.mark.parametrize("stop", [20, 90])
-@pytest.mark.parametrize(
-    "options", [{"name": "AdamW"}, {"name": "SGD", "preset": "paper"}], ids=["peak", "paper"]
-)
+MOVED = [
+    ({"name": "AdamW"}, 20),
+    ({"name": "AdamW"}, 90),
+    ({"name": "SGD", "preset": "paper"}, 90),
+]
+
+
+@pytest.mark.parametrize(("options", "stop"), MOVED, ids=str)
 def test_a_distributed_checkpoint_goes_on_on_one_and_on_four(options, stop, tmp_path):
     folder = str(tmp_path / "dcp")
     saved = same_but_own(call("gloo", 2, "save_dcp", options, stop, folder))
@@ -155,9 +162,12 @@ def test_a_distributed_checkpoint_goes_on_on_one_and_on_four(options, stop, tmp_
         close(found, saved)
 
 
-def test_blocks_go_on_on_as_many_ranks_only(tmp_path):
-    options = {"name": "AdamW", "storage": "blocks"}
-    folder = str(tmp_path / "dcp")
-    call("gloo", 2, "save_dcp", options, 90, folder)
-    with pytest.raises(RankError, match=r"belongs to what another rank has of a parameter"):
-        call("gloo", 4, "load_dcp", options, folder)
+@pytest.mark.parametrize("storage", ["bfloat16", "blocks", "split"])
+def test_rounded_states_go_on_on_four_ranks(storage, tmp_path):
+    """Other parts are rounded by other bits."""
+    options, folder = {"name": "AdamW", "storage": storage}, str(tmp_path / "dcp")
+    saved = same_but_own(call("gloo", 2, "save_dcp", options, 90, folder))
+    found = same_but_own(call("gloo", 4, "load_dcp", options, folder))
+    assert found["losses"][:90] == saved["losses"][:90]
+    assert decisions(found) == decisions(saved)
+    assert np.allclose(found["losses"][-20:], saved["losses"][-20:], rtol=0.2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +186,10 @@ class Snapshot:
             part = self._memory[name]
             part = part.clone() if name in self._captured else torch.zeros_like(part)
             saved[name] = like(spread[name], part) if name in spread else part
-        own = {name for name in saved if name not in spread and self._is_of_a_part(name)}
+        portable = self._by_param(saved, ScheduledOptimizer.saved_state)
+        saved |= portable
+        own = saved.keys() - spread.keys() - portable.keys()
+        own = {name for name in own if self._is_of_a_part(name)}
         foretold, younger = self._foretold - own, self._captured - self._foretold - own
         return {
             "tensors": {name: saved[name] for name in sorted(foretold)},
@@ -225,7 +228,9 @@ class Snapshot:
                 f"the checkpoint has no {lost[0]}, which the optimizer of the saved run had: make "
                 "an update before AutoLRS is made and the checkpoint is loaded into it"
             )
-        saved = {name: local(tensors[name]) for name in state["captured"]}
+        saved = {name: tensors[name] for name in state["captured"]}
+        saved |= self._by_param(saved, ScheduledOptimizer.loaded_state)
+        saved = {name: local(tensor) for name, tensor in saved.items()}
         live = self._live_tensors()
         _check_fit(saved, live, ("parameter", "buffer"))
         self._reserve(saved, self._homes_by_param(saved) | self._homes | _devices(live), {})
@@ -252,6 +257,27 @@ class Snapshot:
                 if part.dim() > 0 and part.shape == local(param).shape:
                     live[name] = param
         return {name: tensor for name, tensor in live.items() if is_dtensor(tensor)}
+
+    def _by_param(
+        self,
+        tensors: dict[str, Tensor],
+        convert: Callable[[ScheduledOptimizer, Tensor, dict[str, Tensor]], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Returns what `convert` makes of the arrays of each parameter that is a DTensor.
+
+        An optimizer of `lrs_ext` may keep them in blocks of each rank's part.
+        """
+        if not isinstance(self._optimizer, ScheduledOptimizer):
+            return {}
+        converted = {}
+        for index, param in enumerate(params_of(self._optimizer)):
+            if is_dtensor(param):
+                prefix = f"state {index} "
+                arrays = {n: t for n, t in tensors.items() if n.startswith(prefix) and t.dim() > 0}
+                arrays = {n.removeprefix(prefix): t.to(param.device) for n, t in arrays.items()}
+                arrays = convert(self._optimizer, param, arrays)
+                converted |= {prefix + name: array for name, array in arrays.items()}
+        return converted
 
     def _is_of_a_part(self, name: str) -> bool:
         """Whether it is an array of one rank's part of a parameter, such as scales of its blocks.
