@@ -1,4 +1,4 @@
-"""What the tests of AutoLRS on fully sharded models do on every rank; see test_autolrs_shards.py."""
+"""What the tests of AutoLRS on fully sharded models do on every rank."""
 
 import math
 from pathlib import Path
