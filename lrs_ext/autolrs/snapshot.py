@@ -269,7 +269,7 @@ class Snapshot:
         """
         if not isinstance(self._optimizer, ScheduledOptimizer):
             return {}
-        converted = {}
+        converted: dict[str, Tensor] = {}
         for index, param in enumerate(params_of(self._optimizer)):
             if is_dtensor(param):
                 prefix = f"state {index} "
