@@ -184,6 +184,24 @@ def whole_state_dicts_go_both_ways(name):
     assert_close(numbers_of(other, resumed), numbers_of(model, opt), tolerance)
 
 
+def flat_state_dicts_go_on(name):
+    """By names of parameters, from keys of the groups that are alive, as torchtitan has them."""
+    model, other = make_model("float32"), make_model("float32")
+    opt, resumed = (make(name, "float32", m) for m in (model, other))
+    for step in range(3):
+        update(model, opt, step)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = copy.deepcopy(get_optimizer_state_dict(model, opt, options=options))
+    set_model_state_dict(other, get_model_state_dict(model))
+    set_optimizer_state_dict(other, resumed, flat, options=options)
+    assert int(resumed.schedule_buffer.step) == 3
+    for step in range(3, 6):
+        update(model, opt, step)
+        update(other, resumed, step)
+    tolerance = cases.TORCH if name == "LAMB" else cases.EXACT
+    assert_close(numbers_of(other, resumed), numbers_of(model, opt), tolerance)
+
+
 def state_dicts_of_this_rank_resume(storage):
     """Without torch.distributed.checkpoint: each rank keeps its own, to the bit."""
     for name in ("SGD", "AdamW", "Lion"):

@@ -172,6 +172,11 @@ def test_whole_state_dicts_go_both_ways(call_two, name):
     call_two("rank_checks_checkpoints:whole_state_dicts_go_both_ways", name)
 
 
+@names
+def test_flat_state_dicts_go_on(call_two, name):
+    call_two("rank_checks_checkpoints:flat_state_dicts_go_on", name)
+
+
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "blocks", "split"])
 @pytest.mark.parametrize(
     "check", ["state_dicts_of_this_rank_resume", "a_checkpoint_of_one_process_is_shared_out"]
