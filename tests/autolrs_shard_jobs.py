@@ -239,3 +239,17 @@ def save_dcp(options, stop, folder):
 
 def load_dcp(options, folder):
     return Run(**options).dcp_load(folder).run().result()
+
+
+def first_of_all(options, stop, folder):
+    """Loads the first rank's file on every rank; returns what that says."""
+    run = Run(**options).run(stop)
+    if place()[0] == 0:
+        torch.save(run.auto.state_dict(), Path(folder, "first.pt"))
+    torch.distributed.barrier()
+    state = torch.load(Path(folder, "first.pt"), weights_only=True)
+    try:
+        Run(**options).auto.load_state_dict(state)
+    except ValueError as error:
+        return str(error)
+    return None

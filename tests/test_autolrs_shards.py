@@ -145,6 +145,13 @@ def test_a_run_goes_on_bit_by_bit(engine, options, stop, how, tmp_path):
         assert_all_equal(result, expected)
 
 
+@pytest.mark.parametrize("stop", [20, 90])
+def test_another_ranks_part_is_refused(engine, stop, tmp_path):
+    first, second = call(engine, 2, "first_of_all", {"name": "AdamW"}, stop, str(tmp_path))
+    assert first is None
+    assert "the copy of the training state belongs to what another rank has" in second
+
+
 MOVED = [
     ({"name": "AdamW"}, 20),
     ({"name": "AdamW"}, 90),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PLACEMENTS = ("device", "pinned")
 _SCHEDULE_STEP = "schedule step"
+_PLACES = "places"
 _MEMORY_ERRORS = (MemoryError, RuntimeError)  # torch.OutOfMemoryError is the latter
 
 
@@ -192,7 +193,7 @@ class Snapshot:
         own = {name for name in own if self._is_of_a_part(name)}
         foretold, younger = self._foretold - own, self._captured - self._foretold - own
         return {
-            "tensors": {name: saved[name] for name in sorted(foretold)},
+            "tensors": {name: saved[name] for name in sorted(foretold)} | {_PLACES: self._places()},
             "captured": tuple(sorted(self._captured)),
             "younger": tuple((name, saved[name]) for name in sorted(younger)),
             "numbers": tuple(copy.deepcopy(self._numbers).items()),
@@ -218,10 +219,16 @@ class Snapshot:
         if is_own:
             tensors = tensors | state["of_this_rank"]["parts"]
         lost = sorted(set(state["captured"]) - tensors.keys())
-        if lost and self._is_of_a_part(lost[0]):
+        alien = [name for name in lost if self._is_of_a_part(name)]
+        if not is_own:  # only what is in "tensors" is brought to each rank
+            alien += [name for name, tensor in state["younger"] if is_dtensor(tensor)]
+        places = tensors.pop(_PLACES)
+        if is_dtensor(places) and not _is_same(local(places), local(self._places())):
+            alien.append("the copy of the training state")
+        if alien:
             raise ValueError(
-                f"{lost[0]} belongs to what another rank has of a parameter: save and load "
-                "AutoLRS.state_dict on each rank"
+                f"{alien[0]} belongs to what another rank has of the parameters: save and load "
+                "AutoLRS.state_dict on each rank, or with torch.distributed.checkpoint"
             )
         if lost:
             raise ValueError(
@@ -278,6 +285,21 @@ class Snapshot:
                 arrays = convert(self._optimizer, param, arrays)
                 converted |= {prefix + name: array for name, array in arrays.items()}
         return converted
+
+    def _places(self) -> Tensor:
+        """Returns numbers of which each part of the parameters has others.
+
+        In a file of another rank they are that rank's.
+        """
+        numbers = torch.arange(1 << 12, dtype=torch.int32)
+        for param in params_of(self._optimizer):
+            if is_dtensor(param):
+                from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+                placements = [Shard(0) if p.is_shard() else Replicate() for p in param.placements]
+                numbers = numbers.to(param.device)
+                return distribute_tensor(numbers, param.device_mesh, placements, src_data_rank=None)
+        return numbers
 
     def _is_of_a_part(self, name: str) -> bool:
         """Whether it is an array of one rank's part of a parameter, such as scales of its blocks.
@@ -459,6 +481,10 @@ def available_host_memory() -> int:
 
 def _kind(name: str) -> str:
     return name.partition(" ")[0]
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second.to(first.device))
 
 
 def _devices(tensors: dict[str, Tensor]) -> dict[str, torch.device]:
