@@ -70,6 +70,13 @@ def test_parts_on_two_ranks(call_two, check):
     call_two(f"rank_checks:{check}")
 
 
+@pytest.mark.parametrize(
+    "check", ["no_gradient_is_stale", "no_state_is_stale", "a_gradient_on_another_mesh_is_refused"]
+)
+def test_what_is_kept_from_step_to_step(call, check):
+    call(f"rank_checks_parts:{check}")
+
+
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "uint8"])
 def test_random_bits_are_those_of_the_elements(call, state_dtype):
     call("rank_checks:random_bits_are_those_of_the_elements", state_dtype)
