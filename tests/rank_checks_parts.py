@@ -97,6 +97,6 @@ def a_gradient_on_another_mesh_is_refused():
         stride=param.stride(),
     )
     before = param.detach().to_local().clone()
-    with pytest.raises(RuntimeError, match="a gradient is on .* they must be equal"):
+    with pytest.raises(RuntimeError, match=r"a gradient is on .* they must be equal"):
         twins.opt.step()
     assert torch.equal(param.detach().to_local(), before)
