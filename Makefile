@@ -36,7 +36,7 @@ train: install
 	$(BIN)/python benchmarks/train_gpt.py $(ARGS)
 
 test: $(FRAMEWORKS)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

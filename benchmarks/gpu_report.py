@@ -140,7 +140,7 @@ def run_tests(limit: float, *, folder: Path) -> Outcome:
     marked = "gpu" if torch.cuda.device_count() < 2 else "gpu or two_gpus"
     command += ["-m", marked, f"--junitxml={xml}"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        command += ["-n", str(min(16, os.cpu_count() or 1))]
     code, output = run_command(command, limit, {"OMP_NUM_THREADS": "1"})
     outcome: Outcome = {"passed": code == 0, "detail": ending(code, output, limit)}
     if xml.exists():
@@ -258,6 +258,19 @@ def run_suggestion(limit: float, *, folder: Path) -> Outcome:
     return outcome
 
 
+def run_kernels(limit: float, *, folder: Path) -> Outcome:
+    """Builds and runs bench_kernels.py, whose table is kept whole."""
+    numbers = folder / "bench_kernels.json"
+    command = [sys.executable, BENCHMARKS / "bench_kernels.py", "--json", numbers]
+    code, output = run_command(command, limit)
+    outcome: Outcome = {"passed": code == 0, "detail": ending(code, output, limit)}
+    if numbers.exists():
+        outcome["kernels"] = json.loads(numbers.read_text(encoding="utf-8"))
+        outcome["detail"] = f"{len(outcome['kernels'])} cases"
+    outcome["output"] = without_paths(output)
+    return outcome
+
+
 def run_job(limit: float, *, folder: Path, lr: str | None = None) -> Outcome:
     """Runs the main job briefly."""
     command = [sys.executable, BENCHMARKS / "train_gpt.py", "--device", "cuda"]
@@ -285,6 +298,7 @@ def stages(folder: Path) -> dict[str, Stage]:
     auto_folder = folder / "auto"
     run_auto = functools.partial(run_job, folder=auto_folder, lr="auto")
     found["main job with AutoLRS"] = Stage(run_auto, 240)
+    found["kernels alone"] = Stage(functools.partial(run_kernels, folder=folder), 90, True)
     run_bench = functools.partial(run_benchmark, folder=folder)
     found["step benchmark"] = Stage(run_bench, 240, is_timed=True)
     run_suggest = functools.partial(run_suggestion, folder=folder)

@@ -5,10 +5,12 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "known_groups.h"
 #include "schedules.h"
 #include "step_cpu.h"
 #include "step_tensors.h"
@@ -149,7 +151,9 @@ lrs::Group make_group(uintptr_t lr, int64_t capacity, double scale,
 
 lrs::TensorAccess make_tensor_access(const py::capsule& exchange_api,
                                      const py::function& make_handles, uintptr_t data_pointer,
-                                     uintptr_t delete_handle) {
+                                     uintptr_t delete_handle, const py::function& is_negated,
+                                     const py::tuple& plain_types,
+                                     const py::function& has_function_mode) {
   auto* exchange = static_cast<lrs::dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(exchange_api.ptr(), lrs::dlpack::kCapsuleName));
   if (exchange == nullptr) throw py::error_already_set();
@@ -159,8 +163,14 @@ lrs::TensorAccess make_tensor_access(const py::capsule& exchange_api,
   if (exchange == nullptr) {
     throw std::runtime_error("torch offers no DLPack exchange interface of version 1");
   }
-  return {exchange, make_handles, reinterpret_cast<int32_t (*)(void*, void**)>(data_pointer),
-          reinterpret_cast<int32_t (*)(void*)>(delete_handle)};
+  return {exchange,
+          make_handles,
+          reinterpret_cast<int32_t (*)(lrs::TensorPointer, void**)>(data_pointer),
+          reinterpret_cast<int32_t (*)(void*)>(delete_handle),
+          is_negated,
+          std::nullopt,
+          plain_types,
+          has_function_mode};
 }
 
 // A step that is ready to run: the live tensors, their chunks, and the addresses of the tables.
@@ -178,7 +188,7 @@ class Step {
     table_.algorithm = at(kAlgorithms, algorithm);
     table_.state_type = at(kStateTypes, state_type);
     table_.rounds_stochastically = rounds_stochastically;
-    table_.tensors = tensors->entries().data();
+    table_.tensors = table_.host_tensors = tensors->entries().data();
     table_.num_tensors = static_cast<int64_t>(numels.size());
     table_.chunks = chunks_.data();
     table_.num_chunks = static_cast<int64_t>(chunks_.size());
@@ -324,7 +334,10 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<lrs::TensorAccess>(m, "TensorAccess")
       .def(py::init(&make_tensor_access), "exchange_api"_a, "make_handles"_a, "data_pointer"_a,
-           "delete_handle"_a);
+           "delete_handle"_a, "is_negated"_a, "plain_types"_a, "has_function_mode"_a)
+      .def("use_direct", &lrs::TensorAccess::use_direct, "functions"_a, "probe"_a)
+      .def_property_readonly(
+          "is_direct", [](const lrs::TensorAccess& access) { return access.direct.has_value(); });
 
   py::class_<lrs::StepTensors>(m, "StepTensors")
       .def(py::init([](const lrs::TensorAccess& access, const py::list& param_lists,
@@ -339,7 +352,16 @@ PYBIND11_MODULE(_C, m) {
            py::keep_alive<1, 2>())
       .def("refresh", &lrs::StepTensors::refresh, "param_lists"_a, "state"_a, "gradients"_a)
       .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients)
+      .def("count_update", &lrs::StepTensors::count_update)
       .def("updated_params", &lrs::StepTensors::updated_params);
+
+  py::class_<lrs::KnownGroups>(m, "KnownGroups")
+      .def(py::init<>())
+      .def("look_at", &lrs::KnownGroups::look_at, "groups"_a, "schedules"_a)
+      .def("confirm", &lrs::KnownGroups::confirm)
+      .def("forget", &lrs::KnownGroups::forget)
+      .def("are_unchanged", &lrs::KnownGroups::are_unchanged, "groups"_a, "schedules"_a)
+      .def("put", &lrs::KnownGroups::put, "groups"_a, "key"_a, "values"_a);
 
   py::class_<Step>(m, "Step")
       .def(py::init<const std::string&, lrs::StepTensors*, int64_t, const std::string&, bool>(),

@@ -65,14 +65,15 @@ struct Block8State {
   static constexpr StateType kType = StateType::kBlock8;
   static constexpr bool kIsRandom = true;
 
-  template <bool kIsRoot>
-  static LRS_HOST_DEVICE float decode(uint8_t code, float scale) {
-    return (kIsRoot ? decode_root(code) : decode_signed(code)) * scale;
+  template <bool kIsRoot, int kByte = 0>
+  static LRS_HOST_DEVICE float decode(uint32_t word, float scale) {
+    return (kIsRoot ? decode_root<kByte>(word) : decode_signed<kByte>(word)) * scale;
   }
 
   template <bool kIsRoot>
   static LRS_HOST_DEVICE uint8_t encode(float share, uint32_t random) {
-    return kIsRoot ? encode_root(share, random) : encode_signed(share, random);
+    return kIsRoot ? static_cast<uint8_t>(encode_root(share, random))
+                   : encode_signed(share, random);
   }
 };
 

@@ -23,8 +23,8 @@ struct LAMB {
 
   static LRS_HOST_DEVICE LAMB fold(const double* hyper, double lr, double step, double grad_scale) {
     const bool corrects = hyper[kBiasCorrection] != 0.0;
-    const double bias_correction1 = corrects ? 1.0 - pow(hyper[kBeta1], step) : 1.0;
-    const double bias_correction2 = corrects ? 1.0 - pow(hyper[kBeta2], step) : 1.0;
+    const double bias_correction1 = corrects ? 1.0 - integer_power(hyper[kBeta1], step) : 1.0;
+    const double bias_correction2 = corrects ? 1.0 - integer_power(hyper[kBeta2], step) : 1.0;
     LAMB update;
     update.lr = lr;
     update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
@@ -35,7 +35,7 @@ struct LAMB {
     update.grad_share2 = static_cast<float>(1.0 - hyper[kBeta2]);
     update.exp_avg_scale = static_cast<float>(1.0 / bias_correction1);
     update.denominator_scale = static_cast<float>(1.0 / sqrt(bias_correction2));
-    update.eps = static_cast<float>(hyper[kEps]);
+    update.eps = with_reciprocal(hyper[kEps]);
     update.adapts = hyper[kAlwaysAdapt] != 0.0 || hyper[kWeightDecay] != 0.0;
     return update;
   }
@@ -47,8 +47,8 @@ struct LAMB {
   }
 
   LRS_HOST_DEVICE float direction(float param, float exp_avg, float exp_avg_sq) const {
-    const float denominator = sqrtf(exp_avg_sq) * denominator_scale + eps;
-    const float adam = exp_avg_scale * (exp_avg / denominator);
+    const float denominator = square_root<false>(exp_avg_sq) * denominator_scale + eps;
+    const float adam = exp_avg_scale * (exp_avg * reciprocal<false>(denominator));
     return weight_decay != 0.0f ? adam + weight_decay * param : adam;
   }
 

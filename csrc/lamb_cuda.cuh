@@ -127,10 +127,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   __shared__ LAMB shared_update;
   const StepTable& table = launch.table;
   if (is_skipped(table.scaling)) return;
-  const Chunk chunk = table.chunks[blockIdx.x];
-  const void* gradient = gradients.address[chunk.tensor - launch.first_tensor];
+  const Chunk chunk = chunk_of_block(launch);
+  const void* gradient = gradients.at(chunk.tensor - launch.first_tensor);
   if (gradient == nullptr) return;
-  const TensorEntry entry = table.tensors[chunk.tensor];
+  const TensorEntry entry = tensor_at(launch, chunk.tensor);
   if (threadIdx.x == 0) shared_update = fold<LAMB>(table, entry, grad_scale(table.scaling));
   __syncthreads();
   const LAMB update = shared_update;
@@ -162,11 +162,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   TensorEntry entry{};
   bool has_gradient = false;
   if (blockIdx.x < table.num_chunks) {  // a launch without chunks still commits
-    chunk = table.chunks[blockIdx.x];
-    has_gradient = gradients.address[chunk.tensor - launch.first_tensor] != nullptr;
+    chunk = chunk_of_block(launch);
+    has_gradient = gradients.at(chunk.tensor - launch.first_tensor) != nullptr;
   }
   if (has_gradient) {
-    entry = table.tensors[chunk.tensor];
+    entry = tensor_at(launch, chunk.tensor);
     if (threadIdx.x == 0) {
       shared_update = fold<LAMB>(table, entry, grad_scale(table.scaling));
       shared_step_size = shared_update.step_size(table.tensor_squares[chunk.tensor]);

@@ -16,36 +16,105 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kBlocksPerSM = 4;  // bounds the registers at 64 a thread
 
-// Gradients change address from step to step, so their addresses travel with the launch. CUDA 12.1
+// Gradients change address from step to step, so their addresses travel with the launch, and with
+// them the tensors of small tables: what a block reads from there it need not wait for. CUDA 12.1
 // raised the limit of a kernel's arguments from 4 KB to 32 KB.
 #if CUDART_VERSION >= 12010
-constexpr int kGradientsPerLaunch = 4000;
+constexpr int kArgumentBytes = 32764;
+constexpr int kGradientsPerLaunch = 3800;
+constexpr int kTensorsInLaunch = 16;
 #else
-constexpr int kGradientsPerLaunch = 480;
+constexpr int kArgumentBytes = 4096;
+constexpr int kGradientsPerLaunch = 256;
+constexpr int kTensorsInLaunch = 8;
 #endif
+constexpr int kOtherArgumentBytes = 64;  // of any kernel
 
+// The addresses of gradients, null where there is none: as they are, or, twice as many, by their
+// distance from one of them if that is a multiple of 16 bytes below 64 GiB.
 struct Gradients {
-  const void* address[kGradientsPerLaunch];
+  static constexpr uint32_t kNone = 0xffffffffu;
+  uintptr_t base;  // 0: `address` is what counts
+  union {
+    const void* address[kGradientsPerLaunch];
+    uint32_t distance[2 * kGradientsPerLaunch];
+  };
+
+  LRS_HOST_DEVICE const void* at(int64_t index) const {
+    if (base == 0) return address[index];
+    if (distance[index] == kNone) return nullptr;
+    return reinterpret_cast<const void*>(base + uint64_t{distance[index]} * 16);
+  }
+};
+
+// The tensors of a table that has few, and the number of the first chunk of each.
+struct FewTensors {
+  int32_t count;  // 0: there are more
+  uint32_t first_chunk[kTensorsInLaunch];
+  TensorEntry tensors[kTensorsInLaunch];
 };
 
 struct Launch {
   StepTable table;  // its chunks are those of this launch
   int64_t first_tensor, num_tensors;
   bool is_last;
+  FewTensors few;
 };
+
+static_assert(sizeof(Launch) + sizeof(Gradients) + kOtherArgumentBytes <= kArgumentBytes);
+
+// Writes the gradients of `count` tensors by their distances. A gradient without chunks is empty;
+// all that counts of it is that it is there. Returns whether that is possible.
+inline bool write_distances(const void* const* gradients, const int64_t* chunk_offsets,
+                            int64_t count, Gradients* arguments) {
+  const auto is_empty = [&](int64_t i) { return chunk_offsets[i] == chunk_offsets[i + 1]; };
+  const auto address = [&](int64_t i) { return reinterpret_cast<uintptr_t>(gradients[i]); };
+  arguments->base = UINTPTR_MAX;
+  for (int64_t i = 0; i < count; ++i) {
+    if (gradients[i] == nullptr || is_empty(i)) continue;
+    arguments->base = std::min(arguments->base, address(i));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (gradients[i] == nullptr || is_empty(i)) {
+      arguments->distance[i] = gradients[i] == nullptr ? Gradients::kNone : 0;
+      continue;
+    }
+    const uintptr_t distance = address(i) - arguments->base;
+    if (distance % 16 != 0 || distance / 16 >= Gradients::kNone) return false;
+    arguments->distance[i] = static_cast<uint32_t>(distance / 16);
+  }
+  return true;
+}
 
 // Calls body(launch, gradients) for one launch after the other.
 template <typename Body>
 void for_each_launch(const StepTable& table, const int64_t* chunk_offsets,
                      const void* const* gradients, const Body& body) {
-  for (int64_t first = 0; first < table.num_tensors; first += kGradientsPerLaunch) {
-    const int64_t last = std::min(first + kGradientsPerLaunch, table.num_tensors);
-    Launch launch{table, first, last - first, last == table.num_tensors};
-    launch.table.chunks += chunk_offsets[first];
-    launch.table.chunk_squares += chunk_offsets[first];
-    launch.table.num_chunks = chunk_offsets[last] - chunk_offsets[first];
+  Launch launch{table, 0, 0, false, {}};
+  if (table.num_tensors <= kTensorsInLaunch) {
+    launch.few.count = static_cast<int32_t>(table.num_tensors);
+    std::copy_n(table.host_tensors, table.num_tensors, launch.few.tensors);
+    for (int i = 0; i < kTensorsInLaunch; ++i) {
+      const bool exists = i < table.num_tensors;
+      launch.few.first_chunk[i] = exists ? static_cast<uint32_t>(chunk_offsets[i]) : UINT32_MAX;
+    }
+  }
+  while (!launch.is_last) {
+    const int64_t first = launch.first_tensor + launch.num_tensors;
     Gradients arguments;
-    std::copy(gradients + first, gradients + last, arguments.address);
+    int64_t count = std::min<int64_t>(2 * kGradientsPerLaunch, table.num_tensors - first);
+    if (count <= kGradientsPerLaunch ||
+        !write_distances(gradients + first, chunk_offsets + first, count, &arguments)) {
+      count = std::min<int64_t>(count, kGradientsPerLaunch);
+      arguments.base = 0;
+      std::copy_n(gradients + first, count, arguments.address);
+    }
+    launch.first_tensor = first;
+    launch.num_tensors = count;
+    launch.is_last = first + count == table.num_tensors;
+    launch.table.chunks = table.chunks + chunk_offsets[first];
+    launch.table.chunk_squares = table.chunk_squares + chunk_offsets[first];
+    launch.table.num_chunks = chunk_offsets[first + count] - chunk_offsets[first];
     body(launch, arguments);
   }
 }
@@ -80,6 +149,20 @@ class DeviceScope {
 };
 
 #if defined(__CUDACC__)
+// The chunk of this block.
+__device__ __forceinline__ Chunk chunk_of_block(const Launch& launch) {
+  if (launch.few.count == 0) return launch.table.chunks[blockIdx.x];
+  int32_t tensor = 0;
+#pragma unroll
+  for (int i = 1; i < kTensorsInLaunch; ++i) tensor += blockIdx.x >= launch.few.first_chunk[i];
+  return {tensor, static_cast<int32_t>(blockIdx.x - launch.few.first_chunk[tensor])};
+}
+
+__device__ __forceinline__ TensorEntry tensor_at(const Launch& launch, int64_t tensor) {
+  if (launch.few.count == 0) return launch.table.tensors[tensor];
+  return launch.few.tensors[tensor];
+}
+
 // Moves kLane elements between memory and registers, in accesses of 16 bytes, or of 8.
 template <int kLane, typename T>
 __device__ __forceinline__ void copy_lane(T* target, const T* source) {
@@ -161,9 +244,7 @@ __device__ __forceinline__ void commit(const Launch& launch, const Gradients& gr
                                        uint32_t ticket) {
   if (!__syncthreads_or(threadIdx.x == 0 && ticket == gridDim.x - 1)) return;
   for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {
-    if (gradients.address[i] != nullptr) {
-      *launch.table.tensors[launch.first_tensor + i].step += 1.0f;
-    }
+    if (gradients.at(i) != nullptr) *tensor_at(launch, launch.first_tensor + i).step += 1.0f;
   }
   if (threadIdx.x != 0) return;
   *launch.table.ticket = 0;

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   double sum = 0.0;
   for (int64_t i = chunks.begin; i < chunks.end; ++i) {
     const Chunk chunk = table.chunks[i];
-    const void* gradient = gradients.address[chunk.tensor - launch.first_tensor];
+    const void* gradient = gradients.at(chunk.tensor - launch.first_tensor);
     if (gradient == nullptr) continue;
     const TensorEntry& entry = table.tensors[chunk.tensor];
     const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);

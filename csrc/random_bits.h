@@ -33,5 +33,10 @@ LRS_HOST_DEVICE uint32_t random_bits(uint32_t key, uint32_t index) {
   return scrambled(index * 0x9e3779b9u + key);
 }
 
+// The key with which elements are counted from the one at `first` on.
+LRS_HOST_DEVICE uint32_t key_from(uint32_t key, int64_t first) {
+  return key + static_cast<uint32_t>(first) * 0x9e3779b9u;
+}
+
 }  // namespace LRS_ISA
 }  // namespace lrs

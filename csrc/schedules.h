@@ -4,6 +4,7 @@
 // fills all come here.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "host_device.h"
@@ -45,12 +46,14 @@ struct ScheduleSpec {
 
 inline namespace LRS_ISA {
 
-// base^exponent. The exponents that schedules usually have cost a quarter of `pow`.
+// base^exponent of a base in [0, 1]. Logarithms in two thirds of the time of `pow`, and wrong by
+// about as many roundings as the result is powers of two below 1; the exponents that schedules
+// usually have are faster still, and exact.
 LRS_HOST_DEVICE double power_of(double base, double exponent) {
   if (exponent == 1.0) return base;
   if (exponent == 2.0) return base * base;
   if (exponent == 0.5) return sqrt(base);
-  return pow(base, exponent);
+  return exp2(exponent * log2(base));
 }
 
 // f(p), p in [0, 1], of the profiles that are one formula of the progress.
@@ -147,12 +150,45 @@ inline int64_t sample_point(double fraction, int64_t budget) {
   return static_cast<int64_t>(is_integer ? nearest : std::ceil(exact));
 }
 
+// The first update after `step` at which the schedule may be worth something else, at most `end`.
+inline int64_t next_change(const ScheduleSpec& schedule, int64_t step, int64_t end) {
+  const int64_t update = step - schedule.warmup_steps;
+  if (update < 0) return step + 1;
+  int64_t change = end - schedule.warmup_steps;
+  if (schedule.total_steps >= 0) {
+    const int64_t budget = schedule.total_steps - schedule.warmup_steps;
+    if (update >= budget) return end;
+    change = std::min(change, budget);
+  }
+  if (schedule.profile == Profile::kConstant) return schedule.warmup_steps + change;
+  if (schedule.sampling > 1) {
+    change = std::min(change, update - update % schedule.sampling + schedule.sampling);
+  } else {
+    const bool has_points = schedule.sample_points != nullptr;
+    const int64_t* points = has_points ? schedule.sample_points : schedule.milestones;
+    const int64_t count = has_points ? schedule.num_sample_points : schedule.num_milestones;
+    const int64_t passed = points_passed(points, count, update);
+    if (passed < count) change = std::min(change, points[passed]);
+  }
+  return schedule.warmup_steps + change;
+}
+
 // Writes the values of updates first, first + 1, ... to `values`.
 template <typename T>
 void fill_schedule(const ScheduleSpec& schedule, int64_t first, int64_t count, T* values) {
-#pragma omp parallel for if (count > 100000)
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = static_cast<T>(schedule_value(schedule, first + i));
+  constexpr int64_t kPart = 1 << 16;
+  const bool moves_always = schedule.sampling == 1 && schedule.sample_points == nullptr &&
+                            schedule.profile != Profile::kConstant &&
+                            schedule.profile != Profile::kStepDecay;
+#pragma omp parallel for schedule(dynamic) if (count > kPart)
+  for (int64_t part = 0; part < count; part += kPart) {
+    const int64_t end = std::min(count, part + kPart);
+    for (int64_t i = part; i < end;) {
+      const auto value = static_cast<T>(schedule_value(schedule, first + i));
+      const int64_t change =
+          moves_always ? i + 1 : next_change(schedule, first + i, first + end) - first;
+      for (; i < change; ++i) values[i] = value;
+    }
   }
 }
 

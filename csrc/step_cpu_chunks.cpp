@@ -48,7 +48,7 @@ void update_elements(const Update& update, const Elements& elements) {
     if constexpr (kNumStates > 0) state[0] = load(state0[i]);
     if constexpr (kNumStates > 1) state[1] = load(state1[i]);
     if constexpr (kNumStates > 2) state[2] = load(state2[i]);
-    update.template apply<kNumStates>(value, load(grad[i]), state);
+    update.template apply<kNumStates, State::kType>(value, load(grad[i]), state);
     if constexpr (kNumStates > 0) State::store(state0[i], state[0], state_random(random, 0));
     if constexpr (kNumStates > 1) State::store(state1[i], state[1], state_random(random, 1));
     if constexpr (kNumStates > 2) State::store(state2[i], state[2], 0);
@@ -106,7 +106,7 @@ LRS_HOST_DEVICE void update_block(const Update& update, const Elements& elements
     float state[kMaxStates];
     state[0] = Block8State::decode<false>(codes0[i], scale0);
     if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes1[i], scale1);
-    update.template apply<kNumStates, kIsRoot1>(value, load(grad[i]), state);
+    update.template apply<kNumStates, StateType::kBlock8>(value, load(grad[i]), state);
     kept0[i] = state[0];
     largest0 = larger_magnitude(largest0, kept0[i]);
     if constexpr (kNumStates > 1) {

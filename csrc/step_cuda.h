@@ -7,7 +7,8 @@
 
 namespace lrs {
 
-// As step_cpu, in one launch for up to 4,000 tensors. What the table points to is in device memory;
+// As step_cpu, in one launch for up to 7,600 tensors, or 3,800 if their gradients are more than
+// 64 GiB apart or not aligned to 16 bytes. What the table points to is in device memory;
 // `gradients` and `chunk_offsets` are in host memory.
 void step_cuda(const StepTable& table, const int64_t* chunk_offsets, const void* const* gradients,
                int device, void* stream);

@@ -9,7 +9,8 @@
 namespace lrs {
 namespace {
 
-// The arrays of one tensor.
+// The arrays of one chunk, from its first element on: 32 bits then hold the place of an element,
+// which takes a quarter of the instructions for addresses.
 template <int kNumStates, typename Param, typename State>
 struct Arrays {
   typename Param::Value* param;
@@ -18,19 +19,19 @@ struct Arrays {
   float* scales[kNumStates > 0 ? kNumStates : 1];
   int16_t* remainder;
 
-  __device__ __forceinline__ Arrays(const TensorEntry& entry, const void* gradient)
-      : param(static_cast<typename Param::Value*>(entry.param)),
-        grad(static_cast<const typename Param::Value*>(gradient)),
-        remainder(entry.remainder) {
+  __device__ __forceinline__ Arrays(const TensorEntry& entry, const void* gradient, int64_t begin)
+      : param(static_cast<typename Param::Value*>(entry.param) + begin),
+        grad(static_cast<const typename Param::Value*>(gradient) + begin),
+        remainder(entry.remainder + begin) {
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) {
-      states[s] = static_cast<typename State::Value*>(entry.states[s]);
-      scales[s] = entry.scales[s];
+      states[s] = static_cast<typename State::Value*>(entry.states[s]) + begin;
+      scales[s] = entry.scales[s] + begin / kQuantBlock;
     }
   }
 
-  // Of the elements in `range`, those that lanes of `lane` elements can serve.
-  __device__ __forceinline__ Range vector_part(Range range, int lane) const {
+  // Of the first `count` elements, those that lanes of `lane` elements can serve.
+  __device__ __forceinline__ Range vector_part(int count, int lane) const {
     constexpr int kArrays = 2 + kNumStates + (Param::kIsSplit ? 1 : 0);
     uint64_t addresses[kArrays];
     int bytes[kArrays];
@@ -46,15 +47,15 @@ struct Arrays {
       addresses[2 + kNumStates] = reinterpret_cast<uint64_t>(remainder);
       bytes[2 + kNumStates] = sizeof(int16_t);
     }
-    return vector_range(range, lane, addresses, bytes);
+    return vector_range({0, count}, lane, addresses, bytes);
   }
 };
 
-// Asks for the arrays at `element`, if that is in `range`, while there is something else to do.
+// Asks for the arrays at `element`, if that is before `end`, while there is something else to do.
 template <int kNumStates, typename Param, typename State>
 __device__ __forceinline__ void prefetch(const Arrays<kNumStates, Param, State>& arrays,
-                                         Range range, int64_t element) {
-  if (element >= range.end) return;
+                                         int element, int end) {
+  if (element >= end) return;
   prefetch_line(arrays.param + element);
   prefetch_line(arrays.grad + element);
   if constexpr (Param::kIsSplit) prefetch_line(arrays.remainder + element);
@@ -70,22 +71,22 @@ struct ParamLane {
   alignas(16) int16_t remainder[kLane];
 
   template <typename Arrays>
-  __device__ __forceinline__ void load(const Arrays& arrays, int64_t begin) {
+  __device__ __forceinline__ void load(const Arrays& arrays, int begin) {
     copy_lane<kLane>(param, global(arrays.param + begin));
     copy_lane<kLane>(grad, global(arrays.grad + begin));
     if constexpr (Param::kIsSplit) copy_lane<kLane>(remainder, global(arrays.remainder + begin));
   }
   template <typename Arrays>
-  __device__ __forceinline__ void store(const Arrays& arrays, int64_t begin) const {
+  __device__ __forceinline__ void store(const Arrays& arrays, int begin) const {
     copy_lane<kLane>(global(arrays.param + begin), param);
     if constexpr (Param::kIsSplit) copy_lane<kLane>(global(arrays.remainder + begin), remainder);
   }
 
-  template <int kNumStates, bool kKeepsRoot = false, typename Update>
+  template <int kNumStates, StateType kStateType, typename Update>
   __device__ __forceinline__ void apply(const Update& update, int i, float* state,
                                         uint32_t random) {
     float value = Param::load(param[i], remainder[i]);
-    update.template apply<kNumStates, kKeepsRoot>(value, lrs::load(grad[i]), state);
+    update.template apply<kNumStates, kStateType>(value, lrs::load(grad[i]), state);
     Param::store(param[i], remainder[i], value, random & 0xffffu);
   }
 };
@@ -98,11 +99,11 @@ __host__ __device__ constexpr int lane_of() {
   return 16 / (kState > kParam ? kState : kParam);
 }
 
-// Updates kLane elements from `begin` on.
+// Updates kLane elements of a chunk from `begin` on; `key` counts from the chunk's first.
 template <int kLane, int kNumStates, typename State, typename Param, typename Update>
 __device__ __forceinline__ void update_lane(const Update& update,
                                             const Arrays<kNumStates, Param, State>& arrays,
-                                            int64_t begin, uint32_t key) {
+                                            int begin, uint32_t key) {
   constexpr int kRegisterStates = kNumStates > 0 ? kNumStates : 1;
   ParamLane<kLane, Param> lane;
   alignas(16) typename State::Value state_lanes[kRegisterStates][kLane];
@@ -115,12 +116,12 @@ __device__ __forceinline__ void update_lane(const Update& update,
   for (int i = 0; i < kLane; ++i) {
     uint32_t random = 0;
     if constexpr (Param::kIsRandom || (State::kIsRandom && kNumStates > 0)) {
-      random = random_bits(key, static_cast<uint32_t>(begin) + i);
+      random = random_bits(key, begin + i);
     }
     float state[kMaxStates];
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) state[s] = load(state_lanes[s][i]);
-    lane.template apply<kNumStates>(update, i, state, random);
+    lane.template apply<kNumStates, State::kType>(update, i, state, random);
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) {
       // More states than that are float32, which needs no random bits.
@@ -139,47 +140,70 @@ template <int kNumStates, typename Param, typename State, typename Update>
 __device__ __forceinline__ void update_elements(const Update& update, const TensorEntry& entry,
                                                 const void* gradient, Range range, uint32_t key) {
   constexpr int kLane = lane_of<kNumStates, Param, State>();
-  const Arrays<kNumStates, Param, State> arrays(entry, gradient);
-  const Range vector = arrays.vector_part(range, kLane);
-  for (int64_t i = vector.begin + threadIdx.x * kLane; i < vector.end; i += kThreads * kLane) {
-    prefetch(arrays, vector, i + kThreads * kLane);
+  const Arrays<kNumStates, Param, State> arrays(entry, gradient, range.begin);
+  const int count = static_cast<int>(range.end - range.begin);
+  const Range vector = arrays.vector_part(count, kLane);
+  const int head = static_cast<int>(vector.begin), vector_end = static_cast<int>(vector.end);
+#pragma unroll 1
+  for (int i = head + threadIdx.x * kLane; i < vector_end; i += kThreads * kLane) {
+    // With one state of two bytes there are no registers left for more addresses.
+    if constexpr (kNumStates != 1 || State::kType == StateType::kFloat32) {
+      prefetch(arrays, i + kThreads * kLane, vector_end);
+    }
     update_lane<kLane, kNumStates>(update, arrays, i, key);
   }
-  const int64_t head = vector.begin - range.begin;
-  const int64_t rest = head + range.end - vector.end;
-  for (int64_t i = threadIdx.x; i < rest; i += kThreads) {
-    update_lane<1, kNumStates>(update, arrays, i < head ? range.begin + i : vector.end + i - head,
-                               key);
+  const int rest = head + count - vector_end;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rest; i += kThreads) {
+    update_lane<1, kNumStates>(update, arrays, i < head ? i : vector_end + i - head, key);
   }
 }
 
-__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, value, distance);
-    value = other > value ? other : value;
-  }
-  return value;
+// What one thread has of a block of quantisation: codes lie in a word.
+constexpr int kElements = kQuantBlock / kWarp;
+static_assert(kElements == 4);
+
+// The bytes number kByte of four words.
+template <int kByte>
+__device__ __forceinline__ uint32_t bytes_of(const uint32_t (&words)[kElements]) {
+  constexpr unsigned kPair = kByte | (kByte + 4) << 4;
+  const uint32_t low = __byte_perm(words[0], words[1], kPair);
+  const uint32_t high = __byte_perm(words[2], words[3], kPair);
+  return __byte_perm(low, high, 0x5410);
+}
+
+template <bool kIsRoot>
+__device__ __forceinline__ void decode(uint32_t word, float scale, float (&state)[kElements]) {
+  state[0] = Block8State::decode<kIsRoot, 0>(word, scale);
+  state[1] = Block8State::decode<kIsRoot, 1>(word, scale);
+  state[2] = Block8State::decode<kIsRoot, 2>(word, scale);
+  state[3] = Block8State::decode<kIsRoot, 3>(word, scale);
 }
 
 // Encodes the elements of one state that a warp holds, and writes the scale of their block.
-template <bool kIsRoot, int kElements>
-__device__ __forceinline__ void encode(const float (&state)[kElements],
-                                       const uint32_t (&random)[kElements], int index,
-                                       uint8_t (&codes)[kElements], float* scale) {
+template <bool kIsRoot>
+__device__ __forceinline__ uint32_t encode(const float (&state)[kElements],
+                                           const uint32_t (&random)[kElements], int index,
+                                           float* scale) {
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     const uint32_t magnitude = to_bits(state[i]) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
-  const float block = block_scale(warp_max(largest));
+  const float block = block_scale(__reduce_max_sync(0xffffffffu, largest));
   const float factor = share_factor(block);
+  if (threadIdx.x % kWarp == 0) *scale = block;
+  uint32_t codes[kElements], shares[kElements];
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    codes[i] = Block8State::encode<kIsRoot>(state[i] * factor, state_random(random[i], index));
+    const float share = state[i] * factor;
+    const uint32_t bits = state_random(random[i], index);
+    shares[i] = to_bits(share);
+    codes[i] = kIsRoot ? encode_root(share, bits) : magnitude_code(share, bits);
   }
-  if (threadIdx.x % kWarp == 0) *scale = block;
+  if constexpr (kIsRoot) return bytes_of<0>(codes);
+  return (bytes_of<0>(codes) & 0x7f7f7f7fu) | (bytes_of<3>(shares) & 0x80808080u);
 }
 
 // Updates a block of quantisation by one warp: four elements a thread, neighbours where kVector,
@@ -187,67 +211,72 @@ __device__ __forceinline__ void encode(const float (&state)[kElements],
 template <bool kVector, int kNumStates, typename Param, typename Update>
 __device__ __forceinline__ void update_block(const Update& update,
                                              const Arrays<kNumStates, Param, Block8State>& arrays,
-                                             int64_t begin, int count, uint32_t key) {
-  constexpr int kElements = kQuantBlock / kWarp;
+                                             int begin, int count, uint32_t key) {
   constexpr bool kIsRoot1 = Update::kRootState == 1;
   const int thread = threadIdx.x % kWarp;
-  const int64_t block = begin / kQuantBlock;
+  const int mine = begin + thread * (kVector ? kElements : 1);
+  constexpr int kStride = kVector ? 1 : kWarp;
   ParamLane<kElements, Param> lane;
-  alignas(16) uint8_t codes[kNumStates][kElements];
+  uint32_t codes[kNumStates];
   if constexpr (kVector) {
-    lane.load(arrays, begin + thread * kElements);
+    lane.load(arrays, mine);
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) {
-      copy_lane<kElements>(codes[s], global(arrays.states[s] + begin + thread * kElements));
+      codes[s] = *reinterpret_cast<const uint32_t*>(global(arrays.states[s] + mine));
+    }
+  } else {
+#pragma unroll
+    for (int s = 0; s < kNumStates; ++s) codes[s] = 0;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int element = mine + i * kWarp;
+      lane.param[i] = lane.grad[i] = typename Param::Value{};
+      lane.remainder[i] = 0;
+      if (element - begin >= count) continue;
+      lane.param[i] = arrays.param[element];
+      lane.grad[i] = arrays.grad[element];
+      if constexpr (Param::kIsSplit) lane.remainder[i] = arrays.remainder[element];
+#pragma unroll
+      for (int s = 0; s < kNumStates; ++s) {
+        codes[s] |= uint32_t{arrays.states[s][element]} << (8 * i);
+      }
     }
   }
+  const auto scale = [&](int s) { return global(arrays.scales[s] + begin / kQuantBlock); };
   float states[kNumStates][kElements];
   uint32_t random[kElements];
-  float scales[kNumStates];
-#pragma unroll
-  for (int s = 0; s < kNumStates; ++s) scales[s] = global(arrays.scales[s])[block];
+  decode<false>(codes[0], *scale(0), states[0]);
+  if constexpr (kNumStates > 1) decode<kIsRoot1>(codes[1], *scale(1), states[1]);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    const int element = kVector ? thread * kElements + i : i * kWarp + thread;
-    const int64_t position = begin + element;
-    random[i] = random_bits(key, static_cast<uint32_t>(position));
-#pragma unroll
-    for (int s = 0; s < kNumStates; ++s) states[s][i] = 0.0f;
-    if (element >= count) continue;
-    if constexpr (!kVector) {
-      lane.param[i] = arrays.param[position];
-      lane.grad[i] = arrays.grad[position];
-      if constexpr (Param::kIsSplit) lane.remainder[i] = arrays.remainder[position];
-#pragma unroll
-      for (int s = 0; s < kNumStates; ++s) codes[s][i] = arrays.states[s][position];
-    }
+    random[i] = random_bits(key, mine + i * kStride);
     float state[kMaxStates];
-    state[0] = Block8State::decode<false>(codes[0][i], scales[0]);
-    if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes[1][i], scales[1]);
-    lane.template apply<kNumStates, kIsRoot1>(update, i, state, random[i]);
 #pragma unroll
-    for (int s = 0; s < kNumStates; ++s) states[s][i] = state[s];
+    for (int s = 0; s < kNumStates; ++s) state[s] = states[s][i];
+    lane.template apply<kNumStates, StateType::kBlock8>(update, i, state, random[i]);
+    const bool exists = kVector || mine + i * kStride - begin < count;
+#pragma unroll
+    for (int s = 0; s < kNumStates; ++s) states[s][i] = exists ? state[s] : 0.0f;
   }
-  encode<false>(states[0], random, 0, codes[0], arrays.scales[0] + block);
-  if constexpr (kNumStates > 1) {
-    encode<kIsRoot1>(states[1], random, 1, codes[1], arrays.scales[1] + block);
-  }
+  codes[0] = encode<false>(states[0], random, 0, scale(0));
+  if constexpr (kNumStates > 1) codes[1] = encode<kIsRoot1>(states[1], random, 1, scale(1));
   if constexpr (kVector) {
-    lane.store(arrays, begin + thread * kElements);
+    lane.store(arrays, mine);
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) {
-      copy_lane<kElements>(global(arrays.states[s] + begin + thread * kElements), codes[s]);
+      *reinterpret_cast<uint32_t*>(global(arrays.states[s] + mine)) = codes[s];
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      const int element = i * kWarp + thread;
-      const int64_t position = begin + element;
-      if (element >= count) continue;
-      arrays.param[position] = lane.param[i];
-      if constexpr (Param::kIsSplit) arrays.remainder[position] = lane.remainder[i];
+      const int element = mine + i * kWarp;
+      if (element - begin >= count) continue;
+      arrays.param[element] = lane.param[i];
+      if constexpr (Param::kIsSplit) arrays.remainder[element] = lane.remainder[i];
 #pragma unroll
-      for (int s = 0; s < kNumStates; ++s) arrays.states[s][position] = codes[s][i];
+      for (int s = 0; s < kNumStates; ++s) {
+        arrays.states[s][element] = static_cast<uint8_t>(codes[s] >> (8 * i));
+      }
     }
   }
 }
@@ -256,18 +285,18 @@ __device__ __forceinline__ void update_block(const Update& update,
 template <int kNumStates, typename Param, typename Update>
 __device__ __forceinline__ void update_blocks(const Update& update, const TensorEntry& entry,
                                               const void* gradient, Range range, uint32_t key) {
-  const Arrays<kNumStates, Param, Block8State> arrays(entry, gradient);
-  const bool is_aligned = arrays.vector_part(range, kQuantBlock / kWarp).begin == range.begin;
-  const int64_t first = range.begin + threadIdx.x / kWarp * kQuantBlock;
-  for (int64_t begin = first; begin < range.end; begin += kThreads / kWarp * kQuantBlock) {
-    const int64_t thread = (kThreads + threadIdx.x % kWarp) * (kQuantBlock / kWarp);
-    prefetch(arrays, range, begin + thread);
-    if (is_aligned && range.end - begin >= kQuantBlock) {
+  const Arrays<kNumStates, Param, Block8State> arrays(entry, gradient, range.begin);
+  const int count = static_cast<int>(range.end - range.begin);
+  const bool is_aligned = arrays.vector_part(count, kElements).begin == 0;
+#pragma unroll 1
+  for (int begin = threadIdx.x / kWarp * kQuantBlock; begin < count;
+       begin += kThreads / kWarp * kQuantBlock) {
+    prefetch(arrays, begin + (kThreads + threadIdx.x % kWarp) * kElements, count);
+    if (is_aligned && count - begin >= kQuantBlock) {
       update_block<true, kNumStates>(update, arrays, begin, kQuantBlock, key);
     } else {
-      const int64_t left = range.end - begin;
-      const int count = static_cast<int>(left < kQuantBlock ? left : kQuantBlock);
-      update_block<false, kNumStates>(update, arrays, begin, count, key);
+      const int left = count - begin < kQuantBlock ? count - begin : kQuantBlock;
+      update_block<false, kNumStates>(update, arrays, begin, left, key);
     }
   }
 }
@@ -301,14 +330,15 @@ __device__ __forceinline__ void update_chunk(const Update& update, const TensorE
 template <int kNumStates, typename State>
 __device__ __forceinline__ void prefetch_first(const TensorEntry& entry, const void* gradient,
                                                Range range) {
+  const int count = static_cast<int>(range.end - range.begin);
   if (entry.dtype == DType::kFloat32) {
     using Param = NearestParam<float>;
-    const Arrays<kNumStates, Param, State> arrays(entry, gradient);
-    prefetch(arrays, range, range.begin + threadIdx.x * lane_of<kNumStates, Param, State>());
+    const Arrays<kNumStates, Param, State> arrays(entry, gradient, range.begin);
+    prefetch(arrays, threadIdx.x * lane_of<kNumStates, Param, State>(), count);
   } else {
     using Param = NearestParam<BFloat16>;  // or any other of two bytes
-    const Arrays<kNumStates, Param, State> arrays(entry, gradient);
-    prefetch(arrays, range, range.begin + threadIdx.x * lane_of<kNumStates, Param, State>());
+    const Arrays<kNumStates, Param, State> arrays(entry, gradient, range.begin);
+    prefetch(arrays, threadIdx.x * lane_of<kNumStates, Param, State>(), count);
   }
 }
 
@@ -324,23 +354,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   TensorEntry entry{};
   const void* gradient = nullptr;
   if (blockIdx.x < table.num_chunks) {  // a launch without chunks still commits
-    chunk = table.chunks[blockIdx.x];
-    gradient = gradients.address[chunk.tensor - launch.first_tensor];
+    chunk = chunk_of_block(launch);
+    gradient = gradients.at(chunk.tensor - launch.first_tensor);
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  // The compiler for these then needs fewer registers, for older ones more.
-  if (gradient == nullptr) {
+  // The compiler for these then needs fewer registers; for older ones and more states, more.
+  if (Update::kMaxStates == 1 && gradient == nullptr) {
     return commit(launch, gradients, threadIdx.x == 0 ? draw_ticket(table.ticket) : 0);
   }
 #endif
   Range range{};
   if (gradient != nullptr) {
-    entry = table.tensors[chunk.tensor];
+    entry = tensor_at(launch, chunk.tensor);
     range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
     prefetch_first<Update::kMinStates, State>(entry, gradient, range);
     if (threadIdx.x == 0) {
       shared_update = fold<Update>(table, entry, grad_scale(table.scaling));
-      shared_key = is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
+      if (is_random(table)) {
+        const uint32_t key = random_key(*table.step, entry.position, range.begin);
+        shared_key = key_from(key, range.begin);
+      }
     }
   }
   __syncthreads();

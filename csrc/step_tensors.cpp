@@ -1,5 +1,6 @@
 #include "step_tensors.h"
 
+#include <exception>
 #include <stdexcept>
 #include <utility>
 
@@ -12,10 +13,6 @@ const void* const kEmptyGradient = reinterpret_cast<const void*>(16);
 // Keys of a parameter's state.
 constexpr const char* kScaleSuffix = "_scale";
 constexpr const char* kRemainder = "master_remainder";
-
-// Between two steps everything has left the cache, and the checks are mostly waiting for memory:
-// it is asked for what they will need that many parameters later.
-constexpr size_t kAhead = 4;
 
 dlpack::Tensor read(const TensorAccess& access, const py::handle& object) {
   dlpack::Tensor tensor;
@@ -75,6 +72,11 @@ void* states(StateType type, const dlpack::Tensor& tensor, const dlpack::Device&
   return floats(tensor, device, count);
 }
 
+void prefetch_ends(Implementation implementation) {
+  __builtin_prefetch(implementation);
+  __builtin_prefetch(static_cast<const char*>(implementation) + 160);
+}
+
 // The C function behind the attribute `grad` of a tensor, which saves its look-up at every step.
 PyGetSetDef* plain_getter(const py::handle& tensor) {
   const py::object attribute = py::type::of(tensor).attr("grad");
@@ -108,9 +110,14 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       const bool takes_part = !step.is_none();
       const size_t addresses_begin = held_addresses.size();
       const dlpack::Tensor tensor = takes_part ? hold(param) : read(access_, param);
-      params_.push_back({py::reinterpret_borrow<py::object>(param), plain_getter(param),
-                         tensor.dtype, tensor.ndim, layouts_.size(), addresses_begin,
-                         addresses_begin, -1});
+      Param& added = params_.emplace_back();
+      added.tensor = py::reinterpret_borrow<py::object>(param);
+      added.addresses_begin = added.addresses_end = static_cast<uint32_t>(addresses_begin);
+      added.layout = static_cast<uint32_t>(layouts_.size());
+      added.ndim = tensor.ndim;
+      added.entry = -1;
+      added.dtype = tensor.dtype;
+      added.getter = plain_getter(param);
       layouts_.insert(layouts_.end(), tensor.shape, tensor.shape + tensor.ndim);
       layouts_.insert(layouts_.end(), tensor.strides, tensor.strides + tensor.ndim);
       device_ = tensor.device;
@@ -147,14 +154,16 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
         }
       }
       entry.step = floats(hold(step), tensor.device, 1);
-      params_.back().addresses_end = held_addresses.size();
-      params_.back().entry = static_cast<int64_t>(entries_.size());
+      params_.back().addresses_end = static_cast<uint32_t>(held_addresses.size());
+      params_.back().entry = static_cast<int32_t>(entries_.size());
       entries_.push_back(entry);
     }
   }
+  state_versions_.add(state.ptr());
   for (const auto& item : state) {
     const size_t first = state_values_.size();
     if (PyDict_Check(item.second.ptr())) {
+      state_versions_.add(item.second.ptr());
       for (const auto& array : py::reinterpret_borrow<py::dict>(item.second)) {
         state_values_.push_back(py::reinterpret_borrow<py::object>(array.second));
       }
@@ -162,11 +171,18 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
     param_states_.push_back({py::reinterpret_borrow<py::object>(item.second),
                              static_cast<Py_ssize_t>(state_values_.size() - first)});
   }
-  size_t index = 0;
   for (const py::handle& capsule : py::list(access_.make_handles(held))) {
-    addresses_.push_back({TensorHandle(access_, capsule), held_addresses[index++]});
+    handles_.emplace_back(access_, capsule);
+    addresses_.push_back({*handles_.back().pointer(), held_addresses[addresses_.size()]});
   }
   gradients_.resize(entries_.size());
+  if (!access_.direct) return;
+  directly_held_.resize(entries_.size(), access_.direct->undefined);
+  for (Param& param : params_) {
+    if (param.entry < 0 || param.getter == nullptr || !access_.is_plain(param.tensor)) continue;
+    param.direct = addresses_[param.addresses_begin].implementation;
+    param.kind = access_.direct->kind(tensor_at(param.addresses_begin));
+  }
 }
 
 bool StepTensors::same_params(const py::list& param_lists) const {
@@ -181,17 +197,21 @@ bool StepTensors::same_params(const py::list& param_lists) const {
   return position == params_.size();
 }
 
-bool StepTensors::same_states(const py::dict& state) const {
-  if (!state.is(state_) || state.size() != param_states_.size()) return false;
+bool StepTensors::same_states(const py::dict& state) {
+  if (!state.is(state_)) return false;
+  if (state_versions_.are_unchanged()) return true;
+  if (!same_entries()) return false;
+  state_versions_.renew();  // something has been put there and taken away again
+  return true;
+}
+
+bool StepTensors::same_entries() const {
+  if (state_.size() != param_states_.size()) return false;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   auto array = state_values_.begin();
-  for (size_t i = 0; i < param_states_.size(); ++i) {
-    const ParamState& held = param_states_[i];
-    if (i + kAhead < param_states_.size()) {
-      __builtin_prefetch(param_states_[i + kAhead].entry.ptr());
-    }
-    if (!PyDict_Next(state.ptr(), &position, &key, &value) || value != held.entry.ptr()) {
+  for (const ParamState& held : param_states_) {
+    if (!PyDict_Next(state_.ptr(), &position, &key, &value) || value != held.entry.ptr()) {
       return false;
     }
     if (!PyDict_Check(value)) continue;
@@ -226,60 +246,136 @@ py::object StepTensors::gradient_of(const Param& param) {
   return py::reinterpret_steal<py::object>(gradient);
 }
 
-bool StepTensors::same_addresses(size_t position) const {
-  if (position + kAhead < params_.size()) {
-    const Param& later = params_[position + kAhead];
-    __builtin_prefetch(later.tensor.ptr());
+// A copy of the pointer that a tensor is does for one, and is where the address is.
+TensorPointer StepTensors::tensor_at(size_t address) const {
+  return access_.direct ? &addresses_[address].implementation : handles_[address].pointer();
+}
+
+bool StepTensors::same_addresses(const Param& param) const {
+  for (size_t i = param.addresses_begin; i < param.addresses_end; ++i) {
+    if (!access_.is_at(tensor_at(i), addresses_[i].address)) return false;
+  }
+  return true;
+}
+
+// Between two steps everything has left the cache, and the checks are mostly waiting for memory:
+// it is asked for what they will need some parameters later. Where that is, as far as we know, is
+// good enough for it: a prefetch of the wrong place is only useless.
+void StepTensors::prefetch(size_t position, bool reads_directly) const {
+  constexpr size_t kFar = 8, kNear = 4;
+  constexpr size_t kStorage = 2;  // of the pointers in an implementation
+  if (position + kFar < params_.size()) {
+    const Param& later = params_[position + kFar];
+    if (!reads_directly) __builtin_prefetch(later.tensor.ptr());
     for (size_t i = later.addresses_begin; i < later.addresses_end; ++i) {
-      const char* description = addresses_[i].handle.description();
-      for (int line = 0; line < 3; ++line) __builtin_prefetch(description + 64 * line);
-      __builtin_prefetch(addresses_[i].address, 1);  // for the kernel
+      prefetch_ends(addresses_[i].implementation);
     }
   }
-  const Param& param = params_[position];
-  for (size_t i = param.addresses_begin; i < param.addresses_end; ++i) {
-    if (!addresses_[i].handle.is_at(addresses_[i].address)) return false;
+  if (position + kNear < params_.size()) {
+    const Param& soon = params_[position + kNear];
+    for (size_t i = soon.addresses_begin; i < soon.addresses_end; ++i) {
+      if (access_.direct) {
+        __builtin_prefetch(static_cast<void* const*>(addresses_[i].implementation)[kStorage]);
+      }
+      if (device_.type == dlpack::kCPU) __builtin_prefetch(addresses_[i].address, 1);  // to compute
+    }
+    if (reads_directly && soon.direct != nullptr) {
+      const Implementation gradient = *access_.direct->grad(soon.direct);
+      prefetch_ends(gradient);
+      __builtin_prefetch(static_cast<const char*>(gradient) + 64);
+    }
   }
+}
+
+void StepTensors::note(const Param& param, const void* address) {
+  const void*& noted = gradients_[static_cast<size_t>(param.entry)];
+  has_gradients_ |= address != nullptr;
+  has_changed_gradients_ |= (address == nullptr) != (noted == nullptr);
+  noted = address;
+}
+
+// Takes a gradient of the parameter's dtype and device; false if it is laid out otherwise.
+bool StepTensors::take(const Param& param, const dlpack::Tensor& gradient) {
+  if (!same_layout(param, gradient)) return false;
+  if (gradient.data != nullptr) {
+    note(param, static_cast<char*>(gradient.data) + gradient.byte_offset);
+    return true;
+  }
+  if (numel(gradient) > 0) return false;
+  note(param, kEmptyGradient);
   return true;
 }
 
 bool StepTensors::collect(const Param& param, py::object gradient) {
   if (param.entry < 0) return gradient.is_none();
-  const void*& collected = gradients_[static_cast<size_t>(param.entry)];
-  const void* address = nullptr;
-  if (!gradient.is_none()) {
-    dlpack::Tensor grad;
-    if (access_.exchange->tensor_from_py_object(gradient.ptr(), &grad) != 0) {
-      PyErr_Clear();  // it has no plain memory: the caller looks closer and explains
-      return false;
-    }
-    if (!same(grad.dtype, param.dtype) || !same(grad.device, device_) ||
-        !same_layout(param, grad)) {
-      return false;
-    }
-    if (grad.data == nullptr && numel(grad) > 0) return false;
-    address =
-        grad.data == nullptr ? kEmptyGradient : static_cast<char*>(grad.data) + grad.byte_offset;
-    has_gradients_ = true;
-    held_gradients_.push_back(std::move(gradient));
+  if (gradient.is_none()) {
+    note(param, nullptr);
+    return true;
   }
-  has_changed_gradients_ |= (address == nullptr) != (collected == nullptr);
-  collected = address;
+  dlpack::Tensor grad;
+  if (access_.exchange->tensor_from_py_object(gradient.ptr(), &grad) != 0) {
+    PyErr_Clear();  // it has no plain memory: the caller looks closer and explains
+    return false;
+  }
+  if (access_.is_negated(gradient).cast<bool>()) return false;
+  if (!same(grad.dtype, param.dtype) || !same(grad.device, device_) || !take(param, grad)) {
+    return false;
+  }
+  held_gradients_.push_back(std::move(gradient));
+  return true;
+}
+
+bool StepTensors::collect_directly(const Param& param) {
+  const DirectAccess& direct = *access_.direct;
+  const TensorPointer gradient = direct.grad(param.direct);
+  // Of a tensor that is no leaf and so has no gradient, the attribute warns.
+  if (*gradient == direct.undefined) return collect(param, gradient_of(param));
+  dlpack::Tensor grad;
+  if (!direct.read(gradient, param.kind, &grad) || !take(param, grad)) return false;
+  return direct.assign(gradient, &directly_held_[static_cast<size_t>(param.entry)]) == 0;
+}
+
+bool StepTensors::collect_all(const py::object& gradients) {
+  const bool reads_directly =
+      access_.direct && gradients.is_none() && !access_.has_function_mode().cast<bool>();
+  for (size_t i = 0; i < params_.size(); ++i) {
+    const Param& param = params_[i];
+    prefetch(i, reads_directly);
+    if (!same_addresses(param)) return false;
+    if (reads_directly && param.direct != nullptr) {
+      if (!collect_directly(param)) return false;
+    } else if (!collect(param, gradients.is_none()
+                                   ? gradient_of(param)
+                                   : py::reinterpret_borrow<py::list>(gradients)[i])) {
+      return false;
+    }
+  }
   return true;
 }
 
 bool StepTensors::refresh(const py::list& param_lists, const py::dict& state,
                           const py::object& gradients) {
-  if (!same_params(param_lists) || !same_states(state)) return false;
+  release_gradients();
   has_gradients_ = false;
+  return same_params(param_lists) && same_states(state) && collect_all(gradients);
+}
+
+void StepTensors::release_gradients() {
   held_gradients_.clear();
-  for (size_t i = 0; i < params_.size(); ++i) {
-    const Param& param = params_[i];
-    if (!same_addresses(i)) return false;
-    if (gradients.is_none()) {
-      if (!collect(param, gradient_of(param))) return false;
-    } else if (!collect(param, py::reinterpret_borrow<py::list>(gradients)[i])) {
-      return false;
+  for (Implementation& held : directly_held_) {
+    const DirectAccess& direct = *access_.direct;
+    if (held != direct.undefined) direct.assign(&direct.undefined, &held);
+  }
+}
+
+bool StepTensors::count_update() {
+  if (!access_.direct) return false;
+  for (const Param& param : params_) {
+    if (param.entry < 0 || gradients_[static_cast<size_t>(param.entry)] == nullptr) continue;
+    try {
+      access_.direct->bump_version(tensor_at(param.addresses_begin));
+    } catch (const std::exception&) {
+      // A tensor made under inference_mode has no counter, and autograd no use for one.
     }
   }
   return true;

@@ -130,36 +130,54 @@ LRS_HOST_DEVICE void split(float value, BFloat16& high, int16_t& low) {
 // that moves by less than a rounding step each time would otherwise never move. `random` has 8
 // random bits, whose last place stands for a half.
 
-// Sign, exponent and 3 bits of mantissa.
-LRS_HOST_DEVICE uint8_t encode_signed(float share, uint32_t random) {
+// The code of a share of nan may be any: the scale of its block is nan too. Codes are read from
+// byte number kByte of a word.
+
+template <int kLeft>
+LRS_HOST_DEVICE uint32_t shifted(uint32_t word) {
+  if constexpr (kLeft < 0) {
+    return word >> -kLeft;
+  } else {
+    return word << kLeft;
+  }
+}
+
+// Sign, exponent and 3 bits of mantissa. The code without its sign, in the low 7 bits of the
+// result:
+LRS_HOST_DEVICE uint32_t magnitude_code(float share, uint32_t random) {
   constexpr int32_t kBias = (127 << 3) - 127;  // the code of 1 is 127
-  const uint32_t bits = to_bits(share);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  int32_t code = static_cast<int32_t>((magnitude + (random << 12) + 0x800u) >> 20) - kBias;
-  code = code < 0 ? 0 : code;
-  code = code > 127 ? 127 : code;
-  return static_cast<uint8_t>((bits >> 24 & 0x80u) | static_cast<uint32_t>(code));
+  const uint32_t magnitude = to_bits(share) & 0x7fffffffu;
+  const int32_t code = static_cast<int32_t>((magnitude + (random << 12) + 0x800u) >> 20) - kBias;
+  return static_cast<uint32_t>(code < 0 ? 0 : code);
 }
 
-LRS_HOST_DEVICE float decode_signed(uint8_t code) {
-  const uint32_t magnitude = code & 0x7fu;
-  const uint32_t bits = magnitude == 0 ? 0u : (magnitude + ((127 << 3) - 127)) << 20;
-  return from_bits(bits | (code & 0x80u) << 24);
+LRS_HOST_DEVICE uint8_t encode_signed(float share, uint32_t random) {
+  const uint32_t sign = to_bits(share) >> 24 & 0x80u;
+  return static_cast<uint8_t>(sign | (magnitude_code(share, random) & 0x7fu));
 }
 
-// Exponent and 4 bits of mantissa, for roots of second moments. What is not 0 stays so: it divides.
-LRS_HOST_DEVICE uint8_t encode_root(float share, uint32_t random) {
+template <int kByte = 0>
+LRS_HOST_DEVICE float decode_signed(uint32_t word) {
+  constexpr uint32_t kBias = (127 << 3) - 127;
+  const uint32_t magnitude = shifted<20 - 8 * kByte>(word) & 0x07f00000u;
+  const uint32_t bits = magnitude == 0 ? 0u : magnitude + (kBias << 20);
+  return from_bits(bits | (word << (24 - 8 * kByte) & 0x80000000u));
+}
+
+// Exponent and 4 bits of mantissa, for roots of second moments: in the low 8 bits of the result.
+// What is not 0 stays so: it divides.
+LRS_HOST_DEVICE uint32_t encode_root(float share, uint32_t random) {
   constexpr int32_t kBias = (127 << 4) - 255;  // the code of 1 is 255
-  const uint32_t bits = to_bits(share);
-  int32_t code = static_cast<int32_t>((bits + (random << 11) + 0x400u) >> 19) - kBias;
+  const auto code = static_cast<int32_t>((to_bits(share) + (random << 11) + 0x400u) >> 19) - kBias;
   const int32_t least = share > 0.0f ? 1 : 0;
-  code = code < least ? least : code;
-  code = code > 255 ? 255 : code;
-  return static_cast<uint8_t>(code);
+  return static_cast<uint32_t>(code < least ? least : code);
 }
 
-LRS_HOST_DEVICE float decode_root(uint8_t code) {
-  return from_bits(code == 0 ? 0u : (uint32_t{code} + ((127 << 4) - 255)) << 19);
+template <int kByte = 0>
+LRS_HOST_DEVICE float decode_root(uint32_t word) {
+  constexpr uint32_t kBias = (127 << 4) - 255;
+  const uint32_t magnitude = shifted<19 - 8 * kByte>(word) & 0x07f80000u;
+  return from_bits(magnitude == 0 ? 0u : magnitude + (kBias << 19));
 }
 
 // The scale of a block whose largest magnitude has the given bits, and by what its numbers become

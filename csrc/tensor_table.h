@@ -70,6 +70,7 @@ struct StepTable {
   StateType state_type;
   bool rounds_stochastically;  // parameters that are bfloat16 and not split
   const TensorEntry* tensors;
+  const TensorEntry* host_tensors;  // the same in host memory, whatever the backend
   int64_t num_tensors;
   const Group* groups;
   const Chunk* chunks;

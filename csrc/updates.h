@@ -9,7 +9,8 @@
 
 #include <cmath>
 
-#include "host_device.h"
+#include "arithmetic.h"
+#include "storage.h"
 
 namespace lrs {
 
@@ -57,7 +58,7 @@ struct SGD {
     return update;
   }
 
-  template <int kNumStates, bool = false>
+  template <int kNumStates, StateType>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
     grad *= grad_factor;
     grad = weight_decay != 0.0f ? grad + weight_decay * param : grad;
@@ -82,8 +83,8 @@ struct Adam {
 
   static LRS_HOST_DEVICE Adam fold(const double* hyper, double lr, double step, double grad_scale) {
     const bool decoupled = hyper[kDecoupled] != 0.0;
-    const double bias_correction1 = 1.0 - pow(hyper[kBeta1], step);
-    const double bias_correction2 = 1.0 - pow(hyper[kBeta2], step);
+    const double bias_correction1 = 1.0 - integer_power(hyper[kBeta1], step);
+    const double bias_correction2 = 1.0 - integer_power(hyper[kBeta2], step);
     Adam update;
     update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
     update.coupled_decay = decoupled ? 0.0f : static_cast<float>(hyper[kWeightDecay]);
@@ -94,14 +95,16 @@ struct Adam {
     update.grad_share2 = static_cast<float>(1.0 - hyper[kBeta2]);
     update.step_size = static_cast<float>(lr / bias_correction1);
     update.denominator_scale = static_cast<float>(1.0 / sqrt(bias_correction2));
-    update.eps = static_cast<float>(hyper[kEps]);
+    update.eps = with_reciprocal(hyper[kEps]);
     return update;
   }
 
-  // With kKeepsRoot the mean of squares comes and goes as its root.
-  template <int kNumStates, bool kKeepsRoot = false>
+  // Of block-quantised states, the mean of squares comes and goes as its root.
+  template <int kNumStates, StateType kStateType>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
-    static_assert(!kKeepsRoot || kNumStates == 2);
+    constexpr bool kKeepsRoot = kStateType == StateType::kBlock8;
+    constexpr bool kOverlaps = kStateType != StateType::kFloat32;
+    static_assert(kNumStates == 2 || !kOverlaps);
     float& exp_avg = state[0];
     float exp_avg_sq = kKeepsRoot ? state[1] * state[1] : state[1];
     grad *= grad_factor;
@@ -117,10 +120,10 @@ struct Adam {
       max_exp_avg_sq = keep ? max_exp_avg_sq : exp_avg_sq;
       second_moment = max_exp_avg_sq;
     }
-    const float root = sqrtf(second_moment);
+    const float root = square_root<kOverlaps>(second_moment);
     state[1] = kKeepsRoot ? root : exp_avg_sq;
     const float denominator = root * denominator_scale + eps;
-    param -= step_size * (exp_avg / denominator);
+    param -= step_size * (exp_avg * reciprocal<kOverlaps>(denominator));
   }
 };
 
@@ -145,7 +148,7 @@ struct Lion {
     return update;
   }
 
-  template <int kNumStates, bool = false>
+  template <int kNumStates, StateType>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
     float& exp_avg = state[0];
     grad *= grad_factor;

@@ -43,11 +43,10 @@ def encode(values: Tensor, is_root: bool, random: Tensor | int = NEAREST) -> tup
     bits = shares.view(torch.int32).long() & 0xFFFFFFFF
     if is_root:
         words = (((bits + (random << 11) + 0x400) & 0xFFFFFFFF) >> 19) - ((127 << 4) - 255)
-        words = words.clamp(max=255)
-        words = torch.maximum(words, (shares > 0).long())
+        words = torch.maximum(words, (shares > 0).long()) & 0xFF
     else:
         words = (((bits & 0x7FFFFFFF) + (random << 12) + 0x800) >> 20) - ((127 << 3) - 127)
-        words = words.clamp(0, 127) | (bits >> 24 & 0x80)
+        words = (words.clamp(min=0) & 0x7F) | (bits >> 24 & 0x80)
     codes = torch.empty_like(values, dtype=torch.uint8)
     memory_order(codes).copy_(words)
     return codes, scales

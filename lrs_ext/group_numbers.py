@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrs_ext import ops
 from lrs_ext.hyper_schedules import HyperSchedules, Number, put_schedules
 from lrs_ext.learning_rates import (
     POSITION,
@@ -83,9 +84,11 @@ class GroupNumbers:
         rates_are_synced = self.rates.is_synced(index, group)
         return rates_are_synced and self.hyper_schedules.is_synced(index, group)
 
-    def advance(self, groups: list[Group], found_inf: Tensor | None = None) -> None:
+    def advance(
+        self, groups: list[Group], known: ops.KnownGroups, found_inf: Tensor | None = None
+    ) -> None:
         """Follows an update on the host; see `LearningRates.advance`."""
-        self.rates.advance(groups, found_inf)
+        self.rates.advance(groups, known, found_inf)
         self.hyper_schedules.show(groups, self.rates.step)
         if any(self._notes):  # what has been saved stays as it is
             self._renew_notes(groups)

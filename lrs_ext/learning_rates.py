@@ -205,10 +205,13 @@ class LearningRates:
         row, buffer = self._sources[index].rows[place], list(self.buffers.values())[place]
         return buffer.current(index) if row is buffer.rows[index] else row.view(())
 
-    def advance(self, groups: list[Group], found_inf: Tensor | None = None) -> None:
+    def advance(
+        self, groups: list[Group], known: ops.KnownGroups, found_inf: Tensor | None = None
+    ) -> None:
         """Follows an update on the host.
 
         Args:
+            known: what is known of the groups, to which what changes here is no news.
             found_inf: if not 0, there was none; where that is only known later, so is the step.
         """
         self.step += 1
@@ -216,10 +219,13 @@ class LearningRates:
             self._skips.append(HostCopy(found_inf))
         while self._skips and self._skips[0].is_here:
             self.step -= self._skips.pop(0).read() != 0.0
+        values: list[float | None] = []
         for source, group in zip(self._sources, groups, strict=True):
+            values.append(None)
             if source.value is not None and group["lr"] is source.scheduled:
-                group["lr"] = source.scheduled = source.seen = source.value(self.step)
+                values[-1] = source.scheduled = source.seen = source.value(self.step)
                 source.outdated = None
+        known.put(groups, "lr", values)
 
     def mark(self) -> Mark:
         """Returns where the host stands, for a later `roll_back`."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lrs_ext.profile_schedule import ProfileSchedule
     from lrs_ext.state_storage import Storage
 
+KnownGroups = _C.KnownGroups
 QUANT_BLOCK: int = _C.quant_block
 PROFILES: tuple[str, ...] = tuple(_C.profiles)
 COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
@@ -199,16 +200,54 @@ def fill_values(target: Tensor, values: NDArray[np.float64]) -> None:
     target[count:].fill_(float(values[-1]))
 
 
+# Functions of torch's libraries that spare gradients their Python objects, by the names that the
+# native core has for them. Names of C++ functions are mangled.
+_DIRECT_FUNCTIONS = {
+    "grad": "_ZNK3c1010TensorImpl4gradEv",
+    "is_negated": "_ZN2at6native6is_negERKNS_6TensorE",
+    "bump_version": "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",
+    "assign": "aoti_torch_assign_tensors",
+    "make_undefined": "aoti_torch_new_uninitialized_tensor",
+    "layout": "aoti_torch_get_layout",
+    "dtype": "aoti_torch_get_dtype",
+    "device_type": "aoti_torch_get_device_type",
+    "device_index": "aoti_torch_get_device_index",
+    "dim": "aoti_torch_get_dim",
+    "sizes": "aoti_torch_get_sizes",
+    "strides": "aoti_torch_get_strides",
+}
+
+
 @functools.cache
 def _tensor_access() -> _C.TensorAccess:
-    """Returns torch's C functions for reading tensors, which lrs_ext does not link."""
+    """Returns torch's functions for reading tensors, which lrs_ext does not link.
+
+    Where torch lacks one of `_DIRECT_FUNCTIONS`, gradients are read as Python objects.
+    """
+    torch_library = ctypes.CDLL(torch._C.__file__)
+    access = _object_access(torch_library)
+    if all(hasattr(torch_library, symbol) for symbol in _DIRECT_FUNCTIONS.values()):
+        addresses = {
+            name: _address(getattr(torch_library, symbol))
+            for name, symbol in _DIRECT_FUNCTIONS.items()
+        }
+        with torch.inference_mode(False):
+            probe = torch.zeros(2, 3, dtype=torch.float32, device="cpu", requires_grad=True)
+            probe.grad = torch.zeros_like(probe)
+            access.use_direct(addresses, probe)
+    return access
+
+
+def _object_access(torch_library: ctypes.CDLL) -> _C.TensorAccess:
     try:
-        torch_library = ctypes.CDLL(torch._C.__file__)
         return _C.TensorAccess(
             exchange_api=Tensor.__dlpack_c_exchange_api__,
             make_handles=torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
             data_pointer=_address(torch_library.aoti_torch_get_data_ptr),
             delete_handle=_address(torch_library.aoti_torch_delete_tensor_object),
+            is_negated=Tensor.is_neg,
+            plain_types=(Tensor, torch.nn.Parameter),
+            has_function_mode=torch._C._is_torch_function_mode_enabled,
         )
     except AttributeError as error:
         raise RuntimeError(
@@ -448,11 +487,15 @@ class StepTable:
         if scaling is not self._scaling:
             self._scale(scaling or _UNSCALED)
             self._scaling = scaling
-        with profile_range(self._label):
+        if _is_profiling():
+            with torch.autograd.profiler.record_function(self._label):
+                self._launch(commits_step)
+        else:
             self._launch(commits_step)
         self._held = None
         # Autograd refuses to go back through a graph whose parameters have changed since.
-        torch.autograd.graph.increment_version(self._tensors.updated_params())
+        if not self._tensors.count_update():
+            torch.autograd.graph.increment_version(self._tensors.updated_params())
 
     def _launch(self, commits_step: bool) -> None:
         if self.algorithm == "lamb" and self.spread.groups and self._passes == "both":

@@ -180,6 +180,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         >>> opt.param_groups[0]["weight_decay"]
         0.1
         """
+        schedules = self._numbers.rates.buffer.schedules
+        if self._tables.known_groups.are_unchanged(self.param_groups, schedules):
+            return
         if len(self.param_groups) != self._tables.num_groups:
             raise RuntimeError(
                 f"there are {len(self.param_groups)} parameter groups where there were "
@@ -187,6 +190,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "a new optimizer"
             )
         self._take_loaded_groups()
+        known, schedules = self._tables.known_groups, self._numbers.rates.buffer.schedules
+        known.look_at(self.param_groups, schedules)
         names = []
         for index, group in enumerate(self.param_groups):
             fixed = self._numbers.sync(index, group, self._check)
@@ -196,6 +201,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             names.append(self._state_names(fixed))
         for tables in self._tables.all:
             tables.name_states(names)
+        if all(
+            _is_constant(group.get(key)) for group in self.param_groups for key in self.defaults
+        ):
+            known.confirm()
 
     def forget_graphs(self) -> None:
         """Says that no captured CUDA graph holds a step any more, so that everything may change.
@@ -273,7 +282,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self.may_have_skipped = found_inf is not None
         if is_captured:
             self.was_captured = True
-        self._numbers.advance(self.param_groups, None if is_captured else found_inf)
+        known_groups = self._tables.known_groups
+        self._numbers.advance(self.param_groups, known_groups, None if is_captured else found_inf)
         return loss
 
     def step_in_backward(self) -> GradientRelease:
@@ -615,6 +625,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         else:  # the tables count in another
             self._forget_tables()
         self.sync_groups()
+
+
+def _is_constant(value: Any) -> bool:
+    """Returns whether a value of a group only changes by being replaced."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _all_params(groups: list[Group]) -> list[Tensor]:

@@ -30,6 +30,7 @@ class TableSet:
 
     Attributes:
         all: those of the first parameter's device first.
+        known_groups: tells whether the rows hold all that the groups do.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TableSet:
         backends: Mapping[torch.device, str],
     ) -> None:
         self.num_groups = num_groups
+        self.known_groups = ops.KnownGroups()
         self._buffers = numbers.rates.buffers
         self._by_device = {
             device: DeviceTables(algorithm, name, storage, numbers, num_groups, place, backend)
@@ -63,6 +65,7 @@ class TableSet:
 
     def forget_numbers(self) -> None:
         """Makes the next `write` of each group write."""
+        self.known_groups.forget()
         for tables in self.all:
             tables.forget_numbers()
 

@@ -10,14 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lrs_ext.triton_kernels import (
-    ALWAYS_ADAPT,
-    BETA2,
     BFLOAT16,
-    DECOUPLED,
     DTYPE,
-    EPS,
     FLOAT32,
-    MAXIMIZE,
     NUM_WARPS,
     NUMEL,
     PARAM,
@@ -29,9 +24,9 @@ from lrs_ext.triton_kernels import (
     grad_scale,
     jit_kernel,
     pointers_of,
-    power,
 )
-from lrs_ext.triton_storage import jit
+from lrs_ext.triton_storage import jit, with_reciprocal
+from lrs_ext.triton_updates import ALWAYS_ADAPT, BETA2, DECOUPLED, EPS, MAXIMIZE, power
 
 BIAS_CORRECTION = DECOUPLED
 
@@ -80,7 +75,7 @@ def lamb_fold(
         grad_share2=(1.0 - beta2).to(tl.float32),
         exp_avg_scale=(1.0 / bias_correction1).to(tl.float32),
         denominator_scale=(1.0 / tl.sqrt(bias_correction2)).to(tl.float32),
-        eps=tl.load(group + EPS).to(tl.float32),
+        eps=with_reciprocal(tl.load(group + EPS)),
         adapts=(tl.load(group + ALWAYS_ADAPT) != 0.0) | (weight_decay != 0.0),
     )
 
@@ -91,7 +86,7 @@ def direction_of(
 ) -> tl.tensor:
     # Triton's plain division and square root are approximate.
     denominator = tl.sqrt_rn(exp_avg_sq) * update.denominator_scale + update.eps
-    adam = update.exp_avg_scale * tl.div_rn(exp_avg, denominator)
+    adam = update.exp_avg_scale * (exp_avg * tl.div_rn(1.0, denominator))
     return tl.where(update.weight_decay != 0.0, adam + update.weight_decay * param, adam)
 
 

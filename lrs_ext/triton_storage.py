@@ -51,6 +51,14 @@ def state_random(random: tl.tensor, INDEX: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def with_reciprocal(value: tl.tensor) -> tl.tensor:
+    """Returns a positive number as one whose reciprocal is a float32; 0 stays 0."""
+    LEAST: tl.constexpr = 2.0**-126
+    value = value.to(tl.float32)
+    return tl.where((value > 0.0) & (value < LEAST), LEAST, value)
+
+
+@jit
 def to_bits(value: tl.tensor) -> tl.tensor:
     return value.to(tl.uint32, bitcast=True)
 
@@ -98,7 +106,7 @@ def encode_signed(share: tl.tensor, random: tl.tensor) -> tl.tensor:
     BIAS: tl.constexpr = (127 << 3) - 127
     bits = to_bits(share)
     code = (((bits & 0x7FFFFFFF) + (random << 12) + 0x800) >> 20).to(tl.int32) - BIAS
-    code = tl.minimum(tl.maximum(code, 0), 127)
+    code = tl.maximum(code, 0) & 0x7F
     return (((bits >> 24) & 0x80) | code.to(tl.uint32)).to(tl.uint8)
 
 
@@ -116,7 +124,7 @@ def encode_root(share: tl.tensor, random: tl.tensor) -> tl.tensor:
     BIAS: tl.constexpr = (127 << 4) - 255
     code = ((to_bits(share) + (random << 11) + 0x400) >> 19).to(tl.int32) - BIAS
     code = tl.maximum(code, tl.where(share > 0.0, 1, 0))
-    return tl.minimum(code, 255).to(tl.uint8)
+    return (code & 0xFF).to(tl.uint8)
 
 
 @jit

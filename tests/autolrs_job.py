@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # as the first update of an optimizer does, in a second
 from autolrs_runs import PRESETS, Training
 from torch.distributed import barrier, init_process_group
 from torch.nn.parallel import DistributedDataParallel

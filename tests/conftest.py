@@ -1,6 +1,7 @@
 """Marks, the backend fixture and the switches that every test shares."""
 
 import functools
+import importlib.util
 import os
 
 import hypothesis
@@ -13,8 +14,17 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("LRS_EXT_BACKEND", None)
 
-import lrs_ext
+import device_twins
+import distribution
+import interpreter
 
+import lrs_ext
+from lrs_ext import param_devices
+
+if not HAS_GPU and importlib.util.find_spec("triton"):
+    interpreter.speed_up()
+
+torch.set_num_threads(1)  # also for fixtures of modules
 hypothesis.settings.register_profile("lrs_ext", deadline=None, derandomize=True, max_examples=200)
 hypothesis.settings.load_profile("lrs_ext")
 
@@ -24,7 +34,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "two_gpus: needs two CUDA devices")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return distribution.scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: distribution.place_of(item.nodeid))
     devices = torch.cuda.device_count() if HAS_GPU else 0
     for item in items:
         if item.get_closest_marker("gpu") and devices < 1:
@@ -72,30 +88,16 @@ def scaled_bfloat16(monkeypatch):
     monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", unscale)
 
 
-# Where nothing depends on threads: many tiny parallel regions crawl when several tests run at once.
-ONE_THREAD = (
-    "accelerate",
-    "autolrs",
-    "batches",
-    "docs",
-    "forecast",
-    "lightning",
-    "rates",
-    "search",
-    "snapshot",
-    "surrogate",
-    "transformers",
-)
-
-
 @pytest.fixture(autouse=True)
-def one_thread(request):
-    """Keeps the tests of AutoLRS and of frameworks to one thread."""
-    threads = torch.get_num_threads()
-    if any(name in request.module.__name__ for name in ONE_THREAD):
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def one_thread():
+    """Many tiny parallel regions crawl when several tests run at once."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def several_threads(one_thread):
+    """For tests of enough elements to be shared out among threads."""
+    torch.set_num_threads(3)
 
 
 class Probe:
@@ -119,3 +121,20 @@ class Probe:
 @pytest.fixture
 def probe(backend):
     return functools.partial(Probe, backend)
+
+
+@pytest.fixture
+def mark_elsewhere(monkeypatch):
+    """Parameters that carry `is_elsewhere` are on the second half of the CPU."""
+    monkeypatch.setattr(
+        param_devices,
+        "device_of",
+        lambda param: (
+            device_twins.ELSEWHERE if getattr(param, "is_elsewhere", False) else param.device
+        ),
+    )
+
+
+@pytest.fixture(params=device_twins.PAIRS)
+def devices(request, mark_elsewhere):
+    return request.param

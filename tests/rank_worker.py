@@ -2,14 +2,17 @@
 
 import faulthandler
 import importlib
+import os
 import signal
-import sys
 import traceback
-from multiprocessing.connection import Connection
 
 
-def main():
-    channel = Connection(int(sys.argv[1]))
+def serve(channel, log, rank, size):
+    """Answers calls until the connection ends; what is printed goes to the file `log`."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     while True:
@@ -23,7 +26,3 @@ def main():
         except BaseException:
             answer = (False, traceback.format_exc())
         channel.send(answer)
-
-
-if __name__ == "__main__":
-    main()

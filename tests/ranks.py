@@ -8,14 +8,31 @@ others.
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from multiprocessing import connection
 from pathlib import Path
 
-WORKER = Path(__file__).with_name("rank_worker.py")
+import rank_worker
+from cases import HAS_GPU
+
+# Ranks are forked from a process that has imported what takes them seconds. Not where there are
+# GPUs, whose driver a fork may break. What reads its rank when it is imported must not be here.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    []
+    if HAS_GPU
+    else [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed._functional_collectives",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.optim",
+        "torch.distributed.tensor.parallel",
+        "torch.nn.parallel",
+    ]
+)
 GRACE = 5.0  # seconds for the other ranks, once one has failed, and for a stack to be written
 
 
@@ -72,7 +89,7 @@ class Ranks:
             channel.close()
         for process in self._processes:
             process.kill()
-            process.wait()
+            process.join()
         for log in self._logs:
             log.close()
         self._processes, self._connections, self._logs = [], [], []
@@ -82,25 +99,15 @@ class Ranks:
 
     def _start(self):
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        paths = [str(WORKER.parent), str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-            "WORLD_SIZE": str(self.size),
-        }
         for rank in range(self.size):
-            ours, theirs = multiprocessing.Pipe()
-            log = open(Path(self._folder.name, f"log-{rank}"), "w+b")  # noqa: SIM115
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(WORKER), str(theirs.fileno())],
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    pass_fds=[theirs.fileno()],
-                    stdout=log,
-                    stderr=log,
-                )
-            )
+            ours, theirs = FORKS.Pipe()
+            path = Path(self._folder.name, f"log-{rank}")
+            log = open(path, "w+b")  # noqa: SIM115
+            arguments = (theirs, path, rank, self.size)
+            process = FORKS.Process(target=rank_worker.serve, args=arguments, daemon=True)
+            process.start()
             theirs.close()
+            self._processes.append(process)
             self._connections.append(ours)
             self._logs.append(log)
         if self._setup is not None:
@@ -120,7 +127,8 @@ class Ranks:
                 try:
                     answers[rank] = channel.recv()
                 except (EOFError, ConnectionError):
-                    code = self._processes[rank].wait()
+                    self._processes[rank].join()
+                    code = self._processes[rank].exitcode
                     name = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
                     answers[rank] = (False, f"it ended with {name}\n{self._log(rank)}")
                 if not answers[rank][0]:
@@ -131,7 +139,7 @@ class Ranks:
         """Returns where each of these ranks is."""
         begins = {rank: os.fstat(self._logs[rank].fileno()).st_size for rank in ranks}
         for rank in ranks:
-            self._processes[rank].send_signal(signal.SIGUSR1)
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
         deadline = time.monotonic() + GRACE
         while ranks and time.monotonic() < deadline:
             time.sleep(0.1)

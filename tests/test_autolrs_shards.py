@@ -10,7 +10,6 @@ from autolrs_runs import PRESETS
 from ranks import ranks
 from test_autolrs_ranks import close, same_but_own
 
-pytestmark = pytest.mark.xdist_group("autolrs_shards")
 names = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 
 

@@ -18,15 +18,6 @@ from bench_storage import CONTROL, Job
 import lrs_ext
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are faster with one thread, also when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     """A GPT of one block, and few windows to validate on."""

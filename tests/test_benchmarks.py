@@ -23,15 +23,6 @@ from storages import KINDS
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are faster with one thread, also when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def spread(seconds):
     return {"lower": 0.9 * seconds, "median": seconds, "upper": 1.1 * seconds}
 

@@ -99,7 +99,7 @@ def test_resuming_is_exact_at_any_step(backend, row, dtype, saved_at):
     for other in resumed:
         other.load_state_dict(checkpoint)
         assert other.param_groups[0]["lr"] == opt.param_groups[0]["lr"] == REX(saved_at)
-    assert_equal_runs([opt, *resumed], saved_at, saved_at + 4)
+    assert_equal_runs([opt, *resumed], saved_at, saved_at + (2 if backend.interpreted else 4))
 
 
 @rows

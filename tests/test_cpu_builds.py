@@ -22,9 +22,6 @@ import torch
 
 from lrs_ext import _C, ops
 
-# xdist: one worker compiles for all tests of the file.
-pytestmark = pytest.mark.xdist_group(__name__)
-
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 15 * ops.QUANT_BLOCK
 

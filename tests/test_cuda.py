@@ -122,7 +122,33 @@ def test_groups_have_their_own_schedules_and_options(row):
         twins.step(skip=[k])
 
 
-@pytest.mark.parametrize("count", [4000, 4001, 8001])
+def every_float():
+    """Every mantissa with exponents of 0 and 1, of all others 4,096; 0, infinity and nan."""
+    mantissas = torch.arange(2**23, dtype=torch.int32)
+    near_one = [mantissas + (exponent << 23) for exponent in (127, 128)]
+    exponents = torch.arange(255, dtype=torch.int32) << 23
+    others = (exponents[:, None] + mantissas[:: 2**11] + 1).flatten()
+    special = torch.tensor([0, 0x7F800000, 0x7FC00000], dtype=torch.int32)
+    return torch.cat([*near_one, others, special]).view(torch.float32)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-40, 1e-8, 1.0])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_roots_and_reciprocals_are_rounded_to_nearest(state_dtype, eps):
+    """Adam's move with betas of 0 is that of g / (|g| + eps): equal to the CPU's to the bit."""
+    moved = []
+    for device in ("cuda", "cpu"):
+        param = torch.zeros_like(every_float(), device=device).requires_grad_()
+        param.grad = every_float().to(device)
+        options = {"betas": (0.0, 0.0), "eps": eps, "state_dtype": state_dtype}
+        lrs_ext.Adam([param], lr=1.0, **options).step()
+        moved.append(param.detach().cpu())
+    is_nan = [move.isnan() for move in moved]
+    assert torch.equal(*is_nan)
+    assert torch.equal(*(move[~is_nan[0]] for move in moved))
+
+
+@pytest.mark.parametrize("count", [16, 17, 3801, 7600, 7601])
 @state_updates
 def test_more_tensors_than_a_launch_takes(row, count):
     twins = Twins(row, [(1 + i % 3,) for i in range(count)])

@@ -13,9 +13,6 @@ import pytest
 
 from lrs_ext import _C
 
-# xdist: one worker compiles for all tests of the file.
-pytestmark = pytest.mark.xdist_group(__name__)
-
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ["80", "90", "100", "120"]
 # 256 threads a block and four blocks at once on a multiprocessor of 65,536 registers.

@@ -1,7 +1,4 @@
-"""Parameters on several devices in one optimizer: all goes as with an optimizer for each device.
-
-Without a GPU, half of the parameters on the CPU count as those of another device.
-"""
+"""Parameters on several devices in one optimizer: all goes as with an optimizer for each device."""
 
 import copy
 import itertools
@@ -10,126 +7,27 @@ import pickle
 import cases
 import pytest
 import torch
+from device_twins import (
+    ACCELERATORS,
+    CPU,
+    ELSEWHERE,
+    GPU,
+    REX,
+    Twins,
+    gpu,
+    make,
+    make_params,
+    place,
+    set_gradients,
+    states_of,
+)
 from moving import with_schedules
 from test_no_sync import NoReadingMethods, NoReadingOps
 
 import lrs_ext
 from lrs_ext import ops, param_devices
 
-REX = lrs_ext.rex(0.1, 8, warmup_steps=2, min_lr=0.001)
-SHAPES = [(5,), (3, 40), (), (300,)]
-CPU, GPU, ELSEWHERE = torch.device("cpu"), torch.device("cuda", 0), torch.device("cpu", 0)
-gpu = pytest.mark.gpu
-PAIRS = [
-    pytest.param((CPU, ELSEWHERE), id="half of the cpu"),
-    pytest.param((CPU, GPU), id="cpu and cuda", marks=gpu),
-    pytest.param((GPU, CPU), id="cuda and cpu", marks=gpu),
-    pytest.param(
-        (GPU, torch.device("cuda", 1)),
-        id="two cuda",
-        marks=pytest.mark.two_gpus,
-    ),
-]
-ACCELERATORS = [PAIRS[0], PAIRS[3]]  # or what stands for them
 rows = pytest.mark.parametrize("row", cases.STATE_UPDATES, ids=str)
-adamw = cases.UpdateRow("AdamW", {"weight_decay": 0.1})
-
-
-@pytest.fixture
-def mark_elsewhere(monkeypatch):
-    """Parameters that carry `is_elsewhere` are on the second half of the CPU."""
-    monkeypatch.setattr(
-        param_devices,
-        "device_of",
-        lambda param: ELSEWHERE if getattr(param, "is_elsewhere", False) else param.device,
-    )
-
-
-@pytest.fixture(params=PAIRS)
-def devices(request, mark_elsewhere):
-    return request.param
-
-
-def place(tensor, device):
-    param = tensor.detach().to(device, copy=True).requires_grad_()
-    param.is_elsewhere = device == ELSEWHERE
-    return param
-
-
-def make_params(devices, dtypes=(torch.float32, torch.bfloat16)):
-    """Parameters of all shapes and dtypes on each device, in turns."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        place(torch.randn(shape, generator=generator).to(dtype), device)
-        for dtype, shape, device in itertools.product(dtypes, SHAPES, devices)
-    ]
-
-
-def set_gradients(params, k, skip=()):
-    for index, param in enumerate(params):
-        generator = torch.Generator().manual_seed(100 * k + index)
-        gradient = torch.randn(param.shape, generator=generator)
-        param.grad = None if index in skip else gradient.to(param.device, param.dtype)
-
-
-def make(row, groups, **options):
-    return getattr(lrs_ext, row.name)(groups, **{"lr": row.lr} | row.options | options)
-
-
-class Twins:
-    """One optimizer of two groups on both devices, and one for each device."""
-
-    def __init__(self, devices, row=adamw, **options):
-        self.devices = devices
-        self.params, others = make_params(devices), make_params(devices)
-        half = len(self.params) // 2
-        second = {"lr": lrs_ext.linear(0.05, 6), "weight_decay": 0.25}
-        groups = [{"params": self.params[:half]}, {"params": self.params[half:], **second}]
-        self.opt = make(row, groups, **{"lr": REX} | options)
-        self.apart = [
-            make(
-                row,
-                [{"params": others[i:half:2]}, {"params": others[half + i :: 2], **second}],
-                **{"lr": REX} | options,
-            )
-            for i in range(2)
-        ]
-        self.others = others
-        self.steps = 0
-
-    @property
-    def opts(self):
-        return [self.opt, *self.apart]
-
-    def set_gradients(self, skip=()):
-        for params in (self.params, self.others):
-            set_gradients(params, self.steps, skip)
-
-    def step(self, skip=()):
-        self.set_gradients(skip)
-        for opt in self.opts:
-            opt.step()
-        self.steps += 1
-        self.compare()
-
-    def compare(self):
-        for index, (ours, theirs) in enumerate(zip(self.params, self.others, strict=True)):
-            assert torch.equal(ours, theirs), index
-            apart = self.apart[index % 2]
-            mine, other = self.opt.state.get(ours, {}), apart.state.get(theirs, {})
-            assert mine.keys() == other.keys()
-            assert all(torch.equal(mine[name], other[name]) for name in mine), index
-            assert all(state.device == ours.device for state in mine.values())
-        buffers = self.opt.schedule_buffers
-        assert list(buffers) == list(self.devices)
-        for buffer, apart in zip(buffers.values(), self.apart, strict=True):
-            assert torch.equal(buffer.step, apart.schedule_buffer.step)
-            assert torch.equal(buffer.values, apart.schedule_buffer.values)
-        for ours, theirs in zip(self.opt.param_groups, self.apart[0].param_groups, strict=True):
-            assert {k: v for k, v in ours.items() if k != "params"} == {
-                k: v for k, v in theirs.items() if k != "params"
-            }
-        assert self.opt.current_lr() == self.apart[0].current_lr()
 
 
 @rows
@@ -197,10 +95,6 @@ def test_an_overflow_skips_the_update_everywhere(devices, home, skip):
     for opt in twins.opts:
         opt.grad_scale, opt.found_inf = scale, overflow
     twins.step()
-
-
-def states_of(opt):
-    return [value for state in opt.state.values() for value in state.values()]
 
 
 @pytest.mark.parametrize("scale", [None, 4.0])
@@ -276,91 +170,6 @@ def test_copies_go_on_to_the_bit(devices, copied):
     twins.params = [param for group in twins.opt.param_groups for param in group["params"]]
     for _ in range(2):
         twins.step()
-
-
-def make_sgd(devices, *lrs, **options):
-    """From 0 and with gradient -1, an update leaves the learning rate in each parameter."""
-    groups = [
-        {"params": [place(torch.zeros(()), device) for device in devices], "lr": lr} for lr in lrs
-    ]
-    opt = lrs_ext.SGD(groups, **options)
-    return opt, lambda: used(opt)
-
-
-def used(opt):
-    params = [param for group in opt.param_groups for param in group["params"]]
-    for param in params:
-        param.data.zero_()
-        param.grad = torch.full_like(param, -1.0)
-    opt.step()
-    return [param.item() for param in params]
-
-
-def test_floats_and_schedules_reach_every_device(devices):
-    opt, used = make_sgd(devices, 0.5, REX)
-    assert used() == pytest.approx([0.5] * 2 + [REX(0)] * 2)
-    opt.param_groups[0]["lr"] = 0.25
-    opt.param_groups[1]["lr"] = 0.125
-    assert used() == [0.25] * 2 + [0.125] * 2
-    opt.set_schedule(lrs_ext.linear(1.0, 8))
-    assert used() == [0.75] * 4
-    values = [buffer.values.data_ptr() for buffer in opt.schedule_buffers.values()]
-    opt.set_schedule(lrs_ext.linear(1.0, 6), group=1)
-    assert values == [buffer.values.data_ptr() for buffer in opt.schedule_buffers.values()]
-    assert used() == [0.625] * 2 + [0.5] * 2
-    opt.set_schedule(lrs_ext.linear(1.0, 16))
-    assert all(buffer.capacity == 17 for buffer in opt.schedule_buffers.values())
-    assert used() == [0.75] * 4
-    assert opt.current_lr() == [11 / 16] * 2
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_what_one_buffer_is_given_all_get(devices, which):
-    opt, used = make_sgd(devices, 0.5, lrs_ext.linear(1.0, 8))
-    buffer = opt.schedule_buffers[devices[which]]
-    buffer.write_(1, 0.25, steps=2)
-    assert used() == [0.5] * 2 + [0.25] * 2
-    buffer.write_(1, torch.tensor(0.125, dtype=torch.float64, device=devices[1 - which]), steps=1)
-    assert used() == [0.5] * 2 + [0.125] * 2
-    assert used() == [0.5] * 2 + [0.75] * 2
-    buffer.fill_(1, lrs_ext.linear(0.5, 8))
-    assert used() == [0.5] * 2 + [0.3125] * 2
-    assert opt.param_groups[1]["lr"] == 0.25
-    with pytest.raises(IndexError, match="row 2"):
-        buffer.write_(2, 0.5, steps=1)
-
-
-@pytest.mark.parametrize("home", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_tensor_is_read_at_every_update(devices, home, dtype):
-    lr = torch.tensor(0.5, dtype=dtype, device=devices[home])
-    opt, used = make_sgd(devices, lr)
-    assert used() == [0.5] * 2
-    lr.fill_(0.25)
-    assert used() == [0.25] * 2
-    opt.param_groups[0]["lr"] = torch.tensor(0.125, device=devices[1 - home])
-    assert used() == [0.125] * 2
-
-
-def test_a_group_on_a_new_device(devices):
-    first, second = (place(torch.zeros(()), device) for device in devices)
-    schedule = lrs_ext.linear(1.0, 8)
-    opt = lrs_ext.SGD([first], lr=schedule, weight_decay=lrs_ext.linear(0.5, 8))
-    assert used(opt) == [1.0]
-    opt.add_param_group({"params": [second], "lr": 0.5})
-    assert list(opt.schedule_buffers) == list(devices)
-    assert used(opt) == [0.875, 0.5]
-    opt.param_groups[1]["lr"] = schedule
-    assert used(opt) == [0.75, 0.75]
-    assert opt.param_groups[0]["weight_decay"] == opt.param_groups[1]["weight_decay"] == 0.3125
-
-
-def test_a_refused_group_on_a_new_device_leaves_everything_as_it_was(devices):
-    params = [place(torch.zeros(()), device) for device in devices]
-    opt = lrs_ext.SGD(params, lr=0.5)
-    with pytest.raises(RuntimeError, match="parameters on meta"):
-        opt.add_param_group({"params": [torch.zeros((), device="meta", requires_grad=True)]})
-    assert used(opt) == [0.5, 0.5]
 
 
 def test_parameters_that_move_are_followed(devices):
@@ -473,15 +282,6 @@ def test_random_bits_are_those_of_the_position_in_the_optimizer():
             assert len(opt.schedule_buffers) == 1 + split
             results.append([*params, *states_of(opt)])
     assert all(map(torch.equal, *results))
-
-
-def test_a_plateau_reduces_every_device(devices):
-    opt, used = make_sgd(devices, 0.5, 0.25)
-    plateau = lrs_ext.ReduceOnPlateau(opt, factor=0.5, patience=0)
-    used()
-    for _ in range(2):
-        plateau.step(torch.ones((), device=devices[0]))
-    assert used() == [0.25] * 2 + [0.125] * 2
 
 
 def test_autolrs_drives_and_rolls_back_every_device(devices):

@@ -11,7 +11,6 @@ import cases
 import pytest
 import ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 names = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 SIZES = (2, 4)

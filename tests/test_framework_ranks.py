@@ -5,8 +5,6 @@ from ranks import ranks
 
 pytest.importorskip("transformers", reason="transformers is not installed: lrs_ext[transformers]")
 
-pytestmark = pytest.mark.xdist_group("framework_ranks")
-
 
 def call(engine, function, *args):
     return ranks(2, engine).call(f"rank_checks_frameworks:{function}", *args, timeout=180.0)

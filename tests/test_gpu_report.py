@@ -31,15 +31,6 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 </testsuite></testsuites>"""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are faster with one thread, also when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_junit_counts():
     failures = [
         "`tests.test_a::test_bad` failed: assert 1 == 2",

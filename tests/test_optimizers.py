@@ -201,6 +201,16 @@ def assert_same_bits(actual, expected, backend):
         assert not difference.any()
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "LAMB"])
+def test_an_eps_below_the_normal_floats_moves_nothing_without_a_gradient(backend, name):
+    """Its reciprocal is no float32, and infinity times 0 would be nan."""
+    param = leaf(torch.ones(300), backend)
+    opt = getattr(lrs_ext, name)([param], eps=1e-40, weight_decay=0.0, backend=backend.name)
+    param.grad = torch.zeros_like(param)
+    opt.step()
+    assert param.eq(1.0).all()
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
 def test_storing_rounds_to_nearest_even_to_the_bit(backend, dtype):
     scales = 2.0 ** torch.randint(-4, 4, (2, 3000))
@@ -215,6 +225,7 @@ def test_storing_rounds_to_nearest_even_to_the_bit(backend, dtype):
     assert_same_bits(params[0], (param.float() - grad.float()).to(dtype), backend)
 
 
+@pytest.mark.usefixtures("several_threads")
 @pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
 def test_every_number_survives_a_zero_gradient(backend, dtype):
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -296,6 +307,7 @@ def test_slices_of_one_buffer_touch_nothing_outside(backend, row, dtype):
     assert torch.equal(flat[outside], before[outside])
 
 
+@pytest.mark.usefixtures("several_threads")
 @dtypes
 @pytest.mark.parametrize("row", cases.ELEMENTWISE_UPDATES, ids=str)
 def test_an_element_gets_the_same_bits_in_every_run_and_wherever_it_lies(backend, row, dtype):
@@ -315,6 +327,7 @@ def test_an_element_gets_the_same_bits_in_every_run_and_wherever_it_lies(backend
         assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.usefixtures("several_threads")
 @state_updates
 def test_large_tensors_and_many_tensors(backend, row):
     shapes = [(40_000,), *[(n % 37 + 1,) for n in range(20 if backend.interpreted else 299)]]

@@ -17,13 +17,12 @@ import pytest
 import lrs_ext
 from lrs_ext import _C
 
-# xdist: one worker builds for all tests of the file.
-pytestmark = pytest.mark.xdist_group(__name__)
-
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text()
 BUILD_REQUIREMENTS = json.loads(re.search(r"^requires = (\[.*\])$", PROJECT, re.MULTILINE)[1])
 BUILD_BACKEND = re.search(r'^build-backend = "(.*)"$', PROJECT, re.MULTILINE)[1]
+# Most of the time of a build. The flags themselves are those of the module that all tests run on.
+QUICK = {"CMAKE_CXX_COMPILER_LAUNCHER": str(ROOT / "tests" / "unoptimised.sh")}
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 NOT_SOURCES = shutil.ignore_patterns(
     ".*", "build", "dist", "runs", "__pycache__", "*.so", "*.egg-info", "results"
@@ -34,9 +33,8 @@ def run(*command, cwd=None, check=True, **environment):
     """Runs a command, without the variables that steer a build or a backend unless given."""
     steering = {"CMAKE_ARGS", "LRS_CUDA", "LRS_CUDA_ARCHS", "PYTHONPATH", "TRITON_INTERPRET"}
     kept = {name: value for name, value in os.environ.items() if name not in steering}
-    done = subprocess.run(
-        command, cwd=cwd, env=kept | {"PATH": PATH} | environment, capture_output=True, text=True
-    )
+    kept |= QUICK | {"PATH": PATH}
+    done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -389,6 +389,21 @@ def test_any_schedule_matches_the_oracle(drawn, data):
         assert schedule(step) == pytest.approx(expected, rel=1e-12, abs=1e-15 * row.lr)
 
 
+@st.composite
+def step_decays(draw):
+    total = draw(st.integers(1, 10**6))
+    options = {"warmup_steps": draw(st.integers(0, total)), "sampling": draw(st.integers(1, 9))}
+    return lrs_ext.step_decay(0.1, total, **options), None
+
+
+@given(schedules() | step_decays(), st.data())
+def test_a_stretch_of_values_is_what_each_step_is_worth(drawn, data):
+    schedule, _ = drawn
+    start = data.draw(st.integers(0, schedule.total_steps + 9))
+    values = schedule.values(start, start + 200)
+    assert values.tolist() == [schedule(step) for step in range(start, start + 200)]
+
+
 @given(schedules())
 def test_any_schedule_survives_its_dict(drawn):
     schedule, _ = drawn

@@ -35,12 +35,8 @@ def corpus():
 
 @pytest.fixture(autouse=True)
 def quick(corpus, monkeypatch):
-    """Read the text once; one thread is faster for tiny models, also when the machine is busy."""
+    """Read the text once."""
     monkeypatch.setattr("gpt_job.load_corpus", lambda: corpus)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

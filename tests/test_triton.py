@@ -1,37 +1,32 @@
-"""The Triton backend, driven by hand-built tables: its numbers, and what compilers make of it.
+"""The Triton backend, driven by hand-built tables: its numbers.
 
-Without a GPU, Triton's interpreter runs the kernel on CPU tensors. Run as a script, this file
-compiles the kernel ahead of time and prints a report: a process either interprets or compiles.
+Without a GPU, Triton's interpreter runs the kernel on CPU tensors.
 """
 
-import dataclasses
 import decimal
-import functools
 import itertools
-import json
 import math
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import DTYPES, EXACT, HAS_GPU, PARAM, STATE
+from cases import DTYPES, EXACT, PARAM, STATE
+from triton_tables import (
+    CHUNK,
+    DEVICE,
+    EXPECTED,
+    NUM_STATES,
+    Array,
+    Entry,
+    Group,
+    Launcher,
+    lamb,
+    random,
+)
 
-COMPILES = __name__ == "__main__"
-if not HAS_GPU and not COMPILES:
-    os.environ["TRITON_INTERPRET"] = "1"
+from lrs_ext import _C, triton_updates
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-
-from lrs_ext import _C, triton_kernels, triton_lamb, triton_norm  # noqa: E402
-
-DEVICE = "cuda" if HAS_GPU else "cpu"
-CHUNK = 2048
 
 
 def assert_close(actual, expected, tolerance):
@@ -42,204 +37,6 @@ def assert_close(actual, expected, tolerance):
     )
 
 
-class Array:
-    """Values in memory that starts `shift` elements after a multiple of 16 bytes."""
-
-    def __init__(self, values, shift=0):
-        self.guard = 16 + shift
-        self.base = torch.full((values.numel() + 2 * self.guard,), 7.0, dtype=values.dtype)
-        self.base[self.guard : self.guard + values.numel()] = values
-        self.base = self.base.to(DEVICE)
-        self.values = self.base[self.guard : self.guard + values.numel()]
-
-    def assert_guards_intact(self):
-        assert self.base[: self.guard].eq(7.0).all()
-        assert self.base[self.base.numel() - self.guard :].eq(7.0).all()
-
-
-@dataclass
-class Entry:
-    param: Array
-    states: list[Array]
-    group: int = 0
-    count: float = 0.0  # updates before the first step
-    first: int = 0  # element of the tensor that memory starts with
-
-    def __post_init__(self):
-        self.step = torch.tensor(self.count, device=DEVICE)
-
-    def row(self):
-        arrays = [self.address(array) for array in (self.param, *self.states)]
-        arrays += [0] * (8 - len(arrays))  # neither scales nor a remainder
-        code = DTYPES.index(self.param.values.dtype)
-        position = 0  # for random bits
-        return [*arrays, self.step.data_ptr(), self.numel(), self.group, code, position]
-
-    def numel(self):
-        return self.first + self.param.values.numel()
-
-    def address(self, array):
-        values = array.values
-        return values.data_ptr() - self.first * values.element_size() if values.numel() else 0
-
-    def chunks(self, chunk):
-        return range(self.first // chunk, math.ceil(self.numel() / chunk))
-
-
-@dataclass
-class Group:
-    """Options as torch.optim names them; beta1 and beta2 apart.
-
-    Where there are `weight_decays` or `momenta`, one a step, they are in the place of weight_decay
-    and of momentum or beta1.
-    """
-
-    lrs: tuple[float, ...] = (0.1,)
-    scale: float = 1.0
-    maximize: bool = False
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    decoupled: bool = False
-    bias_correction: bool = True
-    always_adapt: bool = False
-    weight_decays: tuple[float, ...] = ()
-    momenta: tuple[float, ...] = ()
-
-    @functools.cached_property
-    def lr_values(self):
-        return torch.tensor(self.lrs, device=DEVICE)
-
-    @functools.cached_property
-    def decay_values(self):
-        return torch.tensor(self.weight_decays, device=DEVICE)
-
-    @functools.cached_property
-    def momentum_values(self):
-        return torch.tensor(self.momenta, device=DEVICE)
-
-    def at(self, step):
-        """The group with the numbers of a step."""
-        numbers = {}
-        if self.weight_decays:
-            numbers["weight_decay"] = self.decay_values[min(step, len(self.weight_decays) - 1)]
-        if self.momenta:
-            momentum = self.momentum_values[min(step, len(self.momenta) - 1)]
-            numbers |= {"momentum": momentum, "beta1": momentum}
-        return dataclasses.replace(self, **{name: n.item() for name, n in numbers.items()})
-
-    def lr(self, step):
-        return self.lr_values[min(step, len(self.lrs) - 1)].item() * self.scale
-
-    def row(self, algorithm):
-        columns = {
-            "sgd": (self.momentum, self.dampening, self.nesterov, 0, 0),
-            "adam": (self.beta1, self.beta2, self.eps, self.decoupled, 0),
-            "lion": (self.beta1, self.beta2, 0, 0, 0),
-            "lamb": (self.beta1, self.beta2, self.eps, self.bias_correction, self.always_adapt),
-        }
-        hyper = (self.weight_decay, self.maximize, *columns[algorithm])
-        doubles = torch.tensor((self.scale, *hyper), dtype=torch.float64)
-        moving = []
-        for values in (self.decay_values, self.momentum_values):
-            moving += [values.data_ptr() if len(values) else 0, len(values)]
-        first = [self.lr_values.data_ptr(), len(self.lrs)]
-        return [*first, *doubles.view(torch.int64).tolist(), *moving]
-
-
-class Launcher:
-    """The tables of a step; a call takes a gradient or None for each entry, and launches."""
-
-    def __init__(self, algorithm, groups, entries, chunk=CHUNK):
-        self.algorithm, self.groups, self.entries = algorithm, groups, entries
-        chunks = [(i, index) for i, entry in enumerate(entries) for index in entry.chunks(chunk)]
-        self.step = self.table(0)
-        is_lamb = algorithm == "lamb"
-        self.ticket = self.table([0] * (1 + is_lamb * len(entries))).to(torch.int32)
-        self.tables = {
-            "tensors": self.table([entry.row() for entry in entries]),
-            "groups": self.table([group.row(algorithm) for group in groups]),
-            "chunks": self.table(chunks).reshape(-1, 2).to(torch.int32),
-            "step": self.step,
-            "ticket": self.ticket,
-            "scaling": (None,) * 4,
-            "chunk_elements": chunk,
-        }
-        if is_lamb:
-            count = len(chunks) + len(entries)
-            squares = torch.full((count, 2), math.nan, dtype=torch.float64, device=DEVICE)
-            self.tables["squares"] = squares
-
-    def table(self, rows):
-        return torch.tensor(rows, dtype=torch.int64, device=DEVICE)
-
-    def __call__(self, grads):
-        pairs = zip(self.entries, grads, strict=True)
-        # An empty gradient has no address, but it is a gradient.
-        addresses = [0 if g is None else entry.address(g) or 16 for entry, g in pairs]
-        self.tables["gradients"] = self.table(addresses)
-        self.again()
-
-    def again(self):
-        if self.algorithm == "lamb":
-            triton_lamb.step(**self.tables)
-        else:
-            triton_kernels.step(self.algorithm, **self.tables)
-
-
-def sgd(param, grad, states, count, lr, group):
-    grad = (-grad if group.maximize else grad) + group.weight_decay * param
-    if not states:
-        return param - lr * grad, []
-    buffer = group.momentum * states[0] + (1 - group.dampening) * grad if count > 0 else grad
-    direction = grad + group.momentum * buffer if group.nesterov else buffer
-    return param - lr * direction, [buffer]
-
-
-def adam(param, grad, states, count, lr, group):
-    grad = -grad if group.maximize else grad
-    if group.decoupled:
-        param = param * (1 - lr * group.weight_decay)
-    else:
-        grad = grad + group.weight_decay * param
-    exp_avg = group.beta1 * states[0] + (1 - group.beta1) * grad
-    exp_avg_sq = group.beta2 * states[1] + (1 - group.beta2) * grad**2
-    new_states = [exp_avg, exp_avg_sq]
-    if len(states) == 3:
-        new_states.append(torch.maximum(states[2], exp_avg_sq))
-    corrected1 = exp_avg / (1 - group.beta1 ** (count + 1))
-    corrected2 = new_states[-1] / (1 - group.beta2 ** (count + 1))
-    return param - lr * corrected1 / (corrected2.sqrt() + group.eps), new_states
-
-
-def lion(param, grad, states, count, lr, group):
-    grad = -grad if group.maximize else grad
-    direction = group.beta1 * states[0] + (1 - group.beta1) * grad
-    exp_avg = group.beta2 * states[0] + (1 - group.beta2) * grad
-    return param * (1 - lr * group.weight_decay) - lr * direction.sign(), [exp_avg]
-
-
-def lamb(param, grad, states, count, lr, group):
-    grad = -grad if group.maximize else grad
-    exp_avg = group.beta1 * states[0] + (1 - group.beta1) * grad
-    exp_avg_sq = group.beta2 * states[1] + (1 - group.beta2) * grad**2
-    corrected1, corrected2 = exp_avg, exp_avg_sq
-    if group.bias_correction:
-        corrected1 = exp_avg / (1 - group.beta1 ** (count + 1))
-        corrected2 = exp_avg_sq / (1 - group.beta2 ** (count + 1))
-    direction = corrected1 / (corrected2.sqrt() + group.eps) + group.weight_decay * param
-    ratio = 1.0
-    if group.always_adapt or group.weight_decay:
-        ratio = param.norm() / direction.norm()
-    return param - lr * ratio * direction, [exp_avg, exp_avg_sq]
-
-
-EXPECTED = {"sgd": sgd, "adam": adam, "lion": lion, "lamb": lamb}
-NUM_STATES = {"sgd": (0, 1), "adam": (2, 3), "lion": (1,), "lamb": (2,)}
 GROUPS = {
     "sgd": [
         Group(lrs=(0.02, 0.04), momentum=0.9, weight_decay=0.1),
@@ -269,11 +66,6 @@ GROUPS = {
 # Empty, one element, a piece and a bit, several chunks with a tail of pieces and single elements.
 NUMELS = (0, 1, 1025, 2 * CHUNK + 517)
 UNALIGNED = (None, "param", "grad", "state")
-
-
-def random(numel, dtype):
-    """Values of the order of 1: tolerances do not reach to differences of nearly equal numbers."""
-    return ((torch.rand(numel) + 0.5) * torch.randn(numel).sign()).to(dtype)
 
 
 def matrix(algorithm):
@@ -388,7 +180,7 @@ def test_norms_are_those_of_all_chunks_of_a_tensor_and_of_no_other():
 
 @triton.jit
 def power_kernel(values, exponent):
-    tl.store(values, triton_kernels.power(tl.load(values), tl.load(exponent)))
+    tl.store(values, triton_updates.power(tl.load(values), tl.load(exponent)))
 
 
 @pytest.mark.parametrize("step", [1, 2, 10, 1000, 10**6, 2**24])
@@ -474,167 +266,3 @@ def test_replays_in_a_cuda_graph():
     graph.replay()
     assert_close(entry.param.values, torch.full((numel,), -0.875), EXACT)
     assert (entry.step.item(), launch.step.item(), launch.ticket.item()) == (3, 3, 0)
-
-
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-REGISTERS = {"cuda": 64, "hip": 128}  # a thread, for 1,024 threads on each multiprocessor
-# The kernels of each algorithm and their arguments: tables, scalings, counts, constants.
-TABLES, COUNTS = ["*i64", "*i64", "*i32", "*i64", "*i64", "*i32"], ["i32", "i32"]
-SCALINGS = ("loss_scale", "found_inf", "norm", "max_norm")
-ARGUMENTS = [*TABLES, *["*fp32"] * 4, *COUNTS]
-LAMB_ARGUMENTS = [*TABLES, "*fp64", *["*fp32"] * 4, *COUNTS]
-NORM_ARGUMENTS = ["*i64", "*i32", "*i64", "*fp64", "*fp32", "*i32", "i32", "constexpr"]
-LAMB_KERNELS = {
-    "lamb moments": triton_lamb.moments_kernel,
-    "lamb params": triton_lamb.params_kernel,
-}
-LAUNCHES = [*triton_kernels.ALGORITHMS, *LAMB_KERNELS]
-# Loads and stores of 128 bits in the aligned paths, float32 plus two 16-bit types, for the fewest
-# plus the most states. SGD moves two lanes a piece; beside states, 16-bit lanes are 64 bits wide.
-WIDE_ACCESSES = {
-    "sgd": (2 * (2 + 3) + 2 * 2 * (2 + 1), 2 * (1 + 2) + 2 * 2 * (1 + 1)),
-    "adam": ((4 + 5) + 2 * (2 + 3), (3 + 4) + 2 * (2 + 3)),
-    "lion": (2 * 3 + 2 * 2, 2 * 2 + 2 * 2),
-    "lamb moments": (4 + 2 * 2, 2 + 2 * 2),
-    "lamb params": (3 + 2 * 2, 1),
-}
-
-
-def compile_step(algorithm, target, storage=("float32", "nearest"), scaled=False, **options):
-    state_type, param_kind = storage
-    constants = (
-        *(CHUNK, *triton_kernels.ALGORITHMS[algorithm]),
-        triton_kernels.STATE_TYPES[state_type],
-        triton_kernels.PARAM_KINDS[param_kind],
-        True,
-    )
-    kernel = triton_kernels.step_kernel
-    return compile_launch(kernel, target, ARGUMENTS, constants, scaled, **options)
-
-
-def compile_launch(kernel, target, arguments, constants, scaled=False, **options):
-    names = kernel.arg_names
-    arguments = [*arguments, *["constexpr"] * len(constants)]
-    constexprs = dict(zip(names[-len(constants) :], constants, strict=True))
-    signature = dict(zip(names, arguments, strict=True))
-    for name in () if scaled else SCALINGS:
-        signature[name], constexprs[name] = "constexpr", None
-    return compile_kernel(kernel, target, signature, constexprs, **options)
-
-
-def compile_norm(target):
-    kernel = triton_norm.norm_kernel
-    signature = dict(zip(kernel.arg_names, NORM_ARGUMENTS, strict=True))
-    return compile_kernel(kernel, target, signature, {"CHUNK": CHUNK})
-
-
-def compile_kernel(kernel, target, signature, constexprs, **options):
-    """Compiles ahead of time and describes the result."""
-    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constexprs)
-    gpu = triton.backends.compiler.GPUTarget(*TARGETS[target])
-    options["num_warps"] = triton_kernels.THREADS.value // gpu.warp_size
-    options["enable_fp_fusion"] = False
-    stages = triton.compile(source, target=gpu, options=options).asm
-    assembly = stages.get("ptx") or stages["amdgcn"]
-    registers, stack = resources(stages)
-    return {
-        "registers": registers,
-        "stack": stack,  # bytes a thread; spilled registers are on the stack
-        "wide_loads": len(re.findall(r"ld\.global\.v4\.b32|buffer_load_dwordx4", assembly)),
-        "wide_stores": len(re.findall(r"st\.global\.v4\.b32|buffer_store_dwordx4", assembly)),
-        "exchanges": stages["ttgir"].count("convert_layout"),
-    }
-
-
-def resources(stages):
-    if "amdgcn" in stages:
-        fields = (r"\.vgpr_count: +(\d+)", r"\.private_segment_fixed_size: +(\d+)")
-        return [int(re.search(field, stages["amdgcn"])[1]) for field in fields]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(stages["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"Function \w+_kernel:\s+REG:(\d+) STACK:(\d+)", usage)
-    return [int(number) for number in found.groups()]
-
-
-# How states and bfloat16 parameters are kept beside float32 and rounded to nearest.
-STORAGES = [
-    ("float32", "split"),
-    ("bfloat16", "stochastic"),
-    ("block8", "split"),
-    ("block8", "stochastic"),
-]
-STORAGE_KERNELS = [*((name, "sm_90") for name in triton_kernels.ALGORITHMS), ("adam", "gfx942")]
-# Beside compressed states the conversions take registers: for 768 threads on each multiprocessor,
-# and for 512 where blocks are encoded.
-STORAGE_REGISTERS = {"float32": 80, "bfloat16": 80, "block8": 128}
-
-
-def compile_all():
-    rows = itertools.product(triton_kernels.ALGORITHMS, TARGETS)
-    report = {f"{name}-{target}": compile_step(name, target) for name, target in rows}
-    for (name, kernel), target in itertools.product(LAMB_KERNELS.items(), TARGETS):
-        compiled = compile_launch(kernel, target, LAMB_ARGUMENTS, (CHUNK, True))
-        report[f"{name}-{target}"] = compiled
-    for (name, target), storage in itertools.product(STORAGE_KERNELS, STORAGES):
-        kind = "-".join(storage)
-        report[f"{name}-{target}-{kind}"] = compile_step(name, target, storage)
-    for target in ("sm_90", "gfx942"):
-        report[f"scaled-{target}"] = compile_step("adam", target, scaled=True)
-        report[f"norm-{target}"] = compile_norm(target)
-    report["starved"] = compile_step("adam", "sm_90", maxnreg=24)
-    return report
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """What `compile_all` returns in a process of its own."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, __file__]
-    return json.loads(subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE).stdout)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_compiles_to_wide_accesses_without_spills(report, launch, target):
-    kernel = report[f"{launch}-{target}"]
-    assert kernel["stack"] == 0
-    assert kernel["registers"] <= REGISTERS[TARGETS[target][0]]
-    assert (kernel["wide_loads"], kernel["wide_stores"]) == WIDE_ACCESSES[launch]
-    assert kernel["exchanges"] == 0  # between threads, through shared memory
-
-
-@pytest.mark.parametrize("storage", STORAGES, ids="-".join)
-@pytest.mark.parametrize(("algorithm", "target"), STORAGE_KERNELS)
-def test_every_storage_compiles_without_spills(report, algorithm, target, storage):
-    kernel = report[f"{algorithm}-{target}-{'-'.join(storage)}"]
-    assert kernel["stack"] == 0
-    assert kernel["registers"] <= max(STORAGE_REGISTERS[storage[0]], REGISTERS[TARGETS[target][0]])
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("kernel", ["scaled", "norm"])
-def test_scaled_steps_and_norms_compile_without_spills(report, kernel, target):
-    found = report[f"{kernel}-{target}"]
-    assert found["stack"] == 0
-    assert found["registers"] <= REGISTERS[TARGETS[target][0]]
-    if kernel == "scaled":
-        assert (found["wide_loads"], found["wide_stores"]) == WIDE_ACCESSES["adam"]
-
-
-def test_spills_are_seen(report):
-    assert report["starved"]["registers"] == 24
-    assert report["starved"]["stack"] > 0
-
-
-if COMPILES:
-    print(json.dumps(compile_all()))

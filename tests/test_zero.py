@@ -4,7 +4,6 @@ import cases
 import pytest
 from ranks import ranks
 
-pytestmark = pytest.mark.xdist_group("zero")
 names = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 
 

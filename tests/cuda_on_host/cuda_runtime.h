@@ -6,7 +6,8 @@
 
 #include "blocks.h"
 
-#define CUDART_VERSION 13000
+// The last one whose launches take 4 KB of arguments: few tensors fill several launches.
+#define CUDART_VERSION 12000
 
 #define __global__
 #define __device__
@@ -74,6 +75,25 @@ T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32,
                    int line = __builtin_LINE()) {
   const unsigned source = on_host::within_segment(on_host::lane() + lanes, width);
   return on_host::shuffle(mask, value, source, line);
+}
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const unsigned other = __shfl_xor_sync(mask, value, lanes, 32, line);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Byte number i of the result is the byte of x (0 to 3) or y (4 to 7) that digit i of `selector`
+// says.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
+  return result;
 }
 
 using cudaStream_t = CUstream_st*;

@@ -1,0 +1,26 @@
+"""Triton's interpreter without its waste, which is more than half of the time of a small launch."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+
+def speed_up():
+    """For a process that interprets to its end."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # It would prepare `triton.language` again at each call of a function in a kernel.
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
+
+    # It would compute integers once more in int64, for assertions that only debugging evaluates.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    # It would make a table of all types whenever it looks for one.
+    dtype_of = interpreter._get_np_dtype
+    known = functools.cache(dtype_of)
+    interpreter._get_np_dtype = lambda kind: (
+        known(kind) if type(kind) is tl.dtype else dtype_of(kind)
+    )
