@@ -11,11 +11,14 @@ from torch import Tensor
 from lrs_ext import ops
 from lrs_ext.hyper_schedules import HyperSchedules, Number, put_schedules
 from lrs_ext.learning_rates import (
+    POSITION,
     Group,
     Kept,
     LearningRates,
     Mark,
+    Note,
     Position,
+    position_in,
     saved_position,
 )
 from lrs_ext.schedules import Schedule
@@ -25,6 +28,10 @@ Check = Callable[[Group], None]  # raises ValueError if the numbers of a group d
 
 class GroupNumbers:
     """Learning rates and other numbers of the groups, which advance together.
+
+    Each group has a `Note` under "schedule", into which `save` writes the position. It is for
+    wrappers such as ZeroRedundancyOptimizer, which have groups of their own with the same objects,
+    save those instead of what `state_dict` returns, and put what they load into these groups.
 
     Args:
         numbers: what else than the learning rate may follow a schedule.
@@ -47,6 +54,21 @@ class GroupNumbers:
         self._numbers = numbers
         self.rates = LearningRates(groups, devices, step)
         self.hyper_schedules = HyperSchedules(numbers, groups, devices, step)
+        self._renew_notes(groups)
+
+    def are_loaded(self, groups: list[Group]) -> bool:
+        """Returns whether somebody has put the position of a checkpoint into a group."""
+        foreign = [
+            group
+            for group, note in zip(groups, self._notes, strict=False)
+            if group.get("schedule") is not note
+        ]
+        return any(position_in(group) is not None for group in foreign)
+
+    def _renew_notes(self, groups: list[Group]) -> None:
+        self._notes: list[Note] = [{} for _ in groups]
+        for group, note in zip(groups, self._notes, strict=True):
+            group["schedule"] = note
 
     @property
     def devices(self) -> list[torch.device]:
@@ -68,6 +90,8 @@ class GroupNumbers:
         """Follows an update on the host; see `LearningRates.advance`."""
         self.rates.advance(groups, known, found_inf)
         self.hyper_schedules.show(groups, self.rates.step)
+        if any(self._notes):  # what has been saved stays as it is
+            self._renew_notes(groups)
 
     def roll_back(self, groups: list[Group], mark: Mark) -> None:
         """Follows the first device's step back to where it stood."""
@@ -79,7 +103,7 @@ class GroupNumbers:
         for index, group in enumerate(groups):
             self.hyper_schedules.sync(index, group, self.rates.step, check)
         self.rates.follow_device(groups)
-        self.hyper_schedules.show(groups, self.rates.step)
+        self.hyper_schedules.show(groups, self.rates.step, is_late=True)
 
     def add_group(self, groups: list[Group], devices: Sequence[torch.device]) -> None:
         """Takes in a group that has been added to `groups`, which are on `devices` now."""
@@ -88,6 +112,7 @@ class GroupNumbers:
         self.hyper_schedules.add(groups[-1], self.rates.step)
         if is_new_device:
             self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
+        self._renew_notes(groups)
 
     def move(self, groups: list[Group], devices: Sequence[torch.device]) -> None:
         """Moves everything to other devices."""
@@ -113,15 +138,17 @@ class GroupNumbers:
 
     # Checkpoints and copies
 
-    def save(self, saved_groups: list[Group], updates: int | None) -> None:
-        """Adds to the groups of a checkpoint what it takes to resume.
+    def save(self, saved_groups: list[Group], updates: int | None, shown: list[Group]) -> None:
+        """Adds to the groups of a checkpoint, and to the notes, what it takes to resume.
 
         Args:
             updates: the largest step count of the states.
+            shown: the groups before `follow_device`.
         """
-        for index, group in enumerate(saved_groups):
-            numbers = self.hyper_schedules.save(index, group)
-            self.rates.save(index, group, updates, numbers)
+        for index, (group, note) in enumerate(zip(saved_groups, self._notes, strict=True)):
+            numbers = self.hyper_schedules.save(index, group, shown[index])
+            self.rates.save(index, group, updates, numbers, shown[index]["lr"])
+            note[POSITION] = group["schedule"]
 
     def resume(self, groups: list[Group], updates: int | None) -> list[Position | None]:
         """Puts schedules of a checkpoint into its groups; returns where each group stood.
@@ -140,6 +167,7 @@ class GroupNumbers:
         """Takes over the groups of a checkpoint, in the present rows if they are long enough."""
         self.rates = self.rates.loaded(groups, positions, updates)
         self.hyper_schedules.load(groups, self.rates.step)
+        self._renew_notes(groups)
 
     def schedules(self, index: int) -> dict[str, Schedule]:
         """Returns the schedules that are in charge of a group, by the names of their numbers."""

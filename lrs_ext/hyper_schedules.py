@@ -99,6 +99,7 @@ class _Followed:
     peak: float
     rows: list[Tensor]  # on each device: float32, one value a step, of which the last one holds
     shown: float  # the very float last put into the group from here
+    outdated: float | None = None  # the one before the host has asked the device
 
 
 @dataclass
@@ -196,13 +197,22 @@ class HyperSchedules:
                 numbers[name] = torch.full((), hyper[name], dtype=torch.float64, device=step.device)
         return numbers
 
-    def show(self, groups: list[Group], step: int) -> None:
-        """Shows in the groups what the schedules in charge have for update `step`."""
+    def show(self, groups: list[Group], step: int, is_late: bool = False) -> None:
+        """Shows in the groups what the schedules in charge have for update `step`.
+
+        Args:
+            is_late: whether the host has just learned of the step from the device.
+        """
         for index in self._following:
             state, group = self._states[index], groups[index]
             for number, followed in state.followed.items():
                 if number.of(group) is followed.shown:
+                    before = followed.shown
                     self._show(state, number, group, step)
+                    if not is_late:
+                        followed.outdated = None
+                    elif followed.outdated is None and followed.shown is not before:
+                        followed.outdated = before
 
     def in_charge(self, index: int) -> dict[str, Schedule]:
         """Returns the schedules that are in charge of numbers of a group, by the kernels' names."""
@@ -217,13 +227,21 @@ class HyperSchedules:
             put_schedules(self._numbers, group, self.in_charge(index))
         return HyperSchedules(self._numbers, groups, devices, step)
 
-    def save(self, index: int, saved_group: Group) -> dict[str, Any]:
-        """Returns what a checkpoint needs for `resume`: plain numbers, strings, lists, dicts."""
-        values = {number.name: number.of(saved_group) for number in self._numbers}
-        return {
-            name: {"value": values[name], "schedule": schedule.to_dict()}
-            for name, schedule in self.in_charge(index).items()
-        }
+    def save(self, index: int, saved_group: Group, shown: Group) -> dict[str, Any]:
+        """Returns what a checkpoint needs for `resume`: plain numbers, strings, lists, dicts.
+
+        Args:
+            shown: the group before the host has asked the device.
+        """
+        in_charge, saved = self.in_charge(index), {}
+        for number in (number for number in self._numbers if number.name in in_charge):
+            value, before = number.of(saved_group), number.of(shown)
+            saved[number.name] = {
+                "value": value,
+                "shown": before if isinstance(before, float) else value,
+                "schedule": in_charge[number.name].to_dict(),
+            }
+        return saved
 
     def resume(self, index: int, group: Group, position: Position | None) -> None:
         """Puts schedules into the group of a checkpoint, which holds floats.
@@ -236,7 +254,7 @@ class HyperSchedules:
             return
         for number in self._numbers:
             saved = position.numbers.get(number.name)
-            if saved is not None and saved["value"] == number.of(group):
+            if saved is not None and number.of(group) in (saved["value"], saved["shown"]):
                 number.put(group, Schedule.from_dict(saved["schedule"]))
 
     def load(self, groups: list[Group], step: int) -> None:
@@ -258,6 +276,8 @@ class HyperSchedules:
                     raise
                 self._follow(state, number, value)
                 self._show(state, number, group, step)
+            elif followed is not None and value is followed.outdated:
+                self._show(state, number, group, step)  # a wrapper has put it back
             elif followed is None or value is not followed.shown:
                 state.seen[number] = value
             elif value is not state.seen[number]:  # was handed back
@@ -303,7 +323,10 @@ class HyperSchedules:
 
     def _show(self, state: _GroupState, number: Number, group: Group, step: int) -> None:
         followed = state.followed[number]
-        followed.shown = state.seen[number] = followed.value(step)
+        value = followed.value(step)
+        if value != followed.shown:  # copies of the group elsewhere hold the very float
+            followed.shown = value
+        state.seen[number] = followed.shown
         number.put(group, followed.shown)
         state.held[number.key] = group[number.key]
 

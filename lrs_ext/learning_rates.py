@@ -18,6 +18,8 @@ from lrs_ext.param_devices import on_device
 from lrs_ext.schedules import Schedule
 
 Group = dict[str, Any]
+Note = dict[str, str]  # in a group that is alive: empty, or the position at the last `state_dict`
+POSITION = "position"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class _Source:
     scheduled: float | None = None  # the very float last put into group["lr"] from here
     refill: Callable[[], None] | None = None  # writes the row, if somebody else drives it
     seen: float | Tensor | None = None  # what group["lr"] held when its row was last written
+    outdated: float | None = None  # what it showed before the host has asked the device
 
 
 class LearningRates:
@@ -102,6 +105,8 @@ class LearningRates:
         """
         source = self._sources[index]
         lr = group["lr"]
+        if lr is source.outdated and lr is not None:  # put back by a wrapper with its own groups
+            lr = group["lr"] = source.scheduled
         if isinstance(lr, (Schedule, Kept)):
             group["lr"] = source.seen  # stays if the schedule does not fit
             self.buffer.fill_(index, at_height_of(group, lr))
@@ -219,6 +224,7 @@ class LearningRates:
             values.append(None)
             if source.value is not None and group["lr"] is source.scheduled:
                 values[-1] = source.scheduled = source.seen = source.value(self.step)
+                source.outdated = None
         known.put(groups, "lr", values)
 
     def mark(self) -> Mark:
@@ -246,15 +252,24 @@ class LearningRates:
         for index, group in enumerate(groups):
             self.sync(index, group)
             if self.step != host_step and self.schedule(index) is not None:
+                outdated = self._sources[index].outdated
+                outdated = group["lr"] if outdated is None else outdated
                 self._follow_schedule(index, group)
+                self._sources[index].outdated = outdated
 
     def save(
-        self, index: int, saved_group: Group, updates: int | None, numbers: Mapping[str, Any]
+        self,
+        index: int,
+        saved_group: Group,
+        updates: int | None,
+        numbers: Mapping[str, Any],
+        shown: Any,
     ) -> None:
         """Adds to a group of a checkpoint what it takes to resume; see `saved_position`.
 
         Args:
             numbers: what `HyperSchedules.save` has of it.
+            shown: the learning rate of the group before the host has asked the device.
         """
         schedule = self.schedule(index)
         lr = float(saved_group["lr"])
@@ -264,6 +279,7 @@ class LearningRates:
                 "schedule": None if schedule is None else schedule.to_dict(),
                 "step": self.step,
                 "lr": lr,
+                "shown": shown if isinstance(shown, float) else lr,
                 "updates": updates,
                 "numbers": numbers,
             }
@@ -280,7 +296,6 @@ class LearningRates:
         step = next((p.step for p in positions if p is not None), updates)
         step = self.step if step is None else step
         for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
-            group.pop("schedule", None)
             present = self._sources[index].seen
             schedule = self.schedule(index) if position is None else position.schedule
             if schedule is not None:
@@ -385,21 +400,34 @@ class Position:
     numbers: Mapping[str, Any]
 
 
+def position_in(group: Group) -> str | None:
+    """Returns what `LearningRates.save` has added to a group, by itself or in a `Note`."""
+    note: Note | str | None = group.get("schedule")
+    return note.get(POSITION) if isinstance(note, dict) else note
+
+
 def saved_position(group: Group, updates: int | None) -> Position | None:
     """Reads what `LearningRates.save` has added to a group of a checkpoint.
 
     Optimizers of torch carry keys that they do not know along. A position is believed only if the
     learning rate and the largest step count of the states (`updates`) are still those it was saved
-    with; otherwise, and where there is none, the result is None.
+    with; otherwise, and where there is none, the result is None. If it comes from a `Note`, the
+    states are those of one rank, which may have made fewer updates than the one that has saved it.
 
     Raises:
         ValueError: the learning rate or the schedule is not valid.
     """
     lr = checked_learning_rate(float(group["lr"]))
-    if group.get("schedule") is None:
+    note, text = group.get("schedule"), position_in(group)
+    if text is None:
         return None
-    saved = json.loads(group["schedule"])
-    if saved["lr"] != lr or saved["updates"] != updates:
+    saved = json.loads(text)
+    if isinstance(note, dict):
+        if lr not in (saved["lr"], saved["shown"]):
+            return None
+        if updates is not None and updates > max(saved["step"], saved["updates"] or 0):
+            return None
+    elif saved["lr"] != lr or saved["updates"] != updates:
         return None
     fields = saved["schedule"]
     schedule = None if fields is None else Schedule.from_dict(fields)

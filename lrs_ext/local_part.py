@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +19,11 @@ from lrs_ext.step_parts import Selection, Table
 # Between the random bits of two parts of a parameter: more than an optimizer has parameters.
 _POSITIONS = 1 << 20
 
+# Loops over all parameters at every step: without a Python frame each.
+_part_of = operator.attrgetter("_local_tensor")
+_is_none = functools.partial(operator.is_, None)
+
 MakeTable = Callable[[Selection, Spread], Table]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A parameter, and what the table was made of."""
-
-    param: Tensor
-    part: Tensor  # what this rank holds: the parameter itself, if it is no DTensor
-    kind: type[Tensor]
-    placements: Any  # None if it is no DTensor
-    state: dict[str, Any] | None
-    arrays: tuple[Any, ...]  # the values of the state
 
 
 class LocalPart:
@@ -44,16 +37,17 @@ class LocalPart:
 
     def __init__(self, selection: Selection, spread: Spread, make_table: MakeTable) -> None:
         self.spread = spread
-        self._entries = [
-            _entry(param, selection.state.get(param))
-            for params in selection.param_lists
-            for param in params
-        ]
+        self._params = [*itertools.chain.from_iterable(selection.param_lists)]
         self._lists = [[local(p) for p in params] for params in selection.param_lists]
+        self._kinds: list[Any] = [*map(type, self._params)]
+        self._specs: list[Any] = [p._spec if is_dtensor(p) else None for p in self._params]
+        self._spread_params = [*filter(is_dtensor, self._params)]
+        self._parts = [*map(local, self._spread_params)]
+        self._states = _States(self._params, selection.state)
         self._state = {
-            entry.part: {name: local(value) for name, value in entry.state.items()}
-            for entry in self._entries
-            if entry.state is not None
+            local(param): {name: local(value) for name, value in selection.state[param].items()}
+            for param in self._params
+            if param in selection.state
         }
         # Elements that are equal on several ranks are rounded alike, others by bits of their own.
         positions = [position + _POSITIONS * spread.index for position in selection.positions]
@@ -76,32 +70,35 @@ class LocalPart:
         Returns:
             False if the part is out of date; see `StepTable.refresh`.
         """
-        collected: list[Tensor | None] = []
-        for entry in self._entries:
-            param = entry.param
-            if state.get(param) is not entry.state:
-                return False
-            if entry.state is not None:
-                arrays = entry.state.values()
-                is_same = len(arrays) == len(entry.arrays)
-                if not is_same or not all(map(operator.is_, arrays, entry.arrays)):
-                    return False
-            gradient = param.grad
-            if entry.placements is not None:
-                if param._local_tensor is not entry.part:  # type: ignore[attr-defined]
-                    return False
-                if gradient is not None and gradients is None:
-                    if type(gradient) is not entry.kind:
-                        return False
-                    if gradient._spec.placements != entry.placements:  # type: ignore[attr-defined]
-                        return False
-                    gradient = gradient._local_tensor  # type: ignore[attr-defined]
-                    if type(gradient) is not Tensor:
-                        return False  # on its way from another rank
-            collected.append(gradient)
-        collected = gradients if gradients is not None else collected
+        if not self._states.are_those_of(state):
+            return False
+        if not all(map(operator.is_, map(_part_of, self._spread_params), self._parts)):
+            return False
+        collected = self._gradients() if gradients is None else gradients
+        if collected is None:
+            return False
         self._note_updated(collected)
         return self._table.refresh(self._lists, self._state, collected)
+
+    def _gradients(self) -> list[Tensor | None] | None:
+        """Returns this rank's parts of the gradients; None if one is not spread as its parameter.
+
+        They are asked for at every step: engines make other ones, in other memory.
+        """
+        collected: list[Tensor | None] = []
+        for param, kind, spec in zip(self._params, self._kinds, self._specs, strict=True):
+            gradient: Any = param.grad
+            if spec is not None and gradient is not None:
+                if type(gradient) is not kind:
+                    return None
+                own = gradient._spec
+                if own is not spec and (own.placements, own.mesh) != (spec.placements, spec.mesh):
+                    return None
+                gradient = gradient._local_tensor
+                if type(gradient) is not Tensor:
+                    return None  # on its way from another rank
+            collected.append(gradient)
+        return collected
 
     @property
     def has_gradients(self) -> bool:
@@ -116,14 +113,37 @@ class LocalPart:
         torch.autograd.graph.increment_version(self._updated)
 
     def _note_updated(self, gradients: list[Tensor | None]) -> None:
-        params = (entry.param for entry in self._entries)
-        self._updated = [p for p, g in zip(params, gradients, strict=True) if g is not None]
+        self._updated = self._params
+        if any(map(_is_none, gradients)):
+            pairs = zip(self._params, gradients, strict=True)
+            self._updated = [param for param, gradient in pairs if gradient is not None]
 
 
-def _entry(param: Tensor, state: dict[str, Any] | None) -> _Entry:
-    placements = param.placements if is_dtensor(param) else None
-    arrays = tuple((state or {}).values())
-    return _Entry(param, local(param), type(param), placements, state, arrays)
+class _States:
+    """The states of some parameters, and the arrays in them, as they were at first."""
+
+    def __init__(self, params: list[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
+        self._params, self._own = params, [state.get(param) for param in params]
+        self._views = [own.values() for own in self._own if own is not None]  # which follow them
+        self._sizes = [*map(len, self._views)]
+        self._arrays = [*itertools.chain.from_iterable(self._views)]
+        self._keys, self._values = [*state], [*state.values()]
+
+    def are_those_of(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+        """Returns whether all are still the same objects."""
+        # In the order of `state`, because to look up a tensor costs more.
+        is_known = len(state) == len(self._keys) and _are_same(state, self._keys)
+        if not (is_known and _are_same(state.values(), self._values)):
+            if not _are_same(map(state.get, self._params), self._own):
+                return False
+            self._keys, self._values = [*state], [*state.values()]
+        if [*map(len, self._views)] != self._sizes:
+            return False
+        return _are_same(itertools.chain.from_iterable(self._views), self._arrays)
+
+
+def _are_same(present: Iterable[Any], known: Iterable[Any]) -> bool:
+    return all(map(operator.is_, present, known))
 
 
 def by_spread(selection: Selection) -> list[tuple[Spread, Selection]]:

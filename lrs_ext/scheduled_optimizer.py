@@ -107,6 +107,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     @property
     def schedule_buffer(self) -> ScheduleBuffer:
         """The learning rates on the first parameter's device: row g belongs to group g."""
+        self._take_loaded_groups()
         return self._numbers.rates.buffer
 
     @property
@@ -116,6 +117,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def lr_tensor(self, group: int = 0) -> Tensor:
         """Returns what the next update of a group will use: float32, 0-d, without a sync."""
+        self._take_loaded_groups()
         self._numbers.rates.sync(group, self.param_groups[group])
         return self._numbers.rates.current(group)
 
@@ -125,6 +127,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         From then on ``group["lr"]`` knows of updates that only the device had seen so far: replayed
         from a CUDA graph, or skipped under a GradScaler.
         """
+        self._take_loaded_groups()
         self._numbers.follow_device(self.param_groups, self._check)
         return [float(self.lr_tensor(index)) for index in range(len(self.param_groups))]
 
@@ -177,8 +180,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         >>> opt.param_groups[0]["weight_decay"]
         0.1
         """
-        known, schedules = self._tables.known_groups, self._numbers.rates.buffer.schedules
-        if known.are_unchanged(self.param_groups, schedules):
+        schedules = self._numbers.rates.buffer.schedules
+        if self._tables.known_groups.are_unchanged(self.param_groups, schedules):
             return
         if len(self.param_groups) != self._tables.num_groups:
             raise RuntimeError(
@@ -186,6 +189,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 f"{self._tables.num_groups}: add them with add_param_group, remove them by making "
                 "a new optimizer"
             )
+        self._take_loaded_groups()
+        known, schedules = self._tables.known_groups, self._numbers.rates.buffer.schedules
         known.look_at(self.param_groups, schedules)
         names = []
         for index, group in enumerate(self.param_groups):
@@ -255,7 +260,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check_capture()
         launches = self._ready_launches()
         has_released = self._released.finish()
-        if not any(launches) and not has_released:
+        has_params = any(group["params"] for group in self.param_groups)  # on this rank, in ZeRO
+        if has_params and not any(launches) and not has_released:
             self._scaling = StepScaling()  # a limit was for this step
             return loss
         if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
@@ -334,13 +340,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Reads the position, and with it the learning rates, from the device.
         """
+        self._take_loaded_groups()
+        shown = [dict(group) for group in self.param_groups]
         self._numbers.follow_device(self.param_groups, self._check)
         state_dict = super().state_dict()
         for index, param in enumerate(_all_params(self.param_groups)):
             if is_dtensor(param) and index in state_dict["state"]:
-                saved = self._storage.saved(param, state_dict["state"][index])
+                saved = self.saved_state(param, state_dict["state"][index])
                 state_dict["state"][index] = saved
-        self._numbers.save(state_dict["param_groups"], last_step(state_dict["state"]))
+        self._numbers.save(state_dict["param_groups"], last_step(state_dict["state"]), shown)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -377,6 +385,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for group in fixed
             for param in group["params"]
         ]
+
+    def saved_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state of a parameter for a checkpoint; see `Storage.saved`."""
+        return self._storage.saved(param, state)
+
+    def loaded_state(self, param: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
+        """Returns the arrays that `saved_state` had as they are kept; see `Storage.loaded`."""
+        return self._storage.loaded(param, saved)
 
     def reserve_(self, capacity: int) -> None:
         """Makes the rows of the schedule buffer at least `capacity` values long.
@@ -570,6 +586,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for buffer in self.schedule_buffers.values():
             buffer.values.copy_(values)  # what write_ has put there is in no schedule
 
+    def _take_loaded_groups(self) -> None:
+        """Follows a wrapper that has loaded a checkpoint into groups and states by itself."""
+        if self._numbers.are_loaded(self.param_groups):
+            self._load(dict(self.state), self.param_groups)
+
     def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
         # Whatever can be wrong with the checkpoint comes to light before anything is changed.
         for group in groups:
@@ -596,10 +617,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             counter.fill_(self._loaded_count)
             if param not in self.state:
                 del self._counters[param]
-        buffer = self.schedule_buffer
+        buffer = self._numbers.rates.buffer
         self._numbers.load(groups, positions, updates)
         self.param_groups = groups
-        if self.schedule_buffer is buffer:
+        if self._numbers.rates.buffer is buffer:
             self._tables.forget_numbers()
         else:  # the tables count in another
             self._forget_tables()

@@ -1,12 +1,11 @@
 """What the tests of AutoLRS on several ranks do on each of them."""
 
-import datetime
 import math
-import os
 import random
 from pathlib import Path
 
 import numpy as np
+import rank_jobs
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -27,22 +26,15 @@ import lrs_ext
 GLOBAL_BATCH = 16
 
 
-def start(folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(seconds=60),
-    )
-
-
 def place():
     """Returns (rank, ranks), also where there are no others."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def on_device(batch):
+    return [part.to(rank_jobs.device) for part in batch]
 
 
 class Batches:
@@ -96,6 +88,7 @@ class Run:
         torch.manual_seed(0)
         dropout = 0.2 if is_random else 0.0
         self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 1))
+        self.model.to(rank_jobs.device)
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(rank)
         if wrapper == "fsdp" and size > 1:
@@ -113,11 +106,11 @@ class Run:
         self.stream = self.auto.batches(self.make_loader())
 
     def validation_loss(self):
-        inputs, targets = next(iter(Batches()))
+        inputs, targets = on_device(next(iter(Batches())))
         return nn.functional.mse_loss(self.model(inputs), targets)
 
     def update(self, poison=False):
-        inputs, targets = next(self.stream)
+        inputs, targets = on_device(next(self.stream))
         loss = nn.functional.mse_loss(self.model(inputs), targets)
         loss.backward()
         self.rates.append(self.lr())
@@ -193,7 +186,7 @@ def whole(options):
 def without_reading(options):
     """A whole run in which any read from a tensor fails; optimizers of torch read their steps."""
     run = Run(**options)
-    inputs, targets = next(run.stream)
+    inputs, targets = on_device(next(run.stream))
     while not run.auto.done:
         loss = nn.functional.mse_loss(run.model(inputs), targets)
         loss.backward()
@@ -241,7 +234,8 @@ def resumed(options, stop, folder, how):
         torch.save(run.state_dict(), folder / f"{rank}.pt")
         dist.barrier()
         source = rank if how == "each" else 0
-        state = torch.load(folder / f"{source}.pt", weights_only=True)
+        gpus = {f"cuda:{source}": f"cuda:{rank}"}
+        state = torch.load(folder / f"{source}.pt", map_location=gpus, weights_only=True)
         other = Run(**options).load_state_dict(state)
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(99 + rank) if how != "each" else None

@@ -60,6 +60,12 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.two_gpus)])
+def engine(request):
+    """By which torch lets two ranks exchange data; see `ranks.Ranks`."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

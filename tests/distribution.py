@@ -9,12 +9,15 @@ WHOLE_FILES = [
     "tests/test_host_cuda.py",
     "tests/test_distributed.py",
     "tests/test_autolrs_ranks.py",
+    "tests/test_autolrs_shards.py",
     "tests/test_triton_compile.py",
     "tests/test_cuda_build.py",
     "tests/test_autolrs_kill.py",
     "tests/test_cpu_builds.py",
     "tests/test_bench_rex.py",
     "tests/test_cuda_on_host.py",
+    "tests/test_zero.py",
+    "tests/test_framework_ranks.py",
 ]
 
 

@@ -31,20 +31,16 @@ SPREADS = {
 device = "cpu"
 
 
-def start(folder, engine="gloo"):
-    """Joins the ranks; called first on each of them."""
+def start(folder, engine):
+    """Joins the ranks; called first on each of them. With NCCL each has a GPU of its own."""
+    global device
     torch.set_num_threads(1)
+    if engine == "nccl":
+        device = "cuda"
+        torch.cuda.set_device(RANK)
     store = dist.FileStore(str(Path(folder, "store")), SIZE)
     timeout = timedelta(seconds=60)
     dist.init_process_group(engine, store=store, rank=RANK, world_size=SIZE, timeout=timeout)
-
-
-def start_on_gpus(folder):
-    """As `start`, with a GPU for each rank."""
-    global device
-    device = "cuda"
-    torch.cuda.set_device(RANK)
-    start(folder, "nccl")
 
 
 def mesh_of(shape=None):

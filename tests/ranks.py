@@ -45,13 +45,14 @@ class Ranks:
 
     Args:
         size: how many.
-        setup: a function by "module:name", called with the folder that the ranks share, once on
-            each rank before anything else.
+        setup: a function by "module:name", called with the folder that the ranks share and with
+            `engine`, once on each rank before anything else.
+        engine: by which torch lets the ranks exchange data: "gloo", or "nccl" with a GPU for each.
     """
 
-    def __init__(self, size, setup=None):
+    def __init__(self, size, setup=None, engine="gloo"):
         self.size = size
-        self._setup = setup
+        self._setup, self._engine = setup, engine
         self._processes, self._connections, self._logs = [], [], []
         self._folder = None
 
@@ -110,7 +111,7 @@ class Ranks:
             self._connections.append(ours)
             self._logs.append(log)
         if self._setup is not None:
-            self.call(self._setup, self._folder.name, timeout=120.0)
+            self.call(self._setup, self._folder.name, self._engine, timeout=120.0)
 
     def _answers(self, deadline):
         """Returns (whether it went well, result or traceback) by rank, of those that answered."""
@@ -155,11 +156,11 @@ class Ranks:
 _pools = {}
 
 
-def ranks(size, setup="rank_jobs:start"):
+def ranks(size, engine="gloo"):
     """Returns the `size` ranks that all tests of this process share."""
-    if (size, setup) not in _pools:
-        _pools[size, setup] = Ranks(size, setup)
-    return _pools[size, setup]
+    if (size, engine) not in _pools:
+        _pools[size, engine] = Ranks(size, "rank_jobs:start", engine)
+    return _pools[size, engine]
 
 
 def stop_all():

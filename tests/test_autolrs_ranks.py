@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from ranks import ranks
 
-SETUP = "autolrs_rank_jobs:start"
 TORCH = {"optimizer": "torch adamw"}
 KINDS = {
     "peak": {},
@@ -26,14 +25,14 @@ WAVES = {
 }
 
 
-def call(size, function, *args):
-    return ranks(size, SETUP).call(f"autolrs_rank_jobs:{function}", *args)
+def call(engine, size, function, *args):
+    return ranks(size, engine).call(f"autolrs_rank_jobs:{function}", *args)
 
 
 @functools.cache
-def whole_run(size, **options):
+def whole_run(engine, size, **options):
     """What every rank has found in an undisturbed run."""
-    return call(size, "whole", options)
+    return call(engine, size, "whole", options)
 
 
 def same_but_own(results):
@@ -63,8 +62,8 @@ def close(first, second):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_decide_alike_and_as_one_process_would(kind):
-    results = whole_run(2, **KINDS[kind])
+def test_ranks_decide_alike_and_as_one_process_would(engine, kind):
+    results = whole_run(engine, 2, **KINDS[kind])
     first = same_but_own(results)
     assert all(result["used"] == results[0]["used"] for result in results)
     assert results[0]["own losses"] != results[1]["own losses"]
@@ -72,16 +71,16 @@ def test_ranks_decide_alike_and_as_one_process_would(kind):
     assert np.allclose(first["losses"], mean, rtol=1e-6)
     for stage in first["first losses"]:
         assert len(set(stage)) == 1  # rolled back bit by bit
-    close(first, jobs.whole(KINDS[kind]))
+    close(first, whole_run(engine, 1, **KINDS[kind])[0])
 
 
 def test_four_ranks_decide_alike():
-    close(same_but_own(whole_run(4)), jobs.whole({}))
+    close(same_but_own(whole_run("gloo", 4)), whole_run("gloo", 1)[0])
 
 
 @pytest.mark.parametrize("kind", ["peak", "torch", "fsdp"])
-def test_a_divergence_in_a_trial_on_one_rank_is_everybodys(kind):
-    first = same_but_own(call(2, "diverging_trial", KINDS[kind], 1, 10))
+def test_a_divergence_in_a_trial_on_one_rank_is_everybodys(engine, kind):
+    first = same_but_own(call(engine, 2, "diverging_trial", KINDS[kind], 1, 10))
     assert first["objectives"][0][1] == math.inf
     assert np.isfinite(first["objectives"][0][0])
     assert math.isnan(first["losses"][10])
@@ -89,21 +88,21 @@ def test_a_divergence_in_a_trial_on_one_rank_is_everybodys(kind):
 
 
 @pytest.mark.parametrize("kind", ["peak", "fsdp"])
-def test_a_divergence_in_training_on_one_rank_rolls_all_back(kind):
-    first = same_but_own(call(2, "diverging_training", KINDS[kind], 1))
-    undisturbed = same_but_own(whole_run(2, **KINDS[kind]))
+def test_a_divergence_in_training_on_one_rank_rolls_all_back(engine, kind):
+    first = same_but_own(call(engine, 2, "diverging_training", KINDS[kind], 1))
+    undisturbed = same_but_own(whole_run(engine, 2, **KINDS[kind]))
     assert np.isfinite(first["weights"]).all()
     assert 0.0 < first["rates"][-2] < 0.51 * undisturbed["rates"][-2]
 
 
 @pytest.mark.parametrize("kind", ["peak", "paper", "torch"])
-def test_nothing_is_read(kind):
-    first, second = call(2, "without_reading", KINDS[kind])
+def test_nothing_is_read(engine, kind):
+    first, second = call(engine, 2, "without_reading", KINDS[kind])
     assert first == second > 0.0
 
 
-def test_ranks_with_other_arguments_are_told():
-    for kind, text in call(2, "made_with_own_budget", {}):
+def test_ranks_with_other_arguments_are_told(engine):
+    for kind, text in call(engine, 2, "made_with_own_budget", {}):
         assert kind == "RuntimeError"
         assert "equal arguments on all ranks; on rank 1 total_steps is 160, on rank 0 150, " in text
 
@@ -113,10 +112,10 @@ def test_ranks_with_other_arguments_are_told():
 
 @pytest.mark.parametrize("stop", [3, 20, 90])
 @pytest.mark.parametrize("kind", ["peak", "paper", "fsdp"])
-def test_a_run_goes_on_bit_by_bit_where_each_rank_loads_its_own(kind, stop, tmp_path):
+def test_a_run_goes_on_bit_by_bit_where_each_rank_loads_its_own(engine, kind, stop, tmp_path):
     options = {**KINDS[kind], "is_random": True}
-    whole = whole_run(2, **options)
-    found = call(2, "resumed", options, stop, str(tmp_path), "each")
+    whole = whole_run(engine, 2, **options)
+    found = call(engine, 2, "resumed", options, stop, str(tmp_path), "each")
     assert same_but_own(found) == {**same_but_own(whole), "own losses": ..., "used": ...} | {
         name: found[0][name] for name in ("own losses", "used")
     }
@@ -125,9 +124,9 @@ def test_a_run_goes_on_bit_by_bit_where_each_rank_loads_its_own(kind, stop, tmp_
 @pytest.mark.parametrize("how", ["first", "dcp"])
 @pytest.mark.parametrize("stop", [20, 90])
 @pytest.mark.parametrize("kind", ["peak", "paper", "torch"])
-def test_one_checkpoint_serves_all_ranks(kind, stop, how, tmp_path):
-    whole = same_but_own(whole_run(2, **KINDS[kind]))
-    found = same_but_own(call(2, "resumed", KINDS[kind], stop, str(tmp_path), how))
+def test_one_checkpoint_serves_all_ranks(engine, kind, stop, how, tmp_path):
+    whole = same_but_own(whole_run(engine, 2, **KINDS[kind]))
+    found = same_but_own(call(engine, 2, "resumed", KINDS[kind], stop, str(tmp_path), how))
     for name in ("rates", "losses", "weights", "objectives"):
         assert found[name] == whole[name]
 
@@ -135,9 +134,9 @@ def test_one_checkpoint_serves_all_ranks(kind, stop, how, tmp_path):
 @pytest.mark.parametrize("stop", [20, 90])
 @pytest.mark.parametrize("kind", ["peak", "paper", "fsdp"])
 def test_a_distributed_checkpoint_of_two_goes_on_on_one_and_on_four(kind, stop, tmp_path):
-    whole = same_but_own(call(2, "save_dcp", KINDS[kind], stop, str(tmp_path / "dcp")))
+    whole = same_but_own(call("gloo", 2, "save_dcp", KINDS[kind], stop, str(tmp_path / "dcp")))
     one = jobs.load_dcp(KINDS[kind], str(tmp_path / "dcp"))
-    four = same_but_own(call(4, "load_dcp", KINDS[kind], str(tmp_path / "dcp")))
+    four = same_but_own(call("gloo", 4, "load_dcp", KINDS[kind], str(tmp_path / "dcp")))
     for found in (one, four):
         assert found["losses"][:stop] == whole["losses"][:stop]
         ended = stop // 8 if kind != "paper" else stop // 10
@@ -147,9 +146,11 @@ def test_a_distributed_checkpoint_of_two_goes_on_on_one_and_on_four(kind, stop, 
 
 @pytest.mark.parametrize("kind", ["peak", "paper"])
 @pytest.mark.parametrize("waves", [False, True])
-def test_the_state_is_the_same_on_every_rank(kind, waves):
+def test_the_state_is_the_same_on_every_rank(engine, kind, waves):
     options = WAVES[kind] if waves else KINDS[kind]
-    for first, second in zip(*call(2, "states", options, (0, 3, 8, 20, 60, 120)), strict=True):
+    for first, second in zip(
+        *call(engine, 2, "states", options, (0, 3, 8, 20, 60, 120)), strict=True
+    ):
         assert first == second
 
 
@@ -157,8 +158,8 @@ def test_the_state_is_the_same_on_every_rank(kind, waves):
 
 
 @pytest.mark.parametrize("kind", WAVES)
-def test_trials_at_once_are_paired_and_undone(kind):
-    first = same_but_own(whole_run(2, **WAVES[kind], is_random=True))
+def test_trials_at_once_are_paired_and_undone(engine, kind):
+    first = same_but_own(whole_run(engine, 2, **WAVES[kind], is_random=True))
     stages = zip(first["first losses"], first["starts"], first["tried"], strict=True)
     for losses, starts, tried in stages:
         assert len(set(losses)) == 1
@@ -167,8 +168,8 @@ def test_trials_at_once_are_paired_and_undone(kind):
     assert first["losses"][-1] < 0.5 * first["losses"][0]
 
 
-def test_gradients_are_averaged_but_in_trials_at_once():
-    results = call(2, "averaging", WAVES["peak"])
+def test_gradients_are_averaged_but_in_trials_at_once(engine):
+    results = call(engine, 2, "averaging", WAVES["peak"])
     for found, _ in results:
         search = 4 * 8  # 8 trials by twos
         assert [sync for sync, _ in found] == [False] * search + [True] * (150 - search)
@@ -182,9 +183,9 @@ def test_gradients_are_averaged_but_in_trials_at_once():
     assert first[32:40] != second[32:40]  # training begins with the batches of each
 
 
-def test_trials_at_once_take_a_fraction_of_the_updates():
+def test_trials_at_once_take_a_fraction_of_the_updates(engine):
     alone, at_once = (
-        same_but_own(whole_run(2, **options)) for options in ({}, {"parallel_trials": True})
+        same_but_own(whole_run(engine, 2, **options)) for options in ({}, {"parallel_trials": True})
     )
     assert len(alone["tried"][0]) == len(at_once["tried"][0]) == 8
     assert alone["starts"][0][-1] + 8 == 64
@@ -195,24 +196,24 @@ def test_trials_at_once_take_a_fraction_of_the_updates():
 
 def test_more_ranks_than_candidates_share_them():
     options = {"parallel_trials": True, "num_trials": 3}
-    first = same_but_own(whole_run(4, **options))
+    first = same_but_own(whole_run("gloo", 4, **options))
     assert first["starts"] == [[0, 0, 8]]
     assert np.isfinite(first["objectives"][0]).all()
-    four = same_but_own(whole_run(4, parallel_trials=True))
+    four = same_but_own(whole_run("gloo", 4, parallel_trials=True))
     assert four["starts"] == [[0] * 4 + [8] * 2 + [16] * 2]  # PEAK gives num_trials
 
 
 @pytest.mark.parametrize("how", ["each", "first", "dcp"])
 @pytest.mark.parametrize("stop", [3, 11, 60])
-def test_trials_at_once_begin_again_where_they_are_resumed(stop, how, tmp_path):
-    whole = same_but_own(whole_run(2, **WAVES["peak"]))
-    found = same_but_own(call(2, "resumed", WAVES["peak"], stop, str(tmp_path), how))
+def test_trials_at_once_begin_again_where_they_are_resumed(engine, stop, how, tmp_path):
+    whole = same_but_own(whole_run(engine, 2, **WAVES["peak"]))
+    found = same_but_own(call(engine, 2, "resumed", WAVES["peak"], stop, str(tmp_path), how))
     for name in ("rates", "losses", "weights", "objectives"):
         assert found[name] == whole[name], name
 
 
-def test_a_divergence_among_trials_at_once_is_that_candidates_only():
-    first = same_but_own(call(2, "diverging_trial", WAVES["peak"], 1, 10))
+def test_a_divergence_among_trials_at_once_is_that_candidates_only(engine):
+    first = same_but_own(call(engine, 2, "diverging_trial", WAVES["peak"], 1, 10))
     assert [math.isinf(value) for value in first["objectives"][0]] == [
         index == 3 for index in range(8)
     ]
@@ -225,8 +226,8 @@ def test_a_divergence_among_trials_at_once_is_that_candidates_only():
         ({"wrapper": "none"}, "TypeError", "pass the DistributedDataParallel"),
     ],
 )
-def test_what_cannot_try_at_once_is_refused(options, kind, text):
-    for found in call(2, "made", {**options, "parallel_trials": True}):
+def test_what_cannot_try_at_once_is_refused(engine, options, kind, text):
+    for found in call(engine, 2, "made", {**options, "parallel_trials": True}):
         assert found[0] == kind
         assert text in found[1]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import cases
 import pytest
 import ranks
-import torch
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 names = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 SIZES = (2, 4)
+TWO_GPUS = pytest.param((2, "nccl"), id="nccl", marks=pytest.mark.two_gpus)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,15 +23,15 @@ def end_processes():
     ranks.stop_all()
 
 
-@pytest.fixture(params=SIZES)
+@pytest.fixture(params=[*(pytest.param((size, "gloo"), id=f"{size}") for size in SIZES), TWO_GPUS])
 def call(request):
-    """Runs a check on 2 or 4 ranks."""
-    return ranks.ranks(request.param).call
+    """Runs a check on 2 or 4 ranks, or on 2 GPUs."""
+    return ranks.ranks(*request.param).call
 
 
-@pytest.fixture
-def call_two():
-    return ranks.ranks(2).call
+@pytest.fixture(params=[pytest.param((2, "gloo"), id="2"), TWO_GPUS])
+def call_two(request):
+    return ranks.ranks(*request.param).call
 
 
 # Steps and norms.
@@ -39,11 +39,17 @@ def call_two():
 
 @pytest.mark.parametrize("how", ["shard", "replicate", "columns", "hybrid", "blocks"])
 def test_steps_are_those_of_one_process(call, how):
-    call("rank_checks:steps_are_those_of_one_process", how, "cpu")
+    call("rank_checks:steps_are_those_of_one_process", how, "native")
 
 
 def test_steps_of_the_reference_are_those_of_one_process(call_two):
     call_two("rank_checks:steps_are_those_of_one_process", "shard", "reference")
+
+
+@pytest.mark.two_gpus  # under Triton's interpreter it takes too long
+def test_steps_of_triton_are_those_of_one_process():
+    check = "rank_checks:steps_are_those_of_one_process"
+    ranks.ranks(2, "nccl").call(check, "columns", "triton")
 
 
 @pytest.mark.parametrize("how", ["shard", "replicate", "columns", "hybrid", "blocks"])
@@ -68,6 +74,13 @@ def test_parts(call, check):
 @pytest.mark.parametrize("check", ["norms_do_not_wait", "gradients_that_are_not_summed_yet_are"])
 def test_parts_on_two_ranks(call_two, check):
     call_two(f"rank_checks:{check}")
+
+
+@pytest.mark.parametrize(
+    "check", ["no_gradient_is_stale", "no_state_is_stale", "a_gradient_on_another_mesh_is_refused"]
+)
+def test_what_is_kept_from_step_to_step(call, check):
+    call(f"rank_checks_parts:{check}")
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "uint8"])
@@ -146,13 +159,13 @@ STORED = [(name, "float32", 3) for name in cases.OPTIMIZERS] + [
 
 
 @pytest.mark.parametrize(("name", "storage", "steps"), STORED)
-def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(name, storage, steps, tmp_path):
+def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(engine, name, storage, steps, tmp_path):
     saved = (str(tmp_path), name, storage, steps)
-    ranks.ranks(2).call("rank_checks_checkpoints:save", *saved)
-    for size in (1, *SIZES):
-        ranks.ranks(size).call("rank_checks_checkpoints:load", *saved, True)
+    ranks.ranks(2, engine).call("rank_checks_checkpoints:save", *saved)
+    for size in (1, *SIZES) if engine == "gloo" else (1, 2):
+        ranks.ranks(size, engine).call("rank_checks_checkpoints:load", *saved, True)
     if storage != "blocks":
-        ranks.ranks(1).call("rank_checks_checkpoints:load", *saved, False)
+        ranks.ranks(1, engine).call("rank_checks_checkpoints:load", *saved, False)
 
 
 def test_blocks_of_parts_are_not_taken_for_those_of_a_whole(tmp_path):
@@ -170,6 +183,11 @@ def test_asking_for_a_state_dict_moves_nothing(call_two, name):
 @names
 def test_whole_state_dicts_go_both_ways(call_two, name):
     call_two("rank_checks_checkpoints:whole_state_dicts_go_both_ways", name)
+
+
+@names
+def test_flat_state_dicts_go_on(call_two, name):
+    call_two("rank_checks_checkpoints:flat_state_dicts_go_on", name)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "blocks", "split"])
@@ -204,33 +222,3 @@ def test_the_examples_run(tmp_path):
 def test_links_of_the_page_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text()):
         assert target.startswith("https://") or (PAGE.parent / target).exists(), target
-
-
-# The same with NCCL.
-
-GPU_CHECKS = [
-    ("rank_checks:steps_are_those_of_one_process", "shard", "cuda"),
-    ("rank_checks:steps_are_those_of_one_process", "columns", "triton"),
-    ("rank_checks:norms_are_of_all_parts", "shard"),
-    ("rank_checks:steps_neither_wait_nor_talk",),
-    ("rank_checks:norms_do_not_wait",),
-    ("rank_checks:plain_groups_count_once",),
-    ("rank_checks:overflows_on_one_rank_skip_the_step_on_all",),
-    ("rank_checks:random_bits_are_those_of_the_elements", "uint8"),
-    *(("rank_checks_torch:data_parallel_is_one_process", n) for n in cases.OPTIMIZERS),
-    *(
-        ("rank_checks_torch:fully_sharded_steps_are_those_of_one_process", n, "mixed")
-        for n in cases.OPTIMIZERS
-    ),
-    ("rank_checks_torch:tensor_parallel_steps_are_those_of_one_process", "AdamW"),
-    ("rank_checks_torch:gradients_are_released_in_the_backward_pass", "AdamW"),
-    ("rank_checks_checkpoints:whole_state_dicts_go_both_ways", "AdamW"),
-    ("rank_checks_checkpoints:state_dicts_of_this_rank_resume", "split"),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("check", GPU_CHECKS, ids=str)
-def test_on_two_gpus(check):
-    ranks.ranks(2, "rank_jobs:start_on_gpus").call(*check)

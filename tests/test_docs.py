@@ -57,9 +57,9 @@ def test_examples_run(page, tmp_path, monkeypatch):
 
 def test_autolrs_on_several_ranks():
     first, *others = blocks("autolrs_ranks")
-    assert len(others) == 2
+    assert len(others) == 3
     whole = "\n".join((first, *others))
-    for best in ranks(2, "autolrs_rank_jobs:start").call("autolrs_rank_jobs:run_code", whole):
+    for best in ranks(2).call("autolrs_rank_jobs:run_code", whole):
         assert 1e-5 <= best <= 1e-1
 
 

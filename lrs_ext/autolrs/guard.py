@@ -23,9 +23,14 @@ def has_diverged(losses: Tensor, start: Tensor, std: Tensor, params: Sequence[Te
         losses: of the updates since the last look, (n,).
         start, std: the loss before the stage and its standard deviation from batch to batch, 0-d;
             where the former is not positive, only what is not finite counts.
+        params: what this rank has of them, which may be nothing.
     """
     tail = tail_mean(losses, TAIL_PERCENT)
     limit = torch.where(start > 0.0, FAR * (start + NOISE_STDS * std), torch.inf)
-    norms = torch._foreach_norm([param for param in params if param.numel()], torch.inf)
+    is_bad = ~tail.isfinite() | (tail > limit)
+    held = [param for param in params if param.numel()]
+    if not held:
+        return is_bad
+    norms = torch._foreach_norm(held, torch.inf)
     is_finite = torch.stack([norm.isfinite().to(losses.device) for norm in norms]).all()
-    return ~tail.isfinite() | (tail > limit) | ~is_finite
+    return is_bad | ~is_finite

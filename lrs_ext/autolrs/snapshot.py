@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PLACEMENTS = ("device", "pinned")
 _SCHEDULE_STEP = "schedule step"
+_PLACES = "places"
 _MEMORY_ERRORS = (MemoryError, RuntimeError)  # torch.OutOfMemoryError is the latter
 
 
@@ -186,10 +187,13 @@ class Snapshot:
             part = self._memory[name]
             part = part.clone() if name in self._captured else torch.zeros_like(part)
             saved[name] = like(spread[name], part) if name in spread else part
-        own = {name for name in saved if name not in spread and self._is_of_a_part(name)}
+        portable = self._by_param(saved, ScheduledOptimizer.saved_state)
+        saved |= portable
+        own = saved.keys() - spread.keys() - portable.keys()
+        own = {name for name in own if self._is_of_a_part(name)}
         foretold, younger = self._foretold - own, self._captured - self._foretold - own
         return {
-            "tensors": {name: saved[name] for name in sorted(foretold)},
+            "tensors": {name: saved[name] for name in sorted(foretold)} | {_PLACES: self._places()},
             "captured": tuple(sorted(self._captured)),
             "younger": tuple((name, saved[name]) for name in sorted(younger)),
             "numbers": tuple(copy.deepcopy(self._numbers).items()),
@@ -215,17 +219,25 @@ class Snapshot:
         if is_own:
             tensors = tensors | state["of_this_rank"]["parts"]
         lost = sorted(set(state["captured"]) - tensors.keys())
-        if lost and self._is_of_a_part(lost[0]):
+        alien = [name for name in lost if self._is_of_a_part(name)]
+        if not is_own:  # only what is in "tensors" is brought to each rank
+            alien += [name for name, tensor in state["younger"] if is_dtensor(tensor)]
+        places = tensors.pop(_PLACES)
+        if is_dtensor(places) and not _is_same(local(places), local(self._places())):
+            alien.append("the copy of the training state")
+        if alien:
             raise ValueError(
-                f"{lost[0]} belongs to what another rank has of a parameter: save and load "
-                "AutoLRS.state_dict on each rank"
+                f"{alien[0]} belongs to what another rank has of the parameters: save and load "
+                "AutoLRS.state_dict on each rank, or with torch.distributed.checkpoint"
             )
         if lost:
             raise ValueError(
                 f"the checkpoint has no {lost[0]}, which the optimizer of the saved run had: make "
                 "an update before AutoLRS is made and the checkpoint is loaded into it"
             )
-        saved = {name: local(tensors[name]) for name in state["captured"]}
+        saved = {name: tensors[name] for name in state["captured"]}
+        saved |= self._by_param(saved, ScheduledOptimizer.loaded_state)
+        saved = {name: local(tensor) for name, tensor in saved.items()}
         live = self._live_tensors()
         _check_fit(saved, live, ("parameter", "buffer"))
         self._reserve(saved, self._homes_by_param(saved) | self._homes | _devices(live), {})
@@ -252,6 +264,42 @@ class Snapshot:
                 if part.dim() > 0 and part.shape == local(param).shape:
                     live[name] = param
         return {name: tensor for name, tensor in live.items() if is_dtensor(tensor)}
+
+    def _by_param(
+        self,
+        tensors: dict[str, Tensor],
+        convert: Callable[[ScheduledOptimizer, Tensor, dict[str, Tensor]], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Returns what `convert` makes of the arrays of each parameter that is a DTensor.
+
+        An optimizer of `lrs_ext` may keep them in blocks of each rank's part.
+        """
+        if not isinstance(self._optimizer, ScheduledOptimizer):
+            return {}
+        converted: dict[str, Tensor] = {}
+        for index, param in enumerate(params_of(self._optimizer)):
+            if is_dtensor(param):
+                prefix = f"state {index} "
+                arrays = {n: t for n, t in tensors.items() if n.startswith(prefix) and t.dim() > 0}
+                arrays = {n.removeprefix(prefix): t.to(param.device) for n, t in arrays.items()}
+                arrays = convert(self._optimizer, param, arrays)
+                converted |= {prefix + name: array for name, array in arrays.items()}
+        return converted
+
+    def _places(self) -> Tensor:
+        """Returns numbers of which each part of the parameters has others.
+
+        In a file of another rank they are that rank's.
+        """
+        numbers = torch.arange(1 << 12, dtype=torch.int32)
+        for param in params_of(self._optimizer):
+            if is_dtensor(param):
+                from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+                placements = [Shard(0) if p.is_shard() else Replicate() for p in param.placements]
+                numbers = numbers.to(param.device)
+                return distribute_tensor(numbers, param.device_mesh, placements, src_data_rank=None)
+        return numbers
 
     def _is_of_a_part(self, name: str) -> bool:
         """Whether it is an array of one rank's part of a parameter, such as scales of its blocks.
@@ -433,6 +481,10 @@ def available_host_memory() -> int:
 
 def _kind(name: str) -> str:
     return name.partition(" ")[0]
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second.to(first.device))
 
 
 def _devices(tensors: dict[str, Tensor]) -> dict[str, torch.device]:
