@@ -289,7 +289,7 @@ def run_job(limit: float, *, folder: Path, lr: str | None = None) -> Outcome:
 
 def stages(folder: Path) -> dict[str, Stage]:
     """The stages by name."""
-    found = {"GPU tests": Stage(functools.partial(run_tests, folder=folder), 300)}
+    found = {"GPU tests": Stage(functools.partial(run_tests, folder=folder), 420)}
     for name in gpu_features.CHECKS:
         found[name] = Stage(functools.partial(run_feature, name=name), 240)
     for tool in SANITIZERS:

@@ -402,6 +402,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a, "moving"_a, "device"_a, "stream"_a);
   m.def("cuda_unavailable_reason", &lrs::cuda_unavailable_reason);
+  m.def("memory_bandwidth", &lrs::memory_bandwidth, "device"_a);
   m.attr("cuda_runtime_version") = lrs::cuda_runtime_version();
   m.attr("cuda_architectures") = LRS_CUDA_ARCHS;
 #endif

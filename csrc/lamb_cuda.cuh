@@ -121,9 +121,10 @@ __device__ __forceinline__ void sum_tensor(const StepTable& table, Chunk chunk, 
 }
 
 // One block a chunk.
+template <int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     lamb_moments_kernel(const __grid_constant__ Launch launch,
-                        const __grid_constant__ Gradients gradients) {
+                        const __grid_constant__ Gradients<kCapacity> gradients) {
   __shared__ LAMB shared_update;
   const StepTable& table = launch.table;
   if (is_skipped(table.scaling)) return;
@@ -151,9 +152,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   sum_tensor(table, chunk, num_chunks, block_sums(squares));
 }
 
+template <int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     lamb_params_kernel(const __grid_constant__ Launch launch,
-                       const __grid_constant__ Gradients gradients) {
+                       const __grid_constant__ Gradients<kCapacity> gradients) {
   __shared__ LAMB shared_update;
   __shared__ float shared_step_size;
   const StepTable& table = launch.table;

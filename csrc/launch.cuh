@@ -18,26 +18,28 @@ constexpr int kBlocksPerSM = 4;  // bounds the registers at 64 a thread
 
 // Gradients change address from step to step, so their addresses travel with the launch, and with
 // them the tensors of small tables: what a block reads from there it need not wait for. CUDA 12.1
-// raised the limit of a kernel's arguments from 4 KB to 32 KB.
+// raised the limit of a kernel's arguments from 4 KB to 32 KB; a launch that needs less does not
+// wait for as much.
+constexpr int kFewGradients = 256;
 #if CUDART_VERSION >= 12010
+constexpr int kManyGradients = 3800;
 constexpr int kArgumentBytes = 32764;
-constexpr int kGradientsPerLaunch = 3800;
-constexpr int kTensorsInLaunch = 16;
 #else
+constexpr int kManyGradients = 300;
 constexpr int kArgumentBytes = 4096;
-constexpr int kGradientsPerLaunch = 256;
-constexpr int kTensorsInLaunch = 8;
 #endif
+constexpr int kTensorsInLaunch = 8;
 constexpr int kOtherArgumentBytes = 64;  // of any kernel
 
 // The addresses of gradients, null where there is none: as they are, or, twice as many, by their
 // distance from one of them if that is a multiple of 16 bytes below 64 GiB.
+template <int kCapacity>
 struct Gradients {
   static constexpr uint32_t kNone = 0xffffffffu;
   uintptr_t base;  // 0: `address` is what counts
   union {
-    const void* address[kGradientsPerLaunch];
-    uint32_t distance[2 * kGradientsPerLaunch];
+    const void* address[kCapacity];
+    uint32_t distance[2 * kCapacity];
   };
 
   LRS_HOST_DEVICE const void* at(int64_t index) const {
@@ -61,12 +63,15 @@ struct Launch {
   FewTensors few;
 };
 
-static_assert(sizeof(Launch) + sizeof(Gradients) + kOtherArgumentBytes <= kArgumentBytes);
+static_assert(sizeof(Launch) + sizeof(Gradients<kFewGradients>) + kOtherArgumentBytes <= 4096);
+static_assert(sizeof(Launch) + sizeof(Gradients<kManyGradients>) + kOtherArgumentBytes <=
+              kArgumentBytes);
 
 // Writes the gradients of `count` tensors by their distances. A gradient without chunks is empty;
 // all that counts of it is that it is there. Returns whether that is possible.
-inline bool write_distances(const void* const* gradients, const int64_t* chunk_offsets,
-                            int64_t count, Gradients* arguments) {
+template <int kCapacity>
+bool write_distances(const void* const* gradients, const int64_t* chunk_offsets, int64_t count,
+                     Gradients<kCapacity>* arguments) {
   const auto is_empty = [&](int64_t i) { return chunk_offsets[i] == chunk_offsets[i + 1]; };
   const auto address = [&](int64_t i) { return reinterpret_cast<uintptr_t>(gradients[i]); };
   arguments->base = UINTPTR_MAX;
@@ -76,14 +81,28 @@ inline bool write_distances(const void* const* gradients, const int64_t* chunk_o
   }
   for (int64_t i = 0; i < count; ++i) {
     if (gradients[i] == nullptr || is_empty(i)) {
-      arguments->distance[i] = gradients[i] == nullptr ? Gradients::kNone : 0;
+      arguments->distance[i] = gradients[i] == nullptr ? arguments->kNone : 0;
       continue;
     }
     const uintptr_t distance = address(i) - arguments->base;
-    if (distance % 16 != 0 || distance / 16 >= Gradients::kNone) return false;
+    if (distance % 16 != 0 || distance / 16 >= arguments->kNone) return false;
     arguments->distance[i] = static_cast<uint32_t>(distance / 16);
   }
   return true;
+}
+
+// Writes as many gradients of `count` tensors as there is room for; returns their number.
+template <int kCapacity>
+int64_t write_gradients(const void* const* gradients, const int64_t* chunk_offsets, int64_t count,
+                        Gradients<kCapacity>* arguments) {
+  count = std::min<int64_t>(count, 2 * kCapacity);
+  if (count > kCapacity && write_distances(gradients, chunk_offsets, count, arguments)) {
+    return count;
+  }
+  count = std::min<int64_t>(count, kCapacity);
+  arguments->base = 0;
+  std::copy_n(gradients, count, arguments->address);
+  return count;
 }
 
 // Calls body(launch, gradients) for one launch after the other.
@@ -99,23 +118,28 @@ void for_each_launch(const StepTable& table, const int64_t* chunk_offsets,
       launch.few.first_chunk[i] = exists ? static_cast<uint32_t>(chunk_offsets[i]) : UINT32_MAX;
     }
   }
-  while (!launch.is_last) {
-    const int64_t first = launch.first_tensor + launch.num_tensors;
-    Gradients arguments;
-    int64_t count = std::min<int64_t>(2 * kGradientsPerLaunch, table.num_tensors - first);
-    if (count <= kGradientsPerLaunch ||
-        !write_distances(gradients + first, chunk_offsets + first, count, &arguments)) {
-      count = std::min<int64_t>(count, kGradientsPerLaunch);
-      arguments.base = 0;
-      std::copy_n(gradients + first, count, arguments.address);
-    }
-    launch.first_tensor = first;
+  const auto run = [&](int64_t count, const auto& arguments) {
+    const int64_t first = launch.first_tensor;
     launch.num_tensors = count;
     launch.is_last = first + count == table.num_tensors;
     launch.table.chunks = table.chunks + chunk_offsets[first];
     launch.table.chunk_squares = table.chunk_squares + chunk_offsets[first];
     launch.table.num_chunks = chunk_offsets[first + count] - chunk_offsets[first];
     body(launch, arguments);
+    launch.first_tensor += count;
+  };
+  while (!launch.is_last) {
+    const int64_t left = table.num_tensors - launch.first_tensor;
+    const void* const* rest = gradients + launch.first_tensor;
+    const int64_t* offsets = chunk_offsets + launch.first_tensor;
+    Gradients<kFewGradients> few;
+    if (left <= 2 * kFewGradients && write_gradients(rest, offsets, left, &few) == left) {
+      run(left, few);
+    } else {
+      Gradients<kManyGradients> many;
+      const int64_t count = write_gradients(rest, offsets, left, &many);
+      run(count, many);
+    }
   }
 }
 
@@ -240,7 +264,8 @@ __device__ __forceinline__ uint32_t draw_ticket(uint32_t* ticket) {
 
 // Advances the counters, in the block that drew the last ticket: every block has read them by then.
 // `ticket` is that of the first thread. For all threads of a block.
-__device__ __forceinline__ void commit(const Launch& launch, const Gradients& gradients,
+template <int kCapacity>
+__device__ __forceinline__ void commit(const Launch& launch, const Gradients<kCapacity>& gradients,
                                        uint32_t ticket) {
   if (!__syncthreads_or(threadIdx.x == 0 && ticket == gridDim.x - 1)) return;
   for (int64_t i = threadIdx.x; i < launch.num_tensors; i += kThreads) {

@@ -53,9 +53,11 @@ struct BlockSums {
 };
 
 // Writes the sums of the launch, and after the last launch the root of all of them to `norm`.
+template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    norm_kernel(const __grid_constant__ Launch launch, const __grid_constant__ Gradients gradients,
-                BlockSums sums, float* norm) {
+    norm_kernel(const __grid_constant__ Launch launch,
+                const __grid_constant__ Gradients<kCapacity> gradients, BlockSums sums,
+                float* norm) {
   const StepTable& table = launch.table;
   const Range chunks = chunk_range(table.num_chunks, sums.chunks_each, blockIdx.x);
   double sum = 0.0;
@@ -77,6 +79,14 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
 }
 
+template <int kCapacity>
+void launch_norm(const Launch& launch, const Gradients<kCapacity>& gradients, const BlockSums& sums,
+                 float* norm, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(std::max<int64_t>(sums.last - sums.first, 1));
+  norm_kernel<kCapacity><<<blocks, kThreads, 0, stream>>>(launch, gradients, sums, norm);
+  check(cudaGetLastError(), "the launch of the norm kernel");
+}
+
 }  // namespace
 
 void grad_norm_cuda(const StepTable& table, const int64_t* chunk_offsets,
@@ -84,14 +94,11 @@ void grad_norm_cuda(const StepTable& table, const int64_t* chunk_offsets,
                     void* stream) {
   const DeviceScope scope(device);
   BlockSums block_sums{sums, 0, 0, std::max<int64_t>(kNormElements / table.chunk_elements, 1)};
-  for_each_launch(table, chunk_offsets, gradients, [&](const Launch& launch, const Gradients& g) {
+  for_each_launch(table, chunk_offsets, gradients, [&](const Launch& launch, const auto& g) {
     const int64_t count = num_chunks_of(launch.table.num_chunks, block_sums.chunks_each);
     block_sums.first = block_sums.last;
     block_sums.last += count;
-    const auto blocks = static_cast<unsigned>(std::max<int64_t>(count, 1));
-    norm_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch, g, block_sums,
-                                                                            norm);
-    check(cudaGetLastError(), "the launch of the norm kernel");
+    launch_norm(launch, g, block_sums, norm, static_cast<cudaStream_t>(stream));
   });
 }
 

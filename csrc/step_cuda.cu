@@ -8,10 +8,14 @@
 namespace lrs {
 
 // One file each: they take long to compile.
-void launch_sgd(const Launch& launch, const Gradients& gradients, cudaStream_t stream);
-void launch_adam(const Launch& launch, const Gradients& gradients, cudaStream_t stream);
-void launch_lion(const Launch& launch, const Gradients& gradients, cudaStream_t stream);
-void launch_lamb(const Launch& launch, const Gradients& gradients, cudaStream_t stream);
+template <int kCapacity>
+void launch_sgd(const Launch& launch, const Gradients<kCapacity>& gradients, cudaStream_t stream);
+template <int kCapacity>
+void launch_adam(const Launch& launch, const Gradients<kCapacity>& gradients, cudaStream_t stream);
+template <int kCapacity>
+void launch_lion(const Launch& launch, const Gradients<kCapacity>& gradients, cudaStream_t stream);
+template <int kCapacity>
+void launch_lamb(const Launch& launch, const Gradients<kCapacity>& gradients, cudaStream_t stream);
 
 namespace {
 
@@ -25,7 +29,8 @@ __global__ void fill_schedule_kernel(ScheduleSpec schedule, int64_t count, float
 
 __global__ void write_group_kernel(Group* target, Group group) { *target = group; }
 
-void launch_step(const Launch& launch, const Gradients& gradients, cudaStream_t stream) {
+template <int kCapacity>
+void launch_step(const Launch& launch, const Gradients<kCapacity>& gradients, cudaStream_t stream) {
   switch (launch.table.algorithm) {
     case Algorithm::kSGD:
       return launch_sgd(launch, gradients, stream);
@@ -45,7 +50,7 @@ void step_cuda(const StepTable& table, const int64_t* chunk_offsets, const void*
   const auto has_gradient = [](const void* gradient) { return gradient != nullptr; };
   if (std::none_of(gradients, gradients + table.num_tensors, has_gradient)) return;
   const DeviceScope scope(device);
-  for_each_launch(table, chunk_offsets, gradients, [&](const Launch& launch, const Gradients& g) {
+  for_each_launch(table, chunk_offsets, gradients, [&](const Launch& launch, const auto& g) {
     launch_step(launch, g, static_cast<cudaStream_t>(stream));
   });
 }
@@ -64,6 +69,14 @@ void write_group_cuda(Group* target, const Group& group, int device, void* strea
   const DeviceScope scope(device);
   write_group_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(target, group);
   check(cudaGetLastError(), "the launch of the group write");
+}
+
+double memory_bandwidth(int device) {
+  int kilohertz = 0, bits = 0;
+  cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device);
+  cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device);
+  cudaGetLastError();                 // a failed look-up must not surface in somebody else's check
+  return 2e3 * kilohertz * bits / 8;  // two transfers a clock
 }
 
 const char* cuda_unavailable_reason() {

@@ -26,6 +26,9 @@ void fill_schedule_cuda(const ScheduleSpec& schedule, int64_t count, float* valu
 // Writes one row of a group table in device memory, without waiting for a copy from the host.
 void write_group_cuda(Group* target, const Group& group, int device, void* stream);
 
+// What the data sheet of a device says of its memory: bytes a second, or 0 if it cannot be asked.
+double memory_bandwidth(int device);
+
 // Empty if a device can be used, otherwise why not.
 const char* cuda_unavailable_reason();
 

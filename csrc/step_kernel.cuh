@@ -342,10 +342,10 @@ __device__ __forceinline__ void prefetch_first(const TensorEntry& entry, const v
   }
 }
 
-template <typename Update, typename State>
+template <typename Update, typename State, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     step_kernel(const __grid_constant__ Launch launch,
-                const __grid_constant__ Gradients gradients) {
+                const __grid_constant__ Gradients<kCapacity> gradients) {
   __shared__ Update shared_update;
   __shared__ uint32_t shared_key;
   const StepTable& table = launch.table;
@@ -394,18 +394,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   commit(launch, gradients, ticket);
 }
 
-template <typename Update>
-void launch_update(const Launch& launch, const Gradients& gradients, cudaStream_t stream) {
+template <typename Update, int kCapacity>
+void launch_update(const Launch& launch, const Gradients<kCapacity>& gradients,
+                   cudaStream_t stream) {
   const unsigned blocks = num_blocks(launch);
   switch (launch.table.state_type) {
     case StateType::kFloat32:
-      step_kernel<Update, Float32State><<<blocks, kThreads, 0, stream>>>(launch, gradients);
+      step_kernel<Update, Float32State, kCapacity>
+          <<<blocks, kThreads, 0, stream>>>(launch, gradients);
       break;
     case StateType::kBFloat16:
-      step_kernel<Update, BFloat16State><<<blocks, kThreads, 0, stream>>>(launch, gradients);
+      step_kernel<Update, BFloat16State, kCapacity>
+          <<<blocks, kThreads, 0, stream>>>(launch, gradients);
       break;
     case StateType::kBlock8:
-      step_kernel<Update, Block8State><<<blocks, kThreads, 0, stream>>>(launch, gradients);
+      step_kernel<Update, Block8State, kCapacity>
+          <<<blocks, kThreads, 0, stream>>>(launch, gradients);
       break;
   }
   check(cudaGetLastError(), "the launch of the step kernel");

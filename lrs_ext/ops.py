@@ -46,13 +46,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Lengths for a GPU: the shortest, the longest, and the number of chunks from which on they grow.
 _CPU_CHUNK = 8192
 _GPU_CHUNKS = (2048, 16384, 2048)
-# Measured on an H100. Short chunks leave less to wait for at the end; the more is computed for an
-# element, the more it takes to outweigh the start of a block.
+# Measured on an H100 and an H200 by benchmarks/bench_kernels.py. Short chunks leave less to wait
+# for at the end; the more is computed for an element, and the faster the memory, the more elements
+# it takes to outweigh the start of a block.
 _CUDA_CHUNKS = {
     "float32": (1024, 2048, 1000),
-    "bfloat16": (1024, 8192, 1000),
+    "bfloat16": (1024, 4096, 1000),
     "block8": (1024, 16384, 1000),
 }
+_LONGEST_CHUNK = 16384
+_FAST_MEMORY = 4e12  # bytes/s by the data sheet, from which on chunks are twice as long
 
 
 def unavailable_reason(backend: str, device_type: str) -> str | None:
@@ -400,7 +403,8 @@ class StepTable:
         )
         params = itertools.chain.from_iterable(param_lists)
         elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)
-        self._chunk_elements = _chunk_elements(backend, algorithm, storage, elements)
+        device = self.step.device
+        self._chunk_elements = _chunk_elements(backend, algorithm, storage, elements, device)
         self._storage = storage
         self._native = _C.Step(
             algorithm,
@@ -569,13 +573,17 @@ class StepTable:
             )
 
 
-def _chunk_elements(backend: str, algorithm: str, storage: Storage, elements: int) -> int:
+def _chunk_elements(
+    backend: str, algorithm: str, storage: Storage, elements: int, device: torch.device
+) -> int:
     """Returns how many of all `elements` a thread or block works on at once."""
     if backend == "cpu":
         return _CPU_CHUNK
     is_one_pass = backend == "cuda" and algorithm != "lamb"
     lengths = _CUDA_CHUNKS[storage.state_type] if is_one_pass else _GPU_CHUNKS
     chunk, longest, wanted = lengths
+    if is_one_pass and _C.memory_bandwidth(device.index or 0) >= _FAST_MEMORY:
+        longest = min(2 * longest, _LONGEST_CHUNK)
     while chunk < longest and elements // chunk > wanted:
         chunk *= 2
     return chunk

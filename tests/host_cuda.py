@@ -26,7 +26,7 @@ from lrs_ext import ops
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_on_host"
 
-LAUNCH = re.compile(r"([\w:]+(?:<[^;{}()]*?>)?)<<<(.*?)>>>\((?=(\)?))", re.DOTALL)
+LAUNCH = re.compile(r"([\w:]+(?:<[^;{}()]*?>)?)\s*<<<(.*?)>>>\((?=(\)?))", re.DOTALL)
 SHARED = re.compile(r"__shared__ ([^;]*?(\w+)(?:\[[^;]*\])?);")
 GRID_CONSTANT = re.compile(r"const __grid_constant__ ([\w:<>, ]+?) (\w+)(?=[,)])")
 

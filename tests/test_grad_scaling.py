@@ -1,6 +1,7 @@
 """A GradScaler's scale and overflows, read on the device: no step is half taken."""
 
 import itertools
+import json
 
 import cases
 import pytest
@@ -144,17 +145,26 @@ def test_an_overflow_changes_nothing(backend, row, storage, bad_step, unscaled_f
     assert opt.schedule_buffer.step.item() == 3
 
 
+def saved_groups(opt):
+    """The groups of a checkpoint without what the host last believed to be the learning rate."""
+    groups = opt.state_dict()["param_groups"]
+    for group in groups:
+        group["schedule"] = json.loads(group["schedule"])
+        del group["schedule"]["shown"]
+    return groups
+
+
 @updates
 def test_a_checkpoint_after_an_overflow_is_that_of_before(backend, row):
     params, opt = two_groups(row, backend, cases.STORAGES[0])
     scaler = make_scaler(backend)
     for k, bad in enumerate([None, 0, None, 5]):
-        before = opt.state_dict()["param_groups"]
+        before = saved_groups(opt)
         backward(params, scaler, k, bad)
         scaler.step(opt)
         scaler.update()
         if bad is not None:
-            assert opt.state_dict()["param_groups"] == before
+            assert saved_groups(opt) == before
 
 
 def test_every_step_may_overflow_and_the_schedule_waits(backend):

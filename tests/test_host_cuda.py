@@ -18,7 +18,9 @@ import lrs_ext
 from lrs_ext import ops
 
 CHUNK = 2048  # the shortest that the launcher cuts
-TENSORS_PER_LAUNCH = 256  # twice as many where gradients are close to each other and aligned
+# Twice as many where gradients are close to each other and aligned.
+FEW_TENSORS = 256
+TENSORS_PER_LAUNCH = 300
 TENSORS_IN_ARGUMENTS = 8
 SHAPES = [*cases.SHAPES, (CHUNK,), (CHUNK + 5,), (3, CHUNK + 1)]
 FENCE = 64  # bytes
@@ -281,6 +283,8 @@ LAUNCHED = cases.STATE_UPDATES[1::2]  # hundreds of tensors take a while
 @pytest.mark.parametrize(
     ("count", "odd_one", "launches"),
     [
+        (FEW_TENSORS, 1, 1),
+        (2 * FEW_TENSORS, None, 1),
         (TENSORS_PER_LAUNCH, 1, 1),
         (TENSORS_PER_LAUNCH + 1, 1, 2),
         (2 * TENSORS_PER_LAUNCH, None, 1),

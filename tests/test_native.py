@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import lrs_ext
 from lrs_ext import _C, ops
+from lrs_ext.state_storage import Storage
 
 CHUNK = 2048
 
@@ -586,3 +587,22 @@ def test_the_environment_chooses_the_backend_unless_an_argument_does(monkeypatch
     assert ops.select_backend("cpu", cpu) == "cpu"
     monkeypatch.setenv("LRS_EXT_BACKEND", "")
     assert ops.select_backend(None, cpu) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "bandwidth", "longest"),
+    [
+        (torch.float32, 0.0, 2048),
+        (torch.float32, 3.35e12, 2048),
+        (torch.float32, 4.8e12, 4096),
+        (torch.bfloat16, 3.35e12, 4096),
+        (torch.bfloat16, 4.8e12, 8192),
+        (torch.uint8, 4.8e12, 16384),
+    ],
+)
+def test_chunks_of_faster_memory_are_longer(state_dtype, bandwidth, longest, monkeypatch):
+    monkeypatch.setattr(_C, "memory_bandwidth", lambda device: bandwidth, raising=False)
+    arguments = ("cuda", "adam", Storage(state_dtype=state_dtype))
+    device = torch.device("cuda", 0)
+    assert ops._chunk_elements(*arguments, 2**26, device) == longest
+    assert ops._chunk_elements(*arguments, 2**10, device) == 1024
