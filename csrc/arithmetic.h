@@ -31,7 +31,8 @@ __device__ __forceinline__ float square_root(float x) {
   return is_tiny ? result * 0x1p-32f : result;
 }
 
-// 1 / x of a number that is 0 or at least 2^-126, infinity and nan included. Above 2^126 it is 0.
+// 1 / x of a number that is 0 or from 2^-126 to 2^126, or infinity or nan. (What is larger is a
+// root, of 2^64 at most, plus an eps of that size.)
 __device__ __forceinline__ float reciprocal(float x) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));

@@ -13,8 +13,12 @@
 
 namespace lrs {
 
+// What the dictionaries belong to: a change of one kind says nothing of the others.
+enum class DictKind { kGroup, kState };
+
 #if PY_VERSION_HEX < 0x030C0000
 
+template <DictKind>
 class DictVersions {
  public:
   // The dictionary outlives the object.
@@ -44,6 +48,7 @@ class DictVersions {
 
 #else
 
+template <DictKind kKind>
 class DictVersions {
  public:
   void add(PyObject* dict) {
@@ -59,7 +64,8 @@ class DictVersions {
   bool are_unchanged() const { return is_watching_ && known_ == changes_; }
 
  private:
-  // Changes of any watched dictionary: another optimizer's look like our own, which is harmless.
+  // Changes of any watched dictionary of the kind: another optimizer's look like our own, for which
+  // all is compared once more.
   static inline uint64_t changes_ = 0;
 
   static int count(PyDict_WatchEvent, PyObject*, PyObject*, PyObject*) {

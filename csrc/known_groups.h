@@ -21,7 +21,7 @@ class KnownGroups {
       return;
     }
     groups_ = copy(groups);
-    versions_ = DictVersions();
+    versions_ = {};
     are_plain_ = true;
     for (const py::handle& group : groups_) {
       are_plain_ &= PyDict_CheckExact(group.ptr()) != 0;  // no class of its own hides a change
@@ -68,7 +68,7 @@ class KnownGroups {
   }
 
   py::list groups_, schedules_;
-  DictVersions versions_;
+  DictVersions<DictKind::kGroup> versions_;
   bool are_plain_ = false, is_known_ = false;
 };
 

@@ -1,5 +1,7 @@
 #include "tensor_access.h"
 
+#include <exception>
+
 namespace lrs {
 namespace {
 
@@ -61,7 +63,11 @@ bool TensorAccess::use_direct(const py::dict& functions, const py::object& probe
   if (make_undefined(&handle) != 0) return false;
   found.undefined = *static_cast<TensorPointer>(handle);
   delete_handle(handle);
-  if (!is_verified(*this, found, probe)) return false;
+  try {
+    if (!is_verified(*this, found, probe)) return false;
+  } catch (const std::exception&) {
+    return false;
+  }
   direct = found;
   return true;
 }

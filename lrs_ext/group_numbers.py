@@ -18,6 +18,7 @@ from lrs_ext.learning_rates import (
     Mark,
     Note,
     Position,
+    check_note,
     position_in,
     saved_position,
 )
@@ -52,6 +53,8 @@ class GroupNumbers:
         step: int = 0,
     ) -> None:
         self._numbers = numbers
+        for group in groups:
+            check_note(group)
         self.rates = LearningRates(groups, devices, step)
         self.hyper_schedules = HyperSchedules(numbers, groups, devices, step)
         self._renew_notes(groups)
@@ -150,13 +153,18 @@ class GroupNumbers:
             self.rates.save(index, group, updates, numbers, shown[index]["lr"])
             note[POSITION] = group["schedule"]
 
-    def resume(self, groups: list[Group], updates: int | None) -> list[Position | None]:
+    def resume(
+        self, groups: list[Group], updates: int | None, in_place: bool
+    ) -> list[Position | None]:
         """Puts schedules of a checkpoint into its groups; returns where each group stood.
+
+        Args:
+            in_place: the groups are the optimizer's own, into which a wrapper has put them.
 
         Raises:
             ValueError: a learning rate or a schedule is not valid.
         """
-        positions = [saved_position(group, updates) for group in groups]
+        positions = [saved_position(group, updates, in_place) for group in groups]
         for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
             self.hyper_schedules.resume(index, group, position)
         return positions

@@ -20,6 +20,7 @@ from lrs_ext.schedules import Schedule
 Group = dict[str, Any]
 Note = dict[str, str]  # in a group that is alive: empty, or the position at the last `state_dict`
 POSITION = "position"
+_START = '{"schedule":'  # of every position
 
 
 @dataclass(frozen=True)
@@ -402,34 +403,51 @@ class Position:
 
 def position_in(group: Group) -> str | None:
     """Returns what `LearningRates.save` has added to a group, by itself or in a `Note`."""
-    note: Note | str | None = group.get("schedule")
-    return note.get(POSITION) if isinstance(note, dict) else note
+    note = group.get("schedule")
+    text = note.get(POSITION) if isinstance(note, dict) else note
+    return text if isinstance(text, str) and text.startswith(_START) else None
 
 
-def saved_position(group: Group, updates: int | None) -> Position | None:
+def check_note(group: Group) -> None:
+    """Raises ValueError if somebody else's entry is where a group keeps its `Note`."""
+    entry = group.get("schedule")
+    if not (entry is None or isinstance(entry, dict) or position_in(group) is not None):
+        raise ValueError(
+            "a parameter group keeps its position in the schedule under 'schedule', got "
+            f"{entry!r} there: pass a schedule as lr, and give anything else another name"
+        )
+
+
+def saved_position(group: Group, updates: int | None, in_place: bool) -> Position | None:
     """Reads what `LearningRates.save` has added to a group of a checkpoint.
 
     Optimizers of torch carry keys that they do not know along. A position is believed only if the
     learning rate and the largest step count of the states (`updates`) are still those it was saved
-    with; otherwise, and where there is none, the result is None. If it comes from a `Note`, the
-    states are those of one rank, which may have made fewer updates than the one that has saved it.
+    with; otherwise, and where there is none, the result is None.
+
+    Args:
+        in_place: a wrapper has put it into the group of a live optimizer. As with a `Note`, the
+            states are then those of one rank, which may have made fewer updates than the one that
+            has saved it. Another learning rate is what the host has put there since.
 
     Raises:
         ValueError: the learning rate or the schedule is not valid.
     """
     lr = checked_learning_rate(float(group["lr"]))
-    note, text = group.get("schedule"), position_in(group)
+    text = position_in(group)
     if text is None:
         return None
     saved = json.loads(text)
-    if isinstance(note, dict):
-        if lr not in (saved["lr"], saved["shown"]):
-            return None
+    fields = saved["schedule"]
+    if in_place or isinstance(group["schedule"], dict):
         if updates is not None and updates > max(saved["step"], saved["updates"] or 0):
             return None
+        if lr not in (saved["lr"], saved["shown"]):
+            if not in_place:
+                return None
+            fields = None
     elif saved["lr"] != lr or saved["updates"] != updates:
         return None
-    fields = saved["schedule"]
     schedule = None if fields is None else Schedule.from_dict(fields)
     return Position(schedule, saved["step"], saved.get("numbers", {}))
 

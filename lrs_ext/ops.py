@@ -204,7 +204,9 @@ def fill_values(target: Tensor, values: NDArray[np.float64]) -> None:
 
 
 # Functions of torch's libraries that spare gradients their Python objects, by the names that the
-# native core has for them. Names of C++ functions are mangled.
+# native core has for them. Names of C++ functions are mangled, which says nothing of what they
+# return: they are used up to the last torch with which all of this has been run.
+_LAST_DIRECT_TORCH = (2, 13)
 _DIRECT_FUNCTIONS = {
     "grad": "_ZNK3c1010TensorImpl4gradEv",
     "is_negated": "_ZN2at6native6is_negERKNS_6TensorE",
@@ -225,11 +227,13 @@ _DIRECT_FUNCTIONS = {
 def _tensor_access() -> _C.TensorAccess:
     """Returns torch's functions for reading tensors, which lrs_ext does not link.
 
-    Where torch lacks one of `_DIRECT_FUNCTIONS`, gradients are read as Python objects.
+    Where torch lacks one of `_DIRECT_FUNCTIONS` or is newer, gradients are read as Python objects.
     """
     torch_library = ctypes.CDLL(torch._C.__file__)
     access = _object_access(torch_library)
-    if all(hasattr(torch_library, symbol) for symbol in _DIRECT_FUNCTIONS.values()):
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    has_all = all(hasattr(torch_library, symbol) for symbol in _DIRECT_FUNCTIONS.values())
+    if has_all and version <= _LAST_DIRECT_TORCH:
         addresses = {
             name: _address(getattr(torch_library, symbol))
             for name, symbol in _DIRECT_FUNCTIONS.items()

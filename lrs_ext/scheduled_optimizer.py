@@ -19,7 +19,13 @@ from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
 from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
-from lrs_ext.learning_rates import Group, Mark, at_height_of, check_learning_rate
+from lrs_ext.learning_rates import (
+    Group,
+    Mark,
+    at_height_of,
+    check_learning_rate,
+    check_note,
+)
 from lrs_ext.local_part import total_norm
 from lrs_ext.param_devices import device_of, devices_of
 from lrs_ext.schedules import Schedule
@@ -225,6 +231,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check_learning_rate(self.param_groups[-1]["lr"])
+            check_note(self.param_groups[-1])
             fixed = with_peaks(self._movable, self.param_groups[-1])
             self._check(fixed)
             self._select_backends()
@@ -600,7 +607,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             param: unwrap_state(param, saved, self._storage) for param, saved in saved_state.items()
         }
         updates = last_step(states)
-        positions = self._numbers.resume(groups, updates)
+        in_place = groups is self.param_groups
+        positions = self._numbers.resume(groups, updates, in_place)
         for position in positions:
             if position is not None and position.schedule is not None:
                 self._numbers.rates.check_room(position.schedule, self.was_captured)

@@ -174,3 +174,23 @@ def a_rank_without_parameters_keeps_up():
             assert int(alone.schedule_buffer.step) == 3
             assert alone.param_groups[0]["lr"] == REX(3)
             assert alone.state_dict()["state"][0]["step"] == 3.0
+
+
+def what_the_host_changes_after_loading_counts(folder):
+    """A learning rate that is put into the groups, and a schedule, before the next step."""
+    run = Run("AdamW").update(range(3)).save(folder)
+    changed = Run("AdamW").load(folder)
+    for group in changed.opt.param_groups:
+        group["lr"] = 1e-4
+    changed.update(range(3, 5))
+    assert changed.numbers()["step"] == 5
+    assert changed.numbers()["shown"] == [1e-4, 1e-4]
+    longer = REX.with_total_steps(2 * REX.total_steps)
+    rescheduled = run.load(folder)
+    rescheduled.inner.set_schedule(longer, group=0)
+    for own, outer in zip(
+        rescheduled.inner.param_groups, rescheduled.opt.param_groups, strict=True
+    ):
+        outer["lr"], outer["schedule"] = own["lr"], own["schedule"]
+    rescheduled.update(range(3, 5))
+    assert rescheduled.numbers()["shown"] == [longer(5), REX.scaled(0.1)(5)]

@@ -397,6 +397,11 @@ def test_this_torch_has_what_direct_reading_takes():
     assert ops._tensor_access().is_direct
 
 
+def test_a_torch_that_has_not_been_tried_is_read_through_objects(monkeypatch):
+    monkeypatch.setattr(ops, "_LAST_DIRECT_TORCH", (2, 0))
+    assert not ops._tensor_access.__wrapped__().is_direct
+
+
 @pytest.mark.parametrize("missing", ops._DIRECT_FUNCTIONS)
 def test_a_torch_without_one_of_the_functions_is_read_through_objects(missing, monkeypatch):
     monkeypatch.setitem(ops._DIRECT_FUNCTIONS, missing, "aoti_torch_no_such_function")

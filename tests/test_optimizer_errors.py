@@ -388,3 +388,20 @@ def test_a_storage_that_no_longer_fits_is_refused_by_the_step(change):
     assert state.keys() == opt.state[param].keys()
     assert all(torch.equal(t, opt.state[param][n]) for n, t in state.items())
     assert opt.schedule_buffer.step.item() == 2
+
+
+@optimizers
+def test_the_place_of_the_position_is_taken(name):
+    make = getattr(lrs_ext, name)
+    with pytest.raises(ValueError, match=r"under 'schedule', got 'cosine' there: pass a schedule"):
+        make([{"params": [leaf()], "schedule": "cosine"}], lr=0.1)
+    opt = make([leaf()], lr=0.1)
+    with pytest.raises(ValueError, match="got 7 there"):
+        opt.add_param_group({"params": [leaf()], "schedule": 7})
+    assert len(opt.param_groups) == 1
+    make(opt.param_groups, lr=0.1)  # with the notes that are there
+    [param] = opt.param_groups[0]["params"]
+    opt.param_groups[0]["schedule"] = "cosine"  # nobody's position
+    param.grad = torch.ones_like(param)
+    opt.step()
+    assert opt.param_groups[0]["lr"] == 0.1

@@ -42,6 +42,7 @@ def test_consolidated_states(engine, check):
     [
         "updates_that_only_the_device_knows_of_count",
         "a_position_that_is_out_of_date_is_not_believed",
+        "what_the_host_changes_after_loading_counts",
     ],
 )
 def test_positions(engine, check, tmp_path):
