@@ -298,7 +298,7 @@ def stages(folder: Path) -> dict[str, Stage]:
     auto_folder = folder / "auto"
     run_auto = functools.partial(run_job, folder=auto_folder, lr="auto")
     found["main job with AutoLRS"] = Stage(run_auto, 240)
-    found["kernels alone"] = Stage(functools.partial(run_kernels, folder=folder), 90, True)
+    found["kernels alone"] = Stage(functools.partial(run_kernels, folder=folder), 90, is_timed=True)
     run_bench = functools.partial(run_benchmark, folder=folder)
     found["step benchmark"] = Stage(run_bench, 240, is_timed=True)
     run_suggest = functools.partial(run_suggestion, folder=folder)

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from lrs_ext import ops
 from lrs_ext.hyper_schedules import HyperSchedules, Number, put_schedules
-from lrs_ext.learning_rates import (
+from lrs_ext.learning_rates import Kept, LearningRates, Mark
+from lrs_ext.positions import (
     POSITION,
     Group,
-    Kept,
-    LearningRates,
-    Mark,
     Note,
     Position,
     check_note,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrs_ext.learning_rates import Group, Position
+from lrs_ext.positions import Group, Position
 from lrs_ext.schedules import Schedule
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lrs_ext.learning_rates import Group
 from lrs_ext.optimizers import (
     Betas,
     LearningRate,
@@ -15,6 +14,7 @@ from lrs_ext.optimizers import (
     counter_in_state,
     number,
 )
+from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 

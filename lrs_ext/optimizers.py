@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lrs_ext import ops
-from lrs_ext.learning_rates import Group
 from lrs_ext.param_devices import read_all
+from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.schedules import Schedule
 from lrs_ext.state_storage import Storage

@@ -19,15 +19,10 @@ from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
 from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
-from lrs_ext.learning_rates import (
-    Group,
-    Mark,
-    at_height_of,
-    check_learning_rate,
-    check_note,
-)
+from lrs_ext.learning_rates import Mark, at_height_of, check_learning_rate
 from lrs_ext.local_part import total_norm
 from lrs_ext.param_devices import device_of, devices_of
+from lrs_ext.positions import Group, check_note
 from lrs_ext.schedules import Schedule
 from lrs_ext.shards import Spread, is_dtensor, local, spread_of
 from lrs_ext.state_storage import Storage
