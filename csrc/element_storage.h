@@ -41,7 +41,7 @@ struct SplitParam {
 };
 
 // States. Those that are not float32 round stochastically: a moving average that moves by less than
-// half a rounding step each time would otherwise stand still. `random` has 8 random bits.
+// half a rounding step each time would otherwise stand still. `random` has 16 random bits.
 
 struct Float32State {
   using Value = float;
@@ -55,7 +55,7 @@ struct BFloat16State {
   static constexpr StateType kType = StateType::kBFloat16;
   static constexpr bool kIsRandom = true;
   static LRS_HOST_DEVICE void store(Value& target, float value, uint32_t random) {
-    store_stochastic(target, value, random << 8 | 0x80u);  // the last place stands for a half
+    store_stochastic(target, value, random);
   }
 };
 
@@ -71,17 +71,14 @@ struct Block8State {
   }
 
   template <bool kIsRoot>
-  static LRS_HOST_DEVICE uint8_t encode(float share, uint32_t random) {
-    return kIsRoot ? static_cast<uint8_t>(encode_root(share, random))
-                   : encode_signed(share, random);
+  static LRS_HOST_DEVICE uint32_t encode(float multiple, uint32_t random) {
+    return kIsRoot ? encode_root(multiple, random) : encode_signed(multiple, random);
   }
 };
 
-// The share of an element's 32 random bits that its state number `index` of at most two takes; the
-// parameter takes the low 16.
-LRS_HOST_DEVICE uint32_t state_random(uint32_t random, int index) {
-  return random >> (16 + 8 * index) & 0xffu;
-}
+// Whether an update of elements that are kept so rounds anything at random.
+template <int kNumStates, typename Param, typename State>
+inline constexpr bool kRoundsAtRandom = Param::kIsRandom || (State::kIsRandom && kNumStates > 0);
 
 }  // namespace LRS_ISA
 }  // namespace lrs

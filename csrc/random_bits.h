@@ -7,6 +7,8 @@
 namespace lrs {
 inline namespace LRS_ISA {
 
+inline constexpr uint32_t kKeyStep = 0x9e3779b9u;  // 2^32 over the golden ratio: odd, no pattern
+
 // A bijection in which every bit of the result depends on every bit of `bits`; constants: Wellons,
 // Prospecting for hash functions, 2018 ("lowbias32").
 LRS_HOST_DEVICE uint32_t scrambled(uint32_t bits) {
@@ -20,22 +22,28 @@ LRS_HOST_DEVICE uint32_t high_half(int64_t value) {
 }
 
 // The key of the elements of the tensor at `position` in one step, from element `first` on, as far
-// as their indices have the same high half.
+// as the indices of their pairs have the same high half.
 LRS_HOST_DEVICE uint32_t random_key(int64_t step, int64_t position, int64_t first) {
-  uint32_t key = scrambled(static_cast<uint32_t>(step) + 0x9e3779b9u);
+  uint32_t key = scrambled(static_cast<uint32_t>(step) + kKeyStep);
   key = scrambled(key ^ high_half(step));
   key = scrambled(key + static_cast<uint32_t>(position));
-  return key ^ scrambled(high_half(first));
+  return key ^ scrambled(high_half(first >> 1));
 }
 
-// 32 random bits for the element whose index has the low half `index`.
-LRS_HOST_DEVICE uint32_t random_bits(uint32_t key, uint32_t index) {
-  return scrambled(index * 0x9e3779b9u + key);
-}
-
-// The key with which elements are counted from the one at `first` on.
+// The key with which elements are counted from the one at `first` on, which must be even.
 LRS_HOST_DEVICE uint32_t key_from(uint32_t key, int64_t first) {
-  return key + static_cast<uint32_t>(first) * 0x9e3779b9u;
+  return key + static_cast<uint32_t>(first >> 1) * kKeyStep;
+}
+
+// 16 random bits for each of the elements 2 * pair, in the low half, and 2 * pair + 1. All that is
+// rounded of one element takes the same: each number is right on average all the same.
+LRS_HOST_DEVICE uint32_t random_pair(uint32_t key, uint32_t pair) {
+  return scrambled(pair * kKeyStep + key);
+}
+
+// Those of one element.
+LRS_HOST_DEVICE uint32_t random_bits(uint32_t key, uint32_t element) {
+  return random_pair(key, element >> 1) >> (element % 2 * 16) & 0xffffu;
 }
 
 }  // namespace LRS_ISA

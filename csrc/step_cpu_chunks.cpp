@@ -1,4 +1,6 @@
 // The element loops of the CPU backend, compiled once for each instruction set (LRS_ISA).
+#include <type_traits>
+
 #include "element_storage.h"
 #include "step_cpu.h"
 
@@ -19,14 +21,38 @@ T* array_at(void* address, int64_t begin) {
   return address == nullptr ? nullptr : static_cast<T*>(address) + begin;
 }
 
+// Elements that are worked through together where something is kept aside for each: few enough for
+// the nearest cache, and so many that one block of quantisation need not wait for the one before.
+constexpr int32_t kBatch = 4 * kQuantBlock;
+
+// Calls body(begin, count) for parts of the elements of at most `most`; the count of most of them
+// is a constant that the compiler sees.
+template <int32_t kMost, typename Body>
+LRS_HOST_DEVICE void visit_parts(int64_t begin, int64_t end, const Body& body) {
+  for (; begin + kMost <= end; begin += kMost) {
+    body(begin, std::integral_constant<int32_t, kMost>());
+  }
+  if (begin < end) body(begin, static_cast<int32_t>(end - begin));
+}
+
+// Draws 16 random bits for each of `count` elements from `begin`, which must be even, on.
+LRS_HOST_DEVICE void fill_random(uint32_t key, int64_t begin, int32_t count,
+                                 uint16_t* __restrict__ random) {
+  uint32_t pair_key = key_from(key, begin);
+  for (int32_t i = 0; i < count; i += 2, pair_key += kKeyStep) {
+    const uint32_t bits = random_pair(pair_key, 0);
+    random[i] = static_cast<uint16_t>(bits);
+    random[i + 1] = static_cast<uint16_t>(bits >> 16);
+  }
+}
+
+// Updates `count` elements from `begin` on. `random` may be null where nothing is rounded at
+// random.
 template <typename Update, int kNumStates, typename Param, typename State>
-void update_elements(const Update& update, const Elements& elements) {
+LRS_HOST_DEVICE void update_elements(const Update& update, const Elements& elements, int64_t begin,
+                                     int32_t count, const uint16_t* __restrict__ random) {
   using Value = typename Param::Value;
   using StateValue = typename State::Value;
-  const auto count = static_cast<int32_t>(elements.range.end - elements.range.begin);
-  const int64_t begin = elements.range.begin;
-  const auto first = static_cast<uint32_t>(begin);
-  const uint32_t key = elements.random_key;
   const TensorEntry& entry = *elements.entry;
   Value* __restrict__ param = static_cast<Value*>(entry.param) + begin;
   const Value* __restrict__ grad = static_cast<const Value*>(elements.gradient) + begin;
@@ -37,10 +63,7 @@ void update_elements(const Update& update, const Elements& elements) {
   // GCC forgets __restrict__ when it inlines, and would compare addresses before each loop.
 #pragma GCC ivdep
   for (int32_t i = 0; i < count; ++i) {
-    uint32_t random = 0;
-    if constexpr (Param::kIsRandom || (State::kIsRandom && kNumStates > 0)) {
-      random = random_bits(key, first + static_cast<uint32_t>(i));
-    }
+    const uint32_t bits = kRoundsAtRandom<kNumStates, Param, State> ? random[i] : 0;
     int16_t low = 0;
     if constexpr (Param::kIsSplit) low = remainder[i];
     float value = Param::load(param[i], low);
@@ -49,57 +72,65 @@ void update_elements(const Update& update, const Elements& elements) {
     if constexpr (kNumStates > 1) state[1] = load(state1[i]);
     if constexpr (kNumStates > 2) state[2] = load(state2[i]);
     update.template apply<kNumStates, State::kType>(value, load(grad[i]), state);
-    if constexpr (kNumStates > 0) State::store(state0[i], state[0], state_random(random, 0));
-    if constexpr (kNumStates > 1) State::store(state1[i], state[1], state_random(random, 1));
-    if constexpr (kNumStates > 2) State::store(state2[i], state[2], 0);
-    Param::store(param[i], low, value, random & 0xffffu);
+    if constexpr (kNumStates > 0) State::store(state0[i], state[0], bits);
+    if constexpr (kNumStates > 1) State::store(state1[i], state[1], bits);
+    if constexpr (kNumStates > 2) State::store(state2[i], state[2], bits);
+    Param::store(param[i], low, value, bits);
     if constexpr (Param::kIsSplit) remainder[i] = low;
   }
 }
 
-// `largest` has the bits of the largest magnitude among the values.
-template <bool kIsRoot>
-LRS_HOST_DEVICE void encode_block(const float* __restrict__ values,
-                                  const uint32_t* __restrict__ random, int index, int32_t largest,
-                                  int32_t count, uint8_t* __restrict__ codes, float* scale) {
-  *scale = block_scale(static_cast<uint32_t>(largest));
-  const float factor = share_factor(*scale);
-  for (int32_t i = 0; i < count; ++i) {
-    codes[i] = Block8State::encode<kIsRoot>(values[i] * factor, state_random(random[i], index));
+template <typename Update, int kNumStates, typename Param, typename State>
+void update_all(const Update& update, const Elements& elements) {
+  const Range range = elements.range;
+  if constexpr (kRoundsAtRandom<kNumStates, Param, State>) {
+    alignas(64) uint16_t random[kBatch];
+    visit_parts<kBatch>(range.begin, range.end, [&](int64_t begin, auto count) {
+      fill_random(elements.random_key, begin, count, random);
+      update_elements<Update, kNumStates, Param, State>(update, elements, begin, count, random);
+    });
+  } else {
+    const auto count = static_cast<int32_t>(range.end - range.begin);
+    update_elements<Update, kNumStates, Param, State>(update, elements, range.begin, count,
+                                                      nullptr);
   }
 }
 
+// What is left to encode of a block of quantisation whose elements have been updated.
+template <int kNumStates>
+struct KeptBlock {
+  alignas(64) uint16_t random[kQuantBlock];
+  alignas(64) float states[kNumStates][kQuantBlock];
+  uint32_t largest[kNumStates];  // the bits of the largest magnitude
+};
+
 // The larger of two magnitudes as bits: for them, the order of floats is that of integers, and nan
 // is above infinity.
-LRS_HOST_DEVICE int32_t larger_magnitude(int32_t largest, float value) {
-  const auto magnitude = static_cast<int32_t>(to_bits(value) & 0x7fffffffu);
+template <bool kIsRoot>
+LRS_HOST_DEVICE uint32_t larger_magnitude(uint32_t largest, float value) {
+  const uint32_t magnitude = kIsRoot ? to_bits(value) : to_bits(value) & 0x7fffffffu;
   return magnitude > largest ? magnitude : largest;
 }
 
-// Updates the elements of one block of quantisation, of which `count` exist.
+// Updates the `count` elements of the block that begins at `begin`.
 template <typename Update, int kNumStates, typename Param>
 LRS_HOST_DEVICE void update_block(const Update& update, const Elements& elements, int64_t begin,
-                                  int32_t count) {
+                                  int32_t count, KeptBlock<kNumStates>& kept) {
   using Value = typename Param::Value;
   constexpr bool kIsRoot1 = Update::kRootState == 1;
   const TensorEntry& entry = *elements.entry;
-  const uint32_t key = elements.random_key;
-  const auto first = static_cast<uint32_t>(begin);
   const int64_t block = begin / kQuantBlock;
   Value* __restrict__ param = static_cast<Value*>(entry.param) + begin;
   const Value* __restrict__ grad = static_cast<const Value*>(elements.gradient) + begin;
   int16_t* __restrict__ remainder = array_at<int16_t>(entry.remainder, begin);
-  uint8_t* __restrict__ codes0 = array_at<uint8_t>(entry.states[0], begin);
-  uint8_t* __restrict__ codes1 = array_at<uint8_t>(entry.states[1], begin);
+  const uint8_t* __restrict__ codes0 = array_at<uint8_t>(entry.states[0], begin);
+  const uint8_t* __restrict__ codes1 = array_at<uint8_t>(entry.states[1], begin);
   const float scale0 = entry.scales[0][block];
   const float scale1 = kNumStates > 1 ? entry.scales[1][block] : 0.0f;
-  alignas(64) uint32_t random[kQuantBlock];
-  alignas(64) float kept0[kQuantBlock];
-  alignas(64) float kept1[kQuantBlock];
-  int32_t largest0 = 0, largest1 = 0;
+  fill_random(elements.random_key, begin, count, kept.random);
+  uint32_t largest0 = 0, largest1 = 0;
 #pragma GCC ivdep
   for (int32_t i = 0; i < count; ++i) {
-    random[i] = random_bits(key, first + static_cast<uint32_t>(i));
     int16_t low = 0;
     if constexpr (Param::kIsSplit) low = remainder[i];
     float value = Param::load(param[i], low);
@@ -107,32 +138,61 @@ LRS_HOST_DEVICE void update_block(const Update& update, const Elements& elements
     state[0] = Block8State::decode<false>(codes0[i], scale0);
     if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes1[i], scale1);
     update.template apply<kNumStates, StateType::kBlock8>(value, load(grad[i]), state);
-    kept0[i] = state[0];
-    largest0 = larger_magnitude(largest0, kept0[i]);
+    kept.states[0][i] = state[0];
+    largest0 = larger_magnitude<false>(largest0, state[0]);
     if constexpr (kNumStates > 1) {
-      kept1[i] = state[1];
-      largest1 = larger_magnitude(largest1, kept1[i]);
+      kept.states[1][i] = state[1];
+      largest1 = larger_magnitude<kIsRoot1>(largest1, state[1]);
     }
-    Param::store(param[i], low, value, random[i] & 0xffffu);
+    Param::store(param[i], low, value, kept.random[i]);
     if constexpr (Param::kIsSplit) remainder[i] = low;
   }
-  encode_block<false>(kept0, random, 0, largest0, count, codes0, entry.scales[0] + block);
+  kept.largest[0] = largest0;
+  if constexpr (kNumStates > 1) kept.largest[1] = largest1;
+}
+
+template <typename Update, int kNumStates>
+LRS_HOST_DEVICE void encode_block(const TensorEntry& entry, int64_t begin, int32_t count,
+                                  const KeptBlock<kNumStates>& kept) {
+  constexpr bool kIsRoot1 = Update::kRootState == 1;
+  const int64_t block = begin / kQuantBlock;
+  uint8_t* __restrict__ codes0 = array_at<uint8_t>(entry.states[0], begin);
+  uint8_t* __restrict__ codes1 = array_at<uint8_t>(entry.states[1], begin);
+  const float scale0 = block_scale<false>(kept.largest[0]);
+  const float factor0 = multiple_factor(scale0);
+  float factor1 = 0.0f;
+  entry.scales[0][block] = scale0;
   if constexpr (kNumStates > 1) {
-    encode_block<kIsRoot1>(kept1, random, 1, largest1, count, codes1, entry.scales[1] + block);
+    const float scale1 = block_scale<kIsRoot1>(kept.largest[1]);
+    factor1 = multiple_factor(scale1);
+    entry.scales[1][block] = scale1;
+  }
+#pragma GCC ivdep
+  for (int32_t i = 0; i < count; ++i) {
+    const uint32_t bits = kept.random[i];
+    codes0[i] = Block8State::encode<false>(kept.states[0][i] * factor0, bits) >> 24;
+    if constexpr (kNumStates > 1) {
+      codes1[i] = Block8State::encode<kIsRoot1>(kept.states[1][i] * factor1, bits) >> 24;
+    }
   }
 }
 
-// As update_elements for block-quantised states: block by block, because a block's scale is known
-// only when all of it has been updated.
+// As update_all for block-quantised states: a block's scale is known only when all of it has been
+// updated.
 template <typename Update, int kNumStates, typename Param>
 void update_blocks(const Update& update, const Elements& elements) {
-  int64_t begin = elements.range.begin;
-  for (; begin + kQuantBlock <= elements.range.end; begin += kQuantBlock) {
-    update_block<Update, kNumStates, Param>(update, elements, begin, kQuantBlock);
-  }
-  if (begin < elements.range.end) {
-    const auto count = static_cast<int32_t>(elements.range.end - begin);
-    update_block<Update, kNumStates, Param>(update, elements, begin, count);
+  KeptBlock<kNumStates> kept[kBatch / kQuantBlock];
+  const int64_t end = elements.range.end;
+  for (int64_t batch = elements.range.begin; batch < end; batch += kBatch) {
+    const int64_t batch_end = batch + kBatch < end ? batch + kBatch : end;
+    visit_parts<kQuantBlock>(batch, batch_end, [&](int64_t begin, auto count) {
+      update_block<Update, kNumStates, Param>(update, elements, begin, count,
+                                              kept[(begin - batch) / kQuantBlock]);
+    });
+    visit_parts<kQuantBlock>(batch, batch_end, [&](int64_t begin, auto count) {
+      encode_block<Update, kNumStates>(*elements.entry, begin, count,
+                                       kept[(begin - batch) / kQuantBlock]);
+    });
   }
 }
 
@@ -143,7 +203,7 @@ void update_params(const Update& update, const Elements& elements, bool rounds_s
     if constexpr (State::kType == StateType::kBlock8 && kNumStates > 0) {
       update_blocks<Update, kNumStates, Param>(update, elements);
     } else {
-      update_elements<Update, kNumStates, Param, State>(update, elements);
+      update_all<Update, kNumStates, Param, State>(update, elements);
     }
   };
   switch (elements.entry->dtype) {

@@ -47,7 +47,10 @@ struct Arrays {
       addresses[2 + kNumStates] = reinterpret_cast<uint64_t>(remainder);
       bytes[2 + kNumStates] = sizeof(int16_t);
     }
-    return vector_range({0, count}, lane, addresses, bytes);
+    const Range vector = vector_range({0, count}, lane, addresses, bytes);
+    // Random bits are drawn for two elements at once.
+    if (kRoundsAtRandom<kNumStates, Param, State> && vector.begin % 2 != 0) return {count, count};
+    return vector;
   }
 };
 
@@ -87,7 +90,7 @@ struct ParamLane {
                                         uint32_t random) {
     float value = Param::load(param[i], remainder[i]);
     update.template apply<kNumStates, kStateType>(value, lrs::load(grad[i]), state);
-    Param::store(param[i], remainder[i], value, random & 0xffffu);
+    Param::store(param[i], remainder[i], value, random);
   }
 };
 
@@ -97,6 +100,13 @@ __host__ __device__ constexpr int lane_of() {
   constexpr int kParam = sizeof(typename Param::Value);
   constexpr int kState = kNumStates > 0 ? sizeof(typename State::Value) : 0;
   return 16 / (kState > kParam ? kState : kParam);
+}
+
+// Draws random bits for two elements, the first of which is even.
+__device__ __forceinline__ void draw(uint32_t& even, uint32_t& odd, uint32_t key, int element) {
+  const uint32_t pair = random_pair(key, element / 2);
+  even = pair & 0xffffu;
+  odd = pair >> 16;
 }
 
 // Updates kLane elements of a chunk from `begin` on; `key` counts from the chunk's first.
@@ -112,22 +122,22 @@ __device__ __forceinline__ void update_lane(const Update& update,
   for (int s = 0; s < kNumStates; ++s) {
     copy_lane<kLane>(state_lanes[s], global(arrays.states[s] + begin));
   }
+  uint32_t random[kLane] = {};
 #pragma unroll
   for (int i = 0; i < kLane; ++i) {
-    uint32_t random = 0;
-    if constexpr (Param::kIsRandom || (State::kIsRandom && kNumStates > 0)) {
-      random = random_bits(key, begin + i);
+    if constexpr (kRoundsAtRandom<kNumStates, Param, State>) {
+      if constexpr (kLane == 1) {
+        random[i] = random_bits(key, begin);
+      } else if (i % 2 == 0) {
+        draw(random[i], random[i + 1], key, begin + i);
+      }
     }
     float state[kMaxStates];
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) state[s] = load(state_lanes[s][i]);
-    lane.template apply<kNumStates, State::kType>(update, i, state, random);
+    lane.template apply<kNumStates, State::kType>(update, i, state, random[i]);
 #pragma unroll
-    for (int s = 0; s < kNumStates; ++s) {
-      // More states than that are float32, which needs no random bits.
-      const uint32_t share = s < kMaxCompressedStates ? state_random(random, s) : 0;
-      State::store(state_lanes[s][i], state[s], share);
-    }
+    for (int s = 0; s < kNumStates; ++s) State::store(state_lanes[s][i], state[s], random[i]);
   }
   lane.store(arrays, begin);
 #pragma unroll
@@ -163,12 +173,9 @@ __device__ __forceinline__ void update_elements(const Update& update, const Tens
 constexpr int kElements = kQuantBlock / kWarp;
 static_assert(kElements == 4);
 
-// The bytes number kByte of four words.
-template <int kByte>
-__device__ __forceinline__ uint32_t bytes_of(const uint32_t (&words)[kElements]) {
-  constexpr unsigned kPair = kByte | (kByte + 4) << 4;
-  const uint32_t low = __byte_perm(words[0], words[1], kPair);
-  const uint32_t high = __byte_perm(words[2], words[3], kPair);
+__device__ __forceinline__ uint32_t top_bytes(const uint32_t (&words)[kElements]) {
+  const uint32_t low = __byte_perm(words[0], words[1], 0x73);
+  const uint32_t high = __byte_perm(words[2], words[3], 0x73);
   return __byte_perm(low, high, 0x5410);
 }
 
@@ -183,27 +190,22 @@ __device__ __forceinline__ void decode(uint32_t word, float scale, float (&state
 // Encodes the elements of one state that a warp holds, and writes the scale of their block.
 template <bool kIsRoot>
 __device__ __forceinline__ uint32_t encode(const float (&state)[kElements],
-                                           const uint32_t (&random)[kElements], int index,
-                                           float* scale) {
+                                           const uint32_t (&random)[kElements], float* scale) {
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    const uint32_t magnitude = to_bits(state[i]) & 0x7fffffffu;
+    const uint32_t magnitude = kIsRoot ? to_bits(state[i]) : to_bits(state[i]) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
-  const float block = block_scale(__reduce_max_sync(0xffffffffu, largest));
-  const float factor = share_factor(block);
+  const float block = block_scale<kIsRoot>(__reduce_max_sync(0xffffffffu, largest));
+  const float factor = multiple_factor(block);
   if (threadIdx.x % kWarp == 0) *scale = block;
-  uint32_t codes[kElements], shares[kElements];
+  uint32_t codes[kElements];
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    const float share = state[i] * factor;
-    const uint32_t bits = state_random(random[i], index);
-    shares[i] = to_bits(share);
-    codes[i] = kIsRoot ? encode_root(share, bits) : magnitude_code(share, bits);
+    codes[i] = Block8State::encode<kIsRoot>(state[i] * factor, random[i]);
   }
-  if constexpr (kIsRoot) return bytes_of<0>(codes);
-  return (bytes_of<0>(codes) & 0x7f7f7f7fu) | (bytes_of<3>(shares) & 0x80808080u);
+  return top_bytes(codes);
 }
 
 // Updates a block of quantisation by one warp: four elements a thread, neighbours where kVector,
@@ -249,7 +251,13 @@ __device__ __forceinline__ void update_block(const Update& update,
   if constexpr (kNumStates > 1) decode<kIsRoot1>(codes[1], *scale(1), states[1]);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    random[i] = random_bits(key, mine + i * kStride);
+    if constexpr (!kVector) {
+      // All of a thread's elements are even, or all odd.
+      const uint32_t pair = random_pair(key, mine / 2 + i * (kWarp / 2));
+      random[i] = pair >> (thread % 2 * 16) & 0xffffu;
+    } else if (i % 2 == 0) {
+      draw(random[i], random[i + 1], key, mine + i);
+    }
     float state[kMaxStates];
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) state[s] = states[s][i];
@@ -258,8 +266,8 @@ __device__ __forceinline__ void update_block(const Update& update,
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) states[s][i] = exists ? state[s] : 0.0f;
   }
-  codes[0] = encode<false>(states[0], random, 0, scale(0));
-  if constexpr (kNumStates > 1) codes[1] = encode<kIsRoot1>(states[1], random, 1, scale(1));
+  codes[0] = encode<false>(states[0], random, scale(0));
+  if constexpr (kNumStates > 1) codes[1] = encode<kIsRoot1>(states[1], random, scale(1));
   if constexpr (kVector) {
     lane.store(arrays, mine);
 #pragma unroll

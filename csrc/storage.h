@@ -125,13 +125,13 @@ LRS_HOST_DEVICE void split(float value, BFloat16& high, int16_t& low) {
   low = static_cast<int16_t>(bits & 0xffffu);
 }
 
-// 8-bit floats for numbers in [-1, 1] that are shares of the largest one in their block: 4 bits of
-// exponent down to 2^-15, the rest mantissa, 0 is 0. They round stochastically: a moving average
-// that moves by less than a rounding step each time would otherwise never move. `random` has 8
-// random bits, whose last place stands for a half.
+// 8-bit codes of numbers that are multiples of their block's scale. They are cut out of a float
+// from 2^-15 to 2, the low 4 bits of its exponent and the top of its mantissa, and stand in the top
+// byte of a word. They round stochastically: a moving average that moves by less than a rounding
+// step each time would otherwise never move. `random` has 16 random bits. The code of nan may be
+// any: the scale of its block is nan too. Codes are read from byte number kByte of a word.
 
-// The code of a share of nan may be any: the scale of its block is nan too. Codes are read from
-// byte number kByte of a word.
+inline constexpr uint32_t kCodeBase = 0x38000000u;  // the bits of 2^-15, of which the code is 0
 
 template <int kLeft>
 LRS_HOST_DEVICE uint32_t shifted(uint32_t word) {
@@ -142,51 +142,48 @@ LRS_HOST_DEVICE uint32_t shifted(uint32_t word) {
   }
 }
 
-// Sign, exponent and 3 bits of mantissa. The code without its sign, in the low 7 bits of the
-// result:
-LRS_HOST_DEVICE uint32_t magnitude_code(float share, uint32_t random) {
-  constexpr int32_t kBias = (127 << 3) - 127;  // the code of 1 is 127
-  const uint32_t magnitude = to_bits(share) & 0x7fffffffu;
-  const int32_t code = static_cast<int32_t>((magnitude + (random << 12) + 0x800u) >> 20) - kBias;
-  return static_cast<uint32_t>(code < 0 ? 0 : code);
-}
-
-LRS_HOST_DEVICE uint8_t encode_signed(float share, uint32_t random) {
-  const uint32_t sign = to_bits(share) >> 24 & 0x80u;
-  return static_cast<uint8_t>(sign | (magnitude_code(share, random) & 0x7fu));
+// Sign, exponent and 3 bits of mantissa of a number that was moved away from 0 by 2^-15: so 0 is 0,
+// and the numbers around it are evenly spaced.
+LRS_HOST_DEVICE uint32_t encode_signed(float multiple, uint32_t random) {
+  const float moved = multiple + from_bits((to_bits(multiple) & 0x80000000u) | kCodeBase);
+  const uint32_t bits = to_bits(moved) + (random << 4);
+  return (bits & 0x80000000u) | (bits << 4 & 0x7fffffffu);
 }
 
 template <int kByte = 0>
 LRS_HOST_DEVICE float decode_signed(uint32_t word) {
-  constexpr uint32_t kBias = (127 << 3) - 127;
-  const uint32_t magnitude = shifted<20 - 8 * kByte>(word) & 0x07f00000u;
-  const uint32_t bits = magnitude == 0 ? 0u : magnitude + (kBias << 20);
-  return from_bits(bits | (word << (24 - 8 * kByte) & 0x80000000u));
+  const uint32_t magnitude = (shifted<20 - 8 * kByte>(word) & 0x07f00000u) | kCodeBase;
+  const uint32_t sign = shifted<24 - 8 * kByte>(word) & 0x80000000u;
+  return from_bits(to_bits(from_bits(magnitude) - from_bits(kCodeBase)) | sign);
 }
 
-// Exponent and 4 bits of mantissa, for roots of second moments: in the low 8 bits of the result.
-// What is not 0 stays so: it divides.
-LRS_HOST_DEVICE uint32_t encode_root(float share, uint32_t random) {
-  constexpr int32_t kBias = (127 << 4) - 255;  // the code of 1 is 255
-  const auto code = static_cast<int32_t>((to_bits(share) + (random << 11) + 0x400u) >> 19) - kBias;
-  const int32_t least = share > 0.0f ? 1 : 0;
-  return static_cast<uint32_t>(code < least ? least : code);
+// Exponent and 4 bits of mantissa, for roots of second moments. None is 0, for they divide.
+LRS_HOST_DEVICE uint32_t encode_root(float multiple, uint32_t random) {
+  const auto bits = static_cast<int32_t>(to_bits(multiple) + (random << 3));
+  constexpr auto kLeast = static_cast<int32_t>(kCodeBase);
+  return static_cast<uint32_t>(bits < kLeast ? kLeast : bits) << 5;
 }
 
 template <int kByte = 0>
 LRS_HOST_DEVICE float decode_root(uint32_t word) {
-  constexpr uint32_t kBias = (127 << 4) - 255;
-  const uint32_t magnitude = shifted<19 - 8 * kByte>(word) & 0x07f80000u;
-  return from_bits(magnitude == 0 ? 0u : magnitude + (kBias << 19));
+  return from_bits((shifted<19 - 8 * kByte>(word) & 0x07f80000u) | kCodeBase);
 }
 
-// The scale of a block whose largest magnitude has the given bits, and by what its numbers become
-// shares. Blocks whose reciprocal would overflow are flushed to 0; nan and infinity poison theirs.
+// The scale of a block whose largest magnitude has the given bits: the smallest power of 2 with
+// which that is below the largest code, so that rounding up stays within the codes. What has no
+// such power, nan and infinity poison their block.
+template <bool kIsRoot>
 LRS_HOST_DEVICE float block_scale(uint32_t magnitude) {
-  return magnitude < 0x03800000u ? 0.0f : from_bits(magnitude);  // 2^-120
+  constexpr uint32_t kLargest = kIsRoot ? 0x3ff80000u : 0x3fefff00u;  // 1.9375 or 1.875 - 2^-15
+  constexpr uint32_t kCarry = 0x40000000u - kLargest;
+  const bool is_finite = magnitude < 0x7f000000u - kCarry;
+  return from_bits(is_finite ? (magnitude + kCarry) & 0x7f800000u : 0x7f800000u);
 }
 
-LRS_HOST_DEVICE float share_factor(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
+// 1 / scale, by which numbers become multiples; any number for 0 and infinity.
+LRS_HOST_DEVICE float multiple_factor(float scale) {
+  return from_bits(0x7f000000u - to_bits(scale));
+}
 
 }  // namespace LRS_ISA
 }  // namespace lrs

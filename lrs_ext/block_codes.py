@@ -1,9 +1,10 @@
 """Block-quantised numbers and random bits in plain torch: csrc/storage.h and csrc/random_bits.h.
 
 For checkpoints and the reference backend; kernels have their own. A block is 128 elements in the
-order in which they lie in memory, with one float32 scale, its largest magnitude. An element is an
-8-bit float: its share of the scale with 4 bits of exponent, down to 2^-15, and a sign and 3 bits of
-mantissa, or, for the roots of second moments, 4 bits of mantissa.
+order in which they lie in memory, with one float32 scale, a power of 2, of which they are
+multiples. A code has the low 4 bits of the exponent of a float from 2^-15 to 2 and the top of its
+mantissa: a sign and 3 bits of mantissa for a number that was moved away from 0 by 2^-15, so that 0
+is 0, or 4 bits for the root of a second moment.
 """
 
 from __future__ import annotations
@@ -14,71 +15,76 @@ from torch import Tensor
 from lrs_ext import ops
 from lrs_ext.layout import memory_order
 
-NEAREST = 127  # in place of 8 random bits
+_NEAREST = 0x8000  # in place of 16 random bits
+_CODE_BASE = 0x38000000  # the bits of 2^-15, of which the code is 0
+_OFFSET = 2.0**-15
+_CARRIES = {False: 0x100100, True: 0x080000}  # from the largest multiple to 2, in bits
 
 
 def num_blocks(numel: int) -> int:
     return -(-numel // ops.QUANT_BLOCK)
 
 
-def encode(values: Tensor, is_root: bool, random: Tensor | int = NEAREST) -> tuple[Tensor, Tensor]:
-    """Quantises numbers; means of squares through their roots.
+def encode(values: Tensor, is_root: bool, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises numbers as the kernels do; means of squares through their roots.
 
     Args:
         values: float32, dense.
-        random: 8 random bits for each element, int64, in the order of memory.
+        random: 16 random bits for each element, int64, in the order of memory.
 
     Returns:
         The codes, uint8, laid out as `values`, and the scales, float32, shape (blocks,).
     """
-    kept = memory_order(values)
-    kept = kept.sqrt() if is_root else kept
-    blocks = num_blocks(kept.numel())
-    padded = torch.nn.functional.pad(kept, (0, blocks * ops.QUANT_BLOCK - kept.numel()))
-    magnitudes = padded.view(torch.int32) & 0x7FFFFFFF
-    scales = _block_max(magnitudes.view(blocks, ops.QUANT_BLOCK))
-    scales = torch.where(scales < 0x03800000, 0, scales).view(torch.float32)
-    factors = torch.where(scales == 0, 0.0, 1.0 / scales)
-    shares = kept * factors.repeat_interleave(ops.QUANT_BLOCK)[: kept.numel()]
-    bits = shares.view(torch.int32).long() & 0xFFFFFFFF
-    if is_root:
-        words = (((bits + (random << 11) + 0x400) & 0xFFFFFFFF) >> 19) - ((127 << 4) - 255)
-        words = torch.maximum(words, (shares > 0).long()) & 0xFF
-    else:
-        words = (((bits & 0x7FFFFFFF) + (random << 12) + 0x800) >> 20) - ((127 << 3) - 127)
-        words = (words.clamp(min=0) & 0x7F) | (bits >> 24 & 0x80)
-    codes = torch.empty_like(values, dtype=torch.uint8)
-    memory_order(codes).copy_(words)
+    scales = _scales(values, is_root)
+    return _encoded(values, scales, is_root, random), scales
+
+
+def encode_nearest(values: Tensor, is_root: bool) -> tuple[Tensor, Tensor]:
+    """As `encode`, but to nearest; what `decode` returned is kept as it is."""
+    scales = _scales(values, is_root)
+    codes = _encoded(values, scales, is_root, _NEAREST)
+    # Rounding may have moved the largest number of a block, and with it the scale, by a power of 2.
+    for factor in (0.5, 2.0):
+        others = scales * factor
+        other_codes = _encoded(values, others, is_root, _NEAREST)
+        is_better = _are_kept(values, other_codes, others, is_root)
+        is_better &= ~_are_kept(values, codes, scales, is_root)
+        scales = torch.where(is_better, others, scales)
+        chosen = _spread(is_better, values.numel())
+        memory_order(codes).copy_(
+            torch.where(chosen, memory_order(other_codes), memory_order(codes))
+        )
     return codes, scales
 
 
 def decode(codes: Tensor, scales: Tensor, is_root: bool) -> Tensor:
-    """Returns the numbers that `encode` was given, as far as it kept them: float32."""
+    """Returns the numbers that codes stand for: float32."""
     words = memory_order(codes).long()
-    magnitude = words if is_root else words & 0x7F
-    shift, bias = (19, (127 << 4) - 255) if is_root else (20, (127 << 3) - 127)
-    bits = torch.where(magnitude == 0, 0, (magnitude + bias) << shift)
-    shares = bits.int().view(torch.float32)
-    if not is_root:
-        shares = torch.where(words >= 0x80, -shares, shares)
-    numbers = shares * scales.repeat_interleave(ops.QUANT_BLOCK)[: words.numel()]
+    if is_root:
+        multiples = ((words << 19) | _CODE_BASE).int().view(torch.float32)
+    else:
+        multiples = ((words & 0x7F) << 20 | _CODE_BASE).int().view(torch.float32) - _OFFSET
+        multiples = torch.where(words >= 0x80, -multiples, multiples)
+    numbers = multiples * _spread(scales, words.numel())
     values = torch.empty_like(codes, dtype=torch.float32)
     memory_order(values).copy_(numbers * numbers if is_root else numbers)
     return values
 
 
-def random_words(step: Tensor, tensor: int, numel: int) -> Tensor:
-    """Returns 32 random bits for each element of a tensor in one step: int64, shape (numel,).
+def random_bits(step: Tensor, tensor: int, numel: int) -> Tensor:
+    """Returns 16 random bits for each element of a tensor in one step: int64, shape (numel,).
 
     Args:
         step: int64, 0-d: committed updates.
         tensor: the row of the step table.
     """
     index = torch.arange(numel, device=step.device)
+    pair = index >> 1
     key = _scrambled((step & 0xFFFFFFFF) + 0x9E3779B9)
     key = _scrambled(key ^ (step >> 32))
-    key = _scrambled(key + tensor) ^ _scrambled(index >> 32)
-    return _scrambled((index & 0xFFFFFFFF) * 0x9E3779B9 + key)
+    key = _scrambled(key + tensor) ^ _scrambled(pair >> 32)
+    words = _scrambled((pair & 0xFFFFFFFF) * 0x9E3779B9 + key)
+    return words >> (index % 2 * 16) & 0xFFFF
 
 
 def _scrambled(bits: Tensor) -> Tensor:
@@ -88,7 +94,46 @@ def _scrambled(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 16)
 
 
-def _block_max(magnitudes: Tensor) -> Tensor:
-    if magnitudes.numel() == 0:
-        return magnitudes.new_zeros(len(magnitudes))
-    return magnitudes.amax(1)
+def _scales(values: Tensor, is_root: bool) -> Tensor:
+    kept = memory_order(values)
+    magnitudes = _bits(kept.sqrt() if is_root else kept) & 0x7FFFFFFF
+    largest = _of_blocks(magnitudes, 0).amax(1)
+    carry = _CARRIES[is_root]
+    bits = torch.where(largest < 0x7F000000 - carry, largest + carry & 0x7F800000, 0x7F800000)
+    return bits.int().view(torch.float32)
+
+
+def _encoded(values: Tensor, scales: Tensor, is_root: bool, random: Tensor | int) -> Tensor:
+    kept = memory_order(values)
+    factors = (0x7F000000 - _bits(scales)).int().view(torch.float32)
+    multiples = (kept.sqrt() if is_root else kept) * _spread(factors, kept.numel())
+    if is_root:
+        words = (_bits(multiples) + (random << 3)).clamp(min=_CODE_BASE) >> 19 & 0xFF
+    else:
+        moved = multiples + torch.full_like(multiples, _OFFSET).copysign(multiples)
+        bits = _bits(moved) + (random << 4)
+        words = (bits >> 24 & 0x80) | (bits >> 20 & 0x7F)
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    memory_order(codes).copy_(words)
+    return codes
+
+
+def _are_kept(values: Tensor, codes: Tensor, scales: Tensor, is_root: bool) -> Tensor:
+    """Returns for each block whether codes stand for exactly these numbers."""
+    are_same = decode(codes, scales, is_root) == values
+    return _of_blocks(memory_order(are_same).byte(), 1).amin(1).bool()
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32).long() & 0xFFFFFFFF
+
+
+def _of_blocks(elements: Tensor, filler: int) -> Tensor:
+    """Returns what elements have as a row for each block; what is missing of the last is filled."""
+    missing = -elements.numel() % ops.QUANT_BLOCK
+    return torch.nn.functional.pad(elements, (0, missing), value=filler).view(-1, ops.QUANT_BLOCK)
+
+
+def _spread(of_blocks: Tensor, numel: int) -> Tensor:
+    """Returns for each element what its block has."""
+    return of_blocks.repeat_interleave(ops.QUANT_BLOCK)[:numel]

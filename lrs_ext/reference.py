@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops
-from lrs_ext.block_codes import random_words
+from lrs_ext.block_codes import random_bits
 from lrs_ext.shards import WHOLE, Spread
 from lrs_ext.state_storage import Storage, unpacked, unpacked_param
 
@@ -223,7 +223,7 @@ class ReferenceTable:
                 lr=item.lr.double(),
                 hyper=item.hyper,
             )
-            random = random_words(self._step, item.position, value.numel())
+            random = random_bits(self._step, item.position, value.numel())
             self._storage.pack(item.param, item.state, value, state, random)
         if commits_step:
             self._step.add_(1)

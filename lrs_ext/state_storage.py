@@ -193,7 +193,7 @@ class Storage:
         Args:
             value: the parameter, float32.
             numbers: the states, float32.
-            random: 32 random bits for each element in the order of memory, int64.
+            random: 16 random bits for each element in the order of memory, int64.
         """
         if REMAINDER in state:
             bits = _bits(value)
@@ -201,17 +201,16 @@ class Storage:
             memory_order(state[REMAINDER]).copy_(_int16(bits & 0xFFFF))
             memory_order(param).view(torch.int16).copy_(_int16((bits + 0x8000) >> 16))
         elif self.stochastic_rounding and param.dtype == torch.bfloat16:
-            _round_stochastically(param, value, random & 0xFFFF)
+            _round_stochastically(param, value, random)
         else:
             param.copy_(value)
-        for index, (name, number) in enumerate(numbers.items()):
-            share = random >> (16 + 8 * index) & 0xFF
+        for name, number in numbers.items():
             if state[name].dtype == torch.uint8:
-                codes, scales = block_codes.encode(number, _is_root(name), share)
+                codes, scales = block_codes.encode(number, _is_root(name), random)
                 state[name].copy_(codes)
                 state[name + _SCALE_SUFFIX].copy_(scales)
             elif state[name].dtype == torch.bfloat16:
-                _round_stochastically(state[name], number, share << 8 | 0x80)
+                _round_stochastically(state[name], number, random)
             else:
                 state[name].copy_(number)
 
@@ -237,7 +236,8 @@ class Storage:
             scale = None
         if self.state_dtype == torch.uint8 and scale is None:
             values = checked_state(param, name, value, torch.float32)
-            state[name], state[name + _SCALE_SUFFIX] = block_codes.encode(values, _is_root(name))
+            codes, scales = block_codes.encode_nearest(values, _is_root(name))
+            state[name], state[name + _SCALE_SUFFIX] = codes, scales
             return
         state[name] = checked_state(param, name, value, self.state_dtype)
         if scale is not None:

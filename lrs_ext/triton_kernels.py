@@ -27,7 +27,6 @@ from lrs_ext.triton_storage import (
     random_key,
     rounded_stochastically,
     split,
-    state_random,
     store_state,
 )
 from lrs_ext.triton_updates import (
@@ -110,7 +109,6 @@ def update_piece(
     pointers = [pointers_of(array, start, lanes, LANE) for array in arrays]
     mask = None if LANE > 1 else lanes < (end - start).to(tl.int32)
     scale_pointers = [scale + (start + lanes) // QUANT_BLOCK for scale in scales]
-    random = random_bits(key, start + lanes)
     param = tl.load(pointers[0], mask)
     if PARAM_KIND == SPLIT:
         value = join(param, tl.load(pointers[len(arrays) - 1], mask))
@@ -122,12 +120,13 @@ def update_piece(
         scale = scale_pointers[i] if STATE_TYPE == BLOCK8_STATE else None
         states += (load_state(pointers[2 + i], scale, mask, STATE_TYPE, i == ROOT_STATE),)
     new_value, new_states = APPLY(update, value, grad, states)
+    random = random_bits(key, start, lanes)
     if PARAM_KIND == SPLIT:
         high, low = split(new_value)
         tl.store(pointers[0], high, mask)
         tl.store(pointers[len(arrays) - 1], low, mask)
     elif PARAM_KIND == STOCHASTIC:
-        tl.store(pointers[0], rounded_stochastically(new_value, random & 0xFFFF), mask)
+        tl.store(pointers[0], rounded_stochastically(new_value, random), mask)
     else:
         tl.store(pointers[0], new_value.to(param.dtype), mask)
     for i in tl.static_range(NUM_STATES):
@@ -136,7 +135,7 @@ def update_piece(
             pointers[2 + i],
             scale,
             new_states[i],
-            state_random(random, i),
+            random,
             mask,
             STATE_TYPE,
             i == ROOT_STATE,
@@ -368,6 +367,13 @@ STATE_TYPES = {"float32": FLOAT32_STATE, "bfloat16": BFLOAT16_STATE, "block8": B
 PARAM_KINDS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "split": SPLIT}
 
 
+def launch_options(state_type: str) -> dict[str, Any]:
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}  # the bits of the other backends
+    if state_type == "block8" and not torch.version.hip:
+        options["maxnreg"] = 80  # by itself ptxas would spill one register for this number
+    return options
+
+
 def step(
     algorithm: str,
     *,
@@ -416,6 +422,5 @@ def step(
             STATE_TYPES[state_type],
             PARAM_KINDS[param_kind],
             commits_step,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,  # the bits of the other backends
+            **launch_options(state_type),
         )

@@ -1,6 +1,6 @@
 """Storage types of the Triton backend: csrc/storage.h and csrc/random_bits.h once more.
 
-Values in registers are float32; random bits are uint32, one word for each element.
+Values in registers are float32; random bits are uint32, of which the low 16 are for the element.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ FLOAT32_STATE = tl.constexpr(0)
 BFLOAT16_STATE = tl.constexpr(1)
 BLOCK8_STATE = tl.constexpr(2)
 QUANT_BLOCK = tl.constexpr(128)
+CODE_BASE = tl.constexpr(0x38000000)  # the bits of 2^-15, of which the code is 0
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit  # Triton is untyped
 
@@ -36,18 +37,16 @@ def random_key(step: tl.tensor, position: tl.tensor, first: tl.tensor) -> tl.ten
     key = scrambled(step.to(tl.uint32) + 0x9E3779B9)
     key = scrambled(key ^ (step >> 32).to(tl.uint32))
     key = scrambled(key + position.to(tl.uint32))
-    return key ^ scrambled((first >> 32).to(tl.uint32))
+    return key ^ scrambled((first >> 33).to(tl.uint32))
 
 
 @jit
-def random_bits(key: tl.tensor, index: tl.tensor) -> tl.tensor:
-    return scrambled(index.to(tl.uint32) * 0x9E3779B9 + key)
-
-
-@jit
-def state_random(random: tl.tensor, INDEX: tl.constexpr) -> tl.tensor:
-    # A third state is float32 and takes none.
-    return (random >> (16 + 8 * INDEX)) & 0xFF if INDEX < 2 else random
+def random_bits(key: tl.tensor, start: tl.tensor, lanes: tl.tensor) -> tl.tensor:
+    """Returns 16 random bits for each of the elements `start + lanes`: two share a word."""
+    lanes += (start & 1).to(tl.int32)
+    pairs = (start >> 1).to(tl.uint32) + (lanes >> 1).to(tl.uint32)
+    words = scrambled(pairs * 0x9E3779B9 + key)
+    return (words >> ((lanes & 1) * 16).to(tl.uint32)) & 0xFFFF
 
 
 @jit
@@ -102,36 +101,29 @@ def split(value: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @jit
-def encode_signed(share: tl.tensor, random: tl.tensor) -> tl.tensor:
-    BIAS: tl.constexpr = (127 << 3) - 127
-    bits = to_bits(share)
-    code = (((bits & 0x7FFFFFFF) + (random << 12) + 0x800) >> 20).to(tl.int32) - BIAS
-    code = tl.maximum(code, 0) & 0x7F
-    return (((bits >> 24) & 0x80) | code.to(tl.uint32)).to(tl.uint8)
+def encode_signed(multiple: tl.tensor, random: tl.tensor) -> tl.tensor:
+    sign = to_bits(multiple) & 0x80000000
+    bits = to_bits(multiple + from_bits(sign | CODE_BASE)) + (random << 4)
+    return (((bits >> 24) & 0x80) | ((bits >> 20) & 0x7F)).to(tl.uint8)
 
 
 @jit
 def decode_signed(code: tl.tensor) -> tl.tensor:
-    BIAS: tl.constexpr = (127 << 3) - 127
+    OFFSET: tl.constexpr = 2.0**-15
     word = code.to(tl.uint32)
-    magnitude = word & 0x7F
-    bits = tl.where(magnitude == 0, 0, (magnitude + BIAS) << 20)
-    return from_bits(bits.to(tl.uint32) | ((word & 0x80) << 24))
+    magnitude = from_bits(((word & 0x7F) << 20) | CODE_BASE) - OFFSET
+    return from_bits(to_bits(magnitude) | ((word & 0x80) << 24))
 
 
 @jit
-def encode_root(share: tl.tensor, random: tl.tensor) -> tl.tensor:
-    BIAS: tl.constexpr = (127 << 4) - 255
-    code = ((to_bits(share) + (random << 11) + 0x400) >> 19).to(tl.int32) - BIAS
-    code = tl.maximum(code, tl.where(share > 0.0, 1, 0))
-    return (code & 0xFF).to(tl.uint8)
+def encode_root(multiple: tl.tensor, random: tl.tensor) -> tl.tensor:
+    bits = (to_bits(multiple) + (random << 3)).to(tl.int32, bitcast=True)
+    return ((tl.maximum(bits, CODE_BASE) >> 19) & 0xFF).to(tl.uint8)
 
 
 @jit
 def decode_root(code: tl.tensor) -> tl.tensor:
-    BIAS: tl.constexpr = (127 << 4) - 255
-    word = code.to(tl.uint32)
-    return from_bits(tl.where(word == 0, 0, (word + BIAS) << 19).to(tl.uint32))
+    return from_bits((code.to(tl.uint32) << 19) | CODE_BASE)
 
 
 @jit
@@ -164,25 +156,26 @@ def store_state(
     IS_ROOT: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Stores a state; `random` has 8 random bits, and all of a block are in the piece."""
+    """Stores a state; all of a block are in the piece."""
     if STATE_TYPE == BLOCK8_STATE:
         kept = tl.sqrt_rn(state) if IS_ROOT else state
         if mask is not None:
             kept = tl.where(mask, kept, 0.0)
-        # Of non-negative floats, the order is that of their bits, nan above infinity.
+        # The order of magnitudes is that of their bits, nan above infinity; see block_scale.
+        CARRY: tl.constexpr = 0x080000 if IS_ROOT else 0x100100
         magnitudes = (to_bits(kept) & 0x7FFFFFFF).to(tl.int32)
         blocks = tl.reshape(magnitudes, (PIECE // QUANT_BLOCK, QUANT_BLOCK))
         largest = tl.max(blocks, 1, keep_dims=True)
         largest = tl.broadcast_to(largest, (PIECE // QUANT_BLOCK, QUANT_BLOCK))
-        largest = tl.reshape(largest, (PIECE,))
-        is_flushed = largest < 0x03800000
-        scale = tl.where(is_flushed, 0.0, from_bits(largest.to(tl.uint32)))
-        factor = tl.where(is_flushed, 0.0, tl.div_rn(1.0, tl.where(is_flushed, 1.0, scale)))
-        share = kept * factor
-        codes = encode_root(share, random) if IS_ROOT else encode_signed(share, random)
+        largest = tl.reshape(largest, (PIECE,)).to(tl.uint32)
+        is_finite = largest < 0x7F000000 - CARRY
+        scale_bits = tl.where(is_finite, (largest + CARRY) & 0x7F800000, 0x7F800000).to(tl.uint32)
+        scale = from_bits(scale_bits)
+        multiple = kept * from_bits(0x7F000000 - scale_bits)
+        codes = encode_root(multiple, random) if IS_ROOT else encode_signed(multiple, random)
         tl.store(pointers, codes, mask)
         tl.store(scales, scale, mask)  # the same number from each element of a block
     elif STATE_TYPE == BFLOAT16_STATE:
-        tl.store(pointers, rounded_stochastically(state, (random << 8) | 0x80), mask)
+        tl.store(pointers, rounded_stochastically(state, random), mask)
     else:
         tl.store(pointers, state, mask)

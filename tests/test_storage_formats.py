@@ -54,22 +54,34 @@ def test_a_split_parameter_shows_nan(backend):
 @pytest.mark.parametrize("is_root", [False, True])
 def test_every_code_is_the_number_that_the_format_says_and_is_encoded_to_itself(is_root):
     codes = torch.arange(256).to(torch.uint8)
-    scales = torch.tensor([3.0, 1e-30])
+    scales = torch.tensor([2.0, 2.0**-60])
     numbers = block_codes.decode(codes, scales, is_root)
     expected = reference.block_numbers(codes, scales, is_root)
     assert torch.equal(numbers.double(), expected.float().double())
-    # A block of its own with the largest code, so that the scales stay.
-    codes = torch.cat([codes[:127], codes[127:128], codes[129:], codes[255:]])
-    numbers = block_codes.decode(codes, torch.ones(2), is_root)
-    if is_root:
-        numbers[0], codes[0] = 1.0, 255
-    again, scales = block_codes.encode(numbers, is_root)
-    assert torch.equal(again, codes)
-    assert scales.tolist() == [1.0, 1.0]
+    again, same = block_codes.encode_nearest(numbers, is_root)
+    assert torch.equal(block_codes.decode(again, same, is_root), numbers)
+    if not is_root:  # a root may have a code with another scale too
+        assert torch.equal(again, codes)
+        assert torch.equal(same, scales)
+
+
+@pytest.mark.parametrize("is_root", [False, True])
+@pytest.mark.parametrize("numel", [0, 1, 300, 128 * 5000])
+def test_numbers_that_were_quantised_keep_their_codes(is_root, numel):
+    """Also where rounding has moved the largest of a block across a power of 2."""
+    numbers = torch.randn(numel) * 1e-3
+    values = numbers.square() if is_root else numbers
+    random = torch.randint(2**16, (numel,))
+    codes, scales = block_codes.encode(values, is_root, random)
+    kept = block_codes.decode(codes, scales, is_root)
+    again, same = block_codes.encode_nearest(kept, is_root)
+    assert torch.equal(block_codes.decode(again, same, is_root), kept)
+    assert is_root or torch.equal(same, scales)
 
 
 def test_kernels_decode_and_encode_every_signed_code(backend):
     codes = torch.arange(256).to(torch.uint8)
+    codes[127::128] -= 1  # with the largest codes, the scales would not stay
     param = leaf(torch.zeros(256), backend)
     opt = lrs_ext.SGD([param], lr=1.0, momentum=0.5, backend=backend.name, state_dtype=torch.uint8)
     param.grad = torch.zeros_like(param)
@@ -78,17 +90,16 @@ def test_kernels_decode_and_encode_every_signed_code(backend):
     state["momentum_buffer"].copy_(codes)
     state["momentum_buffer_scale"].fill_(4.0)
     opt.step()
-    shares = torch.cat([reference.SIGNED_SHARES, -reference.SIGNED_SHARES])
-    assert torch.equal(param.detach().cpu().double(), -2.0 * shares)
+    multiples = torch.cat([reference.SIGNED_MULTIPLES, -reference.SIGNED_MULTIPLES])
+    assert torch.equal(param.detach().cpu().double(), -2.0 * multiples[codes.long()])
     codes[128] = 0  # minus zero
     assert torch.equal(state["momentum_buffer"].cpu(), codes)
     assert state["momentum_buffer_scale"].tolist() == [2.0, 2.0]
 
 
 def test_kernels_decode_and_encode_every_root_code(backend):
-    codes = torch.cat([torch.arange(128), torch.arange(128, 256)])
-    codes[0] = 255  # each block has the largest code
-    codes = codes.to(torch.uint8)
+    codes = torch.arange(256).to(torch.uint8)
+    codes[0] = codes[255] = 254  # the scale of each block stays
     param = leaf(torch.zeros(256), backend)
     options = {"lr": 1.0, "betas": (0.0, 0.25), "weight_decay": 0.0}
     opt = lrs_ext.AdamW([param], backend=backend.name, state_dtype=torch.uint8, **options)
@@ -97,7 +108,6 @@ def test_kernels_decode_and_encode_every_root_code(backend):
     state = opt.state[param]
     for _ in range(2):
         state["exp_avg_sq"].copy_(codes)
-        # The largest code of the first block but the very first is 127.
         state["exp_avg_sq_scale"].fill_(4.0)
         opt.step()
         assert torch.equal(state["exp_avg_sq"].cpu(), codes)
@@ -116,21 +126,21 @@ def adam_state_after(backend, grad, **options):
     return param, opt
 
 
-def test_blocks_of_zeros_and_of_tiny_numbers_are_zero(backend):
-    grad = torch.ones(5 * 128)
-    grad[128:256] = 0.0
-    grad[256:384] = 2.0**-121  # no float32 is the reciprocal of much less
-    grad[384:512] = 2.0**-120
-    grad[512:] = -(2.0**127)
-    _, opt = adam_state_after(backend, grad)
+def test_scales_are_powers_of_2_from_the_smallest_float_to_the_largest(backend):
+    largest = [0.0, 1.0, 1.8749, 1.8750, 2.0**-126, 2.0**-120, 2.0**-149, 1.48e38, 1.8e38]
+    expected = [0.0, 1.0, 1.0, 2.0, 2.0**-126, 2.0**-120, 0.0, 2.0**126, torch.inf]
+    grad = torch.zeros(len(largest), 128)
+    grad[:, 5] = torch.tensor(largest)
+    grad[1:, 7] = -grad[1:, 5] / 2
+    _, opt = adam_state_after(backend, grad.flatten())
     [state] = opt.state.values()
-    scales = state["exp_avg_scale"].tolist()
-    assert scales == [1.0, 0.0, 0.0, 2.0**-120, 2.0**127]
+    assert state["exp_avg_scale"].tolist() == expected
     _, numbers = reference.kept_numbers(torch.zeros(1), state)
-    assert torch.equal(numbers["exp_avg"][:256], grad[:256].double())
-    assert not numbers["exp_avg"][256:384].any()
-    assert torch.equal(numbers["exp_avg"][384:], grad[384:].double())
-    assert state["exp_avg_sq_scale"].tolist()[:4] == [1.0, 0.0, 0.0, 0.0]  # squares underflow
+    kept = numbers["exp_avg"].view(grad.shape)
+    shown = [0, *range(1, 6), 7]
+    torch.testing.assert_close(kept[shown], grad[shown].double(), rtol=0.13, atol=0.0)
+    assert not kept[6].any()
+    assert not kept[8].isfinite().any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -144,10 +154,34 @@ def test_a_number_that_is_not_finite_poisons_its_block_visibly(backend, bad):
     assert torch.equal(param.isnan().cpu(), torch.arange(300) // 128 == 1)
 
 
-def test_roots_that_are_not_zero_stay_so(backend):
+def test_roots_next_to_larger_ones_are_not_zero(backend):
     grad = 10.0 ** torch.linspace(-15, 0, 256)
     grad[::128], grad[1::128] = 1.0, 0.0
     _, opt = adam_state_after(backend, grad)
     [state] = opt.state.values()
-    codes = state["exp_avg_sq"].cpu()
-    assert torch.equal(codes == 0, grad == 0)
+    _, numbers = reference.kept_numbers(torch.zeros(1), state)
+    assert torch.all(numbers["exp_avg_sq"].sqrt() >= 2.0**-15)
+    assert not numbers["exp_avg"][1::128].any()
+
+
+def test_small_changes_are_not_lost(backend):
+    """A ten thousandth of a number at a time, a thousandth of what two codes are apart."""
+    numbers = torch.full((128 * (8 if backend.interpreted else 64),), 0.3)
+    numbers[::128] = 1.0  # so that the scales stay
+    param = leaf(torch.zeros(len(numbers)), backend)
+    opt = lrs_ext.SGD(
+        [param], lr=0.0, momentum=0.9999, backend=backend.name, state_dtype=torch.uint8
+    )
+    param.grad = numbers.clone().to(backend.device)
+
+    def mean_after_step():
+        opt.step()
+        _, kept = reference.kept_numbers(param, opt.state[param])
+        return kept["momentum_buffer"][numbers < 1.0].mean().item()
+
+    first = mean_after_step()
+    param.grad.copy_(torch.where(numbers == 1.0, 1e-4, 0.0))
+    steps, tolerance = (20, 0.0015) if backend.interpreted else (1000, 0.006)  # four deviations
+    for _ in range(steps - 1):
+        opt.step()
+    assert mean_after_step() == pytest.approx(first * 0.9999**steps, rel=tolerance)
