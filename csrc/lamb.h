@@ -22,9 +22,9 @@ struct LAMB {
   bool adapts;
 
   static LRS_HOST_DEVICE LAMB fold(const double* hyper, double lr, double step, double grad_scale) {
-    const bool corrects = hyper[kBiasCorrection] != 0.0;
-    const double bias_correction1 = corrects ? 1.0 - integer_power(hyper[kBeta1], step) : 1.0;
-    const double bias_correction2 = corrects ? 1.0 - integer_power(hyper[kBeta2], step) : 1.0;
+    Powers powers{0.0, 0.0};
+    if (hyper[kBiasCorrection] != 0.0) powers = integer_powers(hyper[kBeta1], hyper[kBeta2], step);
+    const double bias_correction1 = 1.0 - powers.first, bias_correction2 = 1.0 - powers.second;
     LAMB update;
     update.lr = lr;
     update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);

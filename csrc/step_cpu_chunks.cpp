@@ -25,8 +25,8 @@ T* array_at(void* address, int64_t begin) {
 // the nearest cache, and so many that one block of quantisation need not wait for the one before.
 constexpr int32_t kBatch = 4 * kQuantBlock;
 
-// Calls body(begin, count) for parts of the elements of at most `most`; the count of most of them
-// is a constant that the compiler sees.
+// Calls body(begin, count) for parts of the elements; the count of all but the last may be a
+// constant that the compiler sees.
 template <int32_t kMost, typename Body>
 LRS_HOST_DEVICE void visit_parts(int64_t begin, int64_t end, const Body& body) {
   for (; begin + kMost <= end; begin += kMost) {
@@ -35,7 +35,8 @@ LRS_HOST_DEVICE void visit_parts(int64_t begin, int64_t end, const Body& body) {
   if (begin < end) body(begin, static_cast<int32_t>(end - begin));
 }
 
-// Draws 16 random bits for each of `count` elements from `begin`, which must be even, on.
+// Draws 16 random bits for each of `count` elements from `begin`, which must be even, on. There
+// must be room for an even number.
 LRS_HOST_DEVICE void fill_random(uint32_t key, int64_t begin, int32_t count,
                                  uint16_t* __restrict__ random) {
   uint32_t pair_key = key_from(key, begin);
@@ -104,13 +105,7 @@ struct KeptBlock {
   uint32_t largest[kNumStates];  // the bits of the largest magnitude
 };
 
-// The larger of two magnitudes as bits: for them, the order of floats is that of integers, and nan
-// is above infinity.
-template <bool kIsRoot>
-LRS_HOST_DEVICE uint32_t larger_magnitude(uint32_t largest, float value) {
-  const uint32_t magnitude = kIsRoot ? to_bits(value) : to_bits(value) & 0x7fffffffu;
-  return magnitude > largest ? magnitude : largest;
-}
+LRS_HOST_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 // Updates the `count` elements of the block that begins at `begin`.
 template <typename Update, int kNumStates, typename Param>
@@ -139,10 +134,10 @@ LRS_HOST_DEVICE void update_block(const Update& update, const Elements& elements
     if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes1[i], scale1);
     update.template apply<kNumStates, StateType::kBlock8>(value, load(grad[i]), state);
     kept.states[0][i] = state[0];
-    largest0 = larger_magnitude<false>(largest0, state[0]);
+    largest0 = larger(largest0, magnitude_bits<false>(state[0]));
     if constexpr (kNumStates > 1) {
       kept.states[1][i] = state[1];
-      largest1 = larger_magnitude<kIsRoot1>(largest1, state[1]);
+      largest1 = larger(largest1, magnitude_bits<kIsRoot1>(state[1]));
     }
     Param::store(param[i], low, value, kept.random[i]);
     if constexpr (Param::kIsSplit) remainder[i] = low;

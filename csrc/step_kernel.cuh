@@ -194,7 +194,7 @@ __device__ __forceinline__ uint32_t encode(const float (&state)[kElements],
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    const uint32_t magnitude = kIsRoot ? to_bits(state[i]) : to_bits(state[i]) & 0x7fffffffu;
+    const uint32_t magnitude = magnitude_bits<kIsRoot>(state[i]);
     largest = magnitude > largest ? magnitude : largest;
   }
   const float block = block_scale<kIsRoot>(__reduce_max_sync(0xffffffffu, largest));

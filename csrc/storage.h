@@ -34,6 +34,8 @@ LRS_HOST_DEVICE uint32_t to_bits(float value) {
   return bits;
 }
 
+LRS_HOST_DEVICE bool is_nan(float value) { return value != value; }
+
 #if defined(__CUDACC__)
 
 using BFloat16 = __nv_bfloat16;
@@ -85,8 +87,7 @@ LRS_HOST_DEVICE void store(float& target, float value) { target = value; }
 LRS_HOST_DEVICE void store(BFloat16& target, float value) {
   const uint32_t bits = to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  target.bits = static_cast<uint16_t>(is_nan ? 0x7fffu : rounded);
+  target.bits = static_cast<uint16_t>(is_nan(value) ? 0x7fffu : rounded);
 }
 
 // As above for normal results. Subnormal results are rounded by a float32 addition to 0.5, whose
@@ -104,13 +105,10 @@ LRS_HOST_DEVICE void store(Float16& target, float value) {
 
 #endif
 
-LRS_HOST_DEVICE bool is_nan_bits(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
-
 // Rounds up with the probability that is the discarded part: right on average. `random` has 16
 // random bits.
 LRS_HOST_DEVICE void store_stochastic(BFloat16& target, float value, uint32_t random) {
-  const uint32_t bits = to_bits(value);
-  target = bfloat16_of(is_nan_bits(bits) ? 0x7fffu : (bits + random) >> 16);
+  target = bfloat16_of(is_nan(value) ? 0x7fffu : (to_bits(value) + random) >> 16);
 }
 
 // A float32 in two halves: a bfloat16, to nearest with ties away from zero, and the low 16 bits,
@@ -120,16 +118,17 @@ LRS_HOST_DEVICE float join(BFloat16 high, int16_t low) {
 }
 
 LRS_HOST_DEVICE void split(float value, BFloat16& high, int16_t& low) {
-  const uint32_t bits = is_nan_bits(to_bits(value)) ? 0x7fc00000u : to_bits(value);
+  const uint32_t bits = is_nan(value) ? 0x7fc00000u : to_bits(value);
   high = bfloat16_of((bits + 0x8000u) >> 16);
   low = static_cast<int16_t>(bits & 0xffffu);
 }
 
 // 8-bit codes of numbers that are multiples of their block's scale. They are cut out of a float
 // from 2^-15 to 2, the low 4 bits of its exponent and the top of its mantissa, and stand in the top
-// byte of a word. They round stochastically: a moving average that moves by less than a rounding
-// step each time would otherwise never move. `random` has 16 random bits. The code of nan may be
-// any: the scale of its block is nan too. Codes are read from byte number kByte of a word.
+// byte of a word. They round stochastically, right on average to 2^-17 of a step: a moving average
+// that moves by less than a step each time would otherwise never move. `random` has 16 random bits.
+// The code of nan may be any: the scale of its block is nan too. Codes are read from byte number
+// kByte of a word.
 
 inline constexpr uint32_t kCodeBase = 0x38000000u;  // the bits of 2^-15, of which the code is 0
 
@@ -157,7 +156,8 @@ LRS_HOST_DEVICE float decode_signed(uint32_t word) {
   return from_bits(to_bits(from_bits(magnitude) - from_bits(kCodeBase)) | sign);
 }
 
-// Exponent and 4 bits of mantissa, for roots of second moments. None is 0, for they divide.
+// Exponent and 4 bits of mantissa, for roots of second moments: they divide, so none is 0 unless
+// its block is.
 LRS_HOST_DEVICE uint32_t encode_root(float multiple, uint32_t random) {
   const auto bits = static_cast<int32_t>(to_bits(multiple) + (random << 3));
   constexpr auto kLeast = static_cast<int32_t>(kCodeBase);
@@ -169,18 +169,25 @@ LRS_HOST_DEVICE float decode_root(uint32_t word) {
   return from_bits((shifted<19 - 8 * kByte>(word) & 0x07f80000u) | kCodeBase);
 }
 
-// The scale of a block whose largest magnitude has the given bits: the smallest power of 2 with
-// which that is below the largest code, so that rounding up stays within the codes. What has no
-// such power, nan and infinity poison their block.
+// The bits of a magnitude, whose order is that of magnitudes, nan above infinity. A root has no
+// sign.
+template <bool kIsRoot>
+LRS_HOST_DEVICE uint32_t magnitude_bits(float value) {
+  return kIsRoot ? to_bits(value) : to_bits(value) & 0x7fffffffu;
+}
+
+// The scale of a block whose largest magnitude has these bits: the smallest power of 2 of which
+// that is less than the largest multiple, so that rounding up stays within the codes. It is 0 where
+// that is smaller than a normal float, and nan, which makes all of the block nan, from 2^127 on.
 template <bool kIsRoot>
 LRS_HOST_DEVICE float block_scale(uint32_t magnitude) {
   constexpr uint32_t kLargest = kIsRoot ? 0x3ff80000u : 0x3fefff00u;  // 1.9375 or 1.875 - 2^-15
   constexpr uint32_t kCarry = 0x40000000u - kLargest;
   const bool is_finite = magnitude < 0x7f000000u - kCarry;
-  return from_bits(is_finite ? (magnitude + kCarry) & 0x7f800000u : 0x7f800000u);
+  return from_bits(is_finite ? (magnitude + kCarry) & 0x7f800000u : 0x7fc00000u);
 }
 
-// 1 / scale, by which numbers become multiples; any number for 0 and infinity.
+// 1 / scale, by which numbers become multiples; some number for a scale of 0 or nan.
 LRS_HOST_DEVICE float multiple_factor(float scale) {
   return from_bits(0x7f000000u - to_bits(scale));
 }

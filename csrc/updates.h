@@ -83,8 +83,8 @@ struct Adam {
 
   static LRS_HOST_DEVICE Adam fold(const double* hyper, double lr, double step, double grad_scale) {
     const bool decoupled = hyper[kDecoupled] != 0.0;
-    const double bias_correction1 = 1.0 - integer_power(hyper[kBeta1], step);
-    const double bias_correction2 = 1.0 - integer_power(hyper[kBeta2], step);
+    const Powers powers = integer_powers(hyper[kBeta1], hyper[kBeta2], step);
+    const double bias_correction1 = 1.0 - powers.first, bias_correction2 = 1.0 - powers.second;
     Adam update;
     update.grad_factor = static_cast<float>(hyper[kMaximize] != 0.0 ? -grad_scale : grad_scale);
     update.coupled_decay = decoupled ? 0.0f : static_cast<float>(hyper[kWeightDecay]);

@@ -43,12 +43,15 @@ def encode_nearest(values: Tensor, is_root: bool) -> tuple[Tensor, Tensor]:
     """As `encode`, but to nearest; what `decode` returned is kept as it is."""
     scales = _scales(values, is_root)
     codes = _encoded(values, scales, is_root, _NEAREST)
+    are_kept = _are_kept(values, codes, scales, is_root)
     # Rounding may have moved the largest number of a block, and with it the scale, by a power of 2.
-    for factor in (0.5, 2.0):
-        others = scales * factor
+    lower = torch.where(scales.isnan(), 2.0**126, scales * 0.5)
+    for others in (lower, scales * 2.0):
+        if are_kept.all():
+            break
         other_codes = _encoded(values, others, is_root, _NEAREST)
-        is_better = _are_kept(values, other_codes, others, is_root)
-        is_better &= ~_are_kept(values, codes, scales, is_root)
+        is_better = ~are_kept & _are_kept(values, other_codes, others, is_root)
+        are_kept |= is_better
         scales = torch.where(is_better, others, scales)
         chosen = _spread(is_better, values.numel())
         memory_order(codes).copy_(
@@ -99,7 +102,7 @@ def _scales(values: Tensor, is_root: bool) -> Tensor:
     magnitudes = _bits(kept.sqrt() if is_root else kept) & 0x7FFFFFFF
     largest = _of_blocks(magnitudes, 0).amax(1)
     carry = _CARRIES[is_root]
-    bits = torch.where(largest < 0x7F000000 - carry, largest + carry & 0x7F800000, 0x7F800000)
+    bits = torch.where(largest < 0x7F000000 - carry, largest + carry & 0x7F800000, 0x7FC00000)
     return bits.int().view(torch.float32)
 
 

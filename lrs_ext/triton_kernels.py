@@ -370,7 +370,8 @@ PARAM_KINDS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "split": SPLIT}
 def launch_options(state_type: str) -> dict[str, Any]:
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}  # the bits of the other backends
     if state_type == "block8" and not torch.version.hip:
-        options["maxnreg"] = 80  # by itself ptxas would spill one register for this number
+        # ptxas aims at 80 registers by itself, and spills one; told so, it does not.
+        options["maxnreg"] = 80
     return options
 
 

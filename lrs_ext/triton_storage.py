@@ -42,8 +42,10 @@ def random_key(step: tl.tensor, position: tl.tensor, first: tl.tensor) -> tl.ten
 
 @jit
 def random_bits(key: tl.tensor, start: tl.tensor, lanes: tl.tensor) -> tl.tensor:
-    """Returns 16 random bits for each of the elements `start + lanes`: two share a word."""
-    lanes += (start & 1).to(tl.int32)
+    """Returns 16 random bits for each of the elements `start + lanes`: two share a word.
+
+    `start` must be even.
+    """
     pairs = (start >> 1).to(tl.uint32) + (lanes >> 1).to(tl.uint32)
     words = scrambled(pairs * 0x9E3779B9 + key)
     return (words >> ((lanes & 1) * 16).to(tl.uint32)) & 0xFFFF
@@ -74,15 +76,14 @@ def to_bfloat16(bits: tl.tensor) -> tl.tensor:
 
 
 @jit
-def is_nan_bits(bits: tl.tensor) -> tl.tensor:
-    return (bits & 0x7FFFFFFF) > 0x7F800000
+def is_nan(value: tl.tensor) -> tl.tensor:
+    return value != value
 
 
 @jit
 def rounded_stochastically(value: tl.tensor, random: tl.tensor) -> tl.tensor:
     """Returns a bfloat16; `random` has 16 random bits."""
-    bits = to_bits(value)
-    return to_bfloat16(tl.where(is_nan_bits(bits), 0x7FFF, (bits + random) >> 16))
+    return to_bfloat16(tl.where(is_nan(value), 0x7FFF, (to_bits(value) + random) >> 16))
 
 
 @jit
@@ -94,8 +95,7 @@ def join(high: tl.tensor, low: tl.tensor) -> tl.tensor:
 
 @jit
 def split(value: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    bits = to_bits(value)
-    bits = tl.where(is_nan_bits(bits), 0x7FC00000, bits)
+    bits = tl.where(is_nan(value), 0x7FC00000, to_bits(value))
     low = (bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True)
     return to_bfloat16((bits + 0x8000) >> 16), low
 
@@ -169,7 +169,7 @@ def store_state(
         largest = tl.broadcast_to(largest, (PIECE // QUANT_BLOCK, QUANT_BLOCK))
         largest = tl.reshape(largest, (PIECE,)).to(tl.uint32)
         is_finite = largest < 0x7F000000 - CARRY
-        scale_bits = tl.where(is_finite, (largest + CARRY) & 0x7F800000, 0x7F800000).to(tl.uint32)
+        scale_bits = tl.where(is_finite, (largest + CARRY) & 0x7F800000, 0x7FC00000).to(tl.uint32)
         scale = from_bits(scale_bits)
         multiple = kept * from_bits(0x7F000000 - scale_bits)
         codes = encode_root(multiple, random) if IS_ROOT else encode_signed(multiple, random)

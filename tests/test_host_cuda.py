@@ -176,7 +176,7 @@ def test_misaligned_arrays_of_several_chunks(cuda, row, dtype, shifts):
     assert cuda.runner.blocks - before >= sum(-(-numel // CHUNK) for numel in numels)
 
 
-@pytest.mark.parametrize("shifts", [same(0), same(1), (4, 0, 2)])
+@pytest.mark.parametrize("shifts", [same(0), same(1), same(2), (4, 0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("storage", cases.STORAGES[1:], ids=str)
 @pytest.mark.parametrize("row", cases.STORED_UPDATES, ids=str)
