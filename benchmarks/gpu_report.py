@@ -74,10 +74,10 @@ def unusable_reason() -> str | None:
             "without one"
         )
     try:
-        from lrs_ext import ops
+        from lrs_ext.backends import unavailable_reason
     except ImportError as error:
         return f"lrs_ext cannot be imported ({error}): {INSTALL}"
-    reason = ops.unavailable_reason("cuda", "cuda")
+    reason = unavailable_reason("cuda", "cuda")
     return None if reason is None else f"the cuda backend of lrs_ext cannot be used: {reason}"
 
 

@@ -20,7 +20,7 @@ from storages import KINDS, StorageKind
 from torch import Tensor
 
 import lrs_ext
-from lrs_ext import ops
+from lrs_ext.backends import unavailable_reason
 
 # What torch lacks, as its users have it; the same that the tests compare with.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -137,7 +137,7 @@ def bytes_moved(case: Case, kind: StorageKind) -> float:
 
 def unavailable(device: torch.device) -> dict[str, str]:
     """Returns the backends that cannot take part, with the reason."""
-    reasons = {name: ops.unavailable_reason(name, device.type) for name in BACKENDS[device.type]}
+    reasons = {name: unavailable_reason(name, device.type) for name in BACKENDS[device.type]}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

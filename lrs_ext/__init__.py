@@ -3,6 +3,7 @@
 from lrs_ext import functional
 from lrs_ext.autolrs.controller import AutoLRS
 from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.clipping import clip_grad_norm_
 from lrs_ext.constructors import (
     constant,
     cosine,
@@ -19,7 +20,6 @@ from lrs_ext.constructors import (
     step_decay,
     wsd,
 )
-from lrs_ext.grad_scaling import clip_grad_norm_
 from lrs_ext.lamb import LAMB
 from lrs_ext.lr_scheduler import ScheduleLR
 from lrs_ext.optimizers import SGD, Adam, AdamW, Lion

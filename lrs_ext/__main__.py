@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lrs_ext
 from lrs_ext import ops
+from lrs_ext.backends import BACKENDS, select_backend, unavailable_reason
 
 # Largest |difference| / max(1, |value|) after one step: about two units in the last place.
 _TOLERANCES = {torch.float32: 2.4e-7, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -26,7 +27,7 @@ def info() -> dict[str, Any]:
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     backends = {}
     for device_type in ("cpu", "cuda"):
-        reasons = {name: ops.unavailable_reason(name, device_type) for name in ops.BACKENDS}
+        reasons = {name: unavailable_reason(name, device_type) for name in BACKENDS}
         if device_type == "cuda" and not torch.cuda.is_available():
             is_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
             missing = "torch sees no GPU" if is_gpu_build else "torch is a CPU build"
@@ -48,7 +49,7 @@ def info() -> dict[str, Any]:
 
 def _backend_for(device_type: str, reasons: dict[str, str | None]) -> str | None:
     try:
-        backend = ops.select_backend(None, torch.device(device_type))
+        backend = select_backend(None, torch.device(device_type))
     except (RuntimeError, ValueError):
         return None
     return backend if reasons[backend] is None else None
@@ -63,8 +64,8 @@ def selfcheck() -> list[dict[str, Any]]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows = []
     for device in devices:
-        for backend in ops.BACKENDS:
-            if backend == "reference" or ops.unavailable_reason(backend, device) is not None:
+        for backend in BACKENDS:
+            if backend == "reference" or unavailable_reason(backend, device) is not None:
                 continue
             for cls in (lrs_ext.SGD, lrs_ext.Adam, lrs_ext.AdamW, lrs_ext.Lion, lrs_ext.LAMB):
                 for dtype in ops.DTYPES:

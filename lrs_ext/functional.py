@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops
+from lrs_ext.backends import select_backend
 from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import check_numbers, check_params
 
@@ -104,7 +105,7 @@ def step(
         for i, param in enumerate(params)
     }
     table = ops.StepTable(
-        backend=ops.select_backend(None, position.device),
+        backend=select_backend(None, position.device),
         algorithm=algorithm,
         param_lists=[params],
         positions=list(range(len(params))),

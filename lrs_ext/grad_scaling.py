@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lrs_ext import ops
 from lrs_ext.param_devices import on_device
-from lrs_ext.wrappers import unwrapped
+
+
+@dataclass(frozen=True)
+class GradScaling:
+    """What one step multiplies its gradients by: one-element float32 tensors on their device.
+
+    Attributes:
+        loss_scale: by which the loss was multiplied.
+        found_inf: if not 0, the step changes nothing.
+        norm, max_norm: of all gradients as they are stored, and the limit for the unscaled ones.
+    """
+
+    loss_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    norm: Tensor | None = None
+    max_norm: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.loss_scale, self.found_inf, self.norm, self.max_norm
 
 
 class StepScaling:
@@ -25,7 +44,7 @@ class StepScaling:
         else:
             self._max_norm = torch.full_like(norm, max_norm)
 
-    def take(self, loss_scale: Tensor | None, found_inf: Tensor | None) -> ops.GradScaling | None:
+    def take(self, loss_scale: Tensor | None, found_inf: Tensor | None) -> GradScaling | None:
         """Returns what the step now beginning reads, None if it is nothing; the limit is used up.
 
         Args:
@@ -35,53 +54,4 @@ class StepScaling:
         if loss_scale is None and found_inf is None and norm is None:
             return None
         self._norm = self._max_norm = None
-        return ops.GradScaling(loss_scale, found_inf, norm, max_norm)
-
-
-def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float | Tensor) -> Tensor:
-    """Limits the norm of all gradients in the optimizer's next step, without waiting for it.
-
-    The 2-norm is taken in one pass over the gradients. They are not written: the step multiplies
-    them by ``min(1, max_norm / (norm + 1e-6))`` on the way. A loss scale that a `GradScaler` undoes
-    in the step counts: the limit holds for the unscaled gradients.
-
-    Args:
-        optimizer: one of `lrs_ext`, or a framework's wrapper around it; all of its parameters are
-            taken together.
-        max_norm: a positive float, or a one-element tensor, which replays of a CUDA graph read.
-
-    Returns:
-        The norm of the gradients as they are stored, before clipping: float32, 0-d, on the device
-        of the first parameter. With parameters on the CPU too, the host waits for the norm.
-        As in torch, a norm that is not finite makes the step's result so too.
-
-    Raises:
-        TypeError: the optimizer is none of `lrs_ext`, or `max_norm` is no number.
-        ValueError: `max_norm` is not positive, or has several elements.
-
-    >>> import torch, lrs_ext
-    >>> p = torch.nn.Parameter(torch.zeros(2))
-    >>> opt = lrs_ext.SGD([p], lr=1.0)
-    >>> p.grad = torch.tensor([3.0, 4.0])
-    >>> lrs_ext.clip_grad_norm_(opt, max_norm=1.0)
-    tensor(5.)
-    >>> opt.step()
-    >>> [round(x, 4) for x in p.tolist()], p.grad.tolist()
-    ([-0.6, -0.8], [3.0, 4.0])
-    """
-    from lrs_ext.scheduled_optimizer import ScheduledOptimizer
-
-    optimizer = unwrapped(optimizer)
-    if not isinstance(optimizer, ScheduledOptimizer):
-        raise TypeError(
-            f"clip_grad_norm_ serves the optimizers of lrs_ext, got {type(optimizer).__name__}: "
-            "use torch.nn.utils.clip_grad_norm_ for it"
-        )
-    if isinstance(max_norm, Tensor):
-        if max_norm.numel() != 1:
-            raise ValueError(f"max_norm must have one element, got shape {tuple(max_norm.shape)}")
-    elif isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
-        raise TypeError(f"max_norm must be a positive number, got {max_norm!r}")
-    elif not max_norm > 0.0:
-        raise ValueError(f"max_norm must be a positive number, got {max_norm!r}")
-    return optimizer.clip_(max_norm)
+        return GradScaling(loss_scale, found_inf, norm, max_norm)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrs_ext import ops
+from lrs_ext.grad_scaling import GradScaling
 from lrs_ext.param_devices import on_device
 from lrs_ext.shards import Spread, is_dtensor, local, spread_of
 from lrs_ext.step_parts import Selection, Table
@@ -108,7 +108,7 @@ class LocalPart:
         """Returns the norm of what this rank holds."""
         return self._table.grad_norm()
 
-    def run(self, scaling: ops.GradScaling | None = None, commits_step: bool = True) -> None:
+    def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
         self._table.run(scaling, commits_step)
         torch.autograd.graph.increment_version(self._updated)
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import itertools
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lrs_ext import torch_functions
+from lrs_ext.chunk_lengths import chunk_elements
+from lrs_ext.grad_scaling import GradScaling
+from lrs_ext.profiler_ranges import is_profiling, profile_range
 from lrs_ext.shards import WHOLE, Spread
 
 try:
@@ -38,41 +38,12 @@ PROFILES: tuple[str, ...] = tuple(_C.profiles)
 COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
 # The parameter of a profile that the native code calls its shape.
 _SHAPES = ("d", "gamma", "delay", "power", "low", "decay")
-BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Chunks are the unit of work of a thread (CPU) or block (GPU): small enough that few large tensors
-# fill the machine, large enough that the work outweighs reading the table.
-# Lengths for a GPU: the shortest, the longest, and the number of chunks from which on they grow.
-_CPU_CHUNK = 8192
-_GPU_CHUNKS = (2048, 16384, 2048)
-# Measured on an H100 and an H200 by benchmarks/bench_kernels.py. Short chunks leave less to wait
-# for at the end; the more is computed for an element, and the faster the memory, the more elements
-# it takes to outweigh the start of a block.
-_CUDA_CHUNKS = {
-    "float32": (1024, 2048, 1000),
-    "bfloat16": (1024, 4096, 1000),
-    "block8": (1024, 16384, 1000),
-}
-_LONGEST_CHUNK = 16384
-_FAST_MEMORY = 4e12  # bytes/s by the data sheet, from which on chunks are twice as long
-
-
-def unavailable_reason(backend: str, device_type: str) -> str | None:
-    """Returns why `backend` cannot serve tensors on `device_type`, or None if it can."""
-    if backend == "reference":
-        return None
-    if backend == "cpu":
-        return None if device_type == "cpu" else f"it updates CPU tensors, not {device_type} ones"
-    if backend == "cuda":
-        return _cuda_unavailable_reason(device_type)
-    if backend == "triton":
-        return _triton_unavailable_reason(device_type)
-    raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
 @functools.cache
-def _cuda_unavailable_reason(device_type: str) -> str | None:
+def cuda_unavailable_reason(device_type: str) -> str | None:
+    """Returns why the compiled kernels cannot serve tensors on `device_type`, None if they can."""
     if not _C.has_cuda:
         return (
             "lrs_ext was built without CUDA: no nvcc was found, or LRS_CUDA=0 was set; "
@@ -97,55 +68,6 @@ def _unserved_device() -> str | None:
                 f"sm_{_C.cuda_architectures}: reinstall with LRS_CUDA_ARCHS={major}{minor}"
             )
     return None
-
-
-def _triton_unavailable_reason(device_type: str) -> str | None:
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install triton"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type == "cpu" and not interpreted:
-        return "triton needs a GPU; TRITON_INTERPRET=1 runs its slow interpreter on CPU tensors"
-    if device_type not in ("cpu", "cuda"):
-        return f"it updates CUDA and ROCm tensors, not {device_type} ones"
-    return None
-
-
-def select_backend(requested: str | None, device: torch.device) -> str:
-    """Returns the backend for parameters on `device`.
-
-    Args:
-        requested: a name, or None for the environment variable LRS_EXT_BACKEND or else the fastest
-            kernel for the device; `reference` is never chosen unasked.
-
-    Raises:
-        ValueError: there is no such backend.
-        RuntimeError: it cannot serve the device; the message says why, and which can.
-    """
-    origin = "backend"
-    if requested is None and os.environ.get("LRS_EXT_BACKEND"):
-        requested, origin = os.environ["LRS_EXT_BACKEND"], "LRS_EXT_BACKEND"
-    if requested is not None:
-        if requested not in BACKENDS:
-            raise ValueError(f"{origin} must be one of {BACKENDS}, got {requested!r}")
-        reason = unavailable_reason(requested, device.type)
-        if reason is None:
-            return requested
-        usable = [name for name in BACKENDS if unavailable_reason(name, device.type) is None]
-        raise RuntimeError(
-            f"{origin}={requested!r} cannot be used for parameters on {device}: {reason}; "
-            f"available here: {usable}"
-        )
-    candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-    reasons = {name: unavailable_reason(name, device.type) for name in candidates}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
-    raise RuntimeError(
-        f"no kernel can be used for parameters on {device}: {reasons}; "
-        "backend='reference' runs anywhere, slowly"
-    )
 
 
 def build_info() -> dict[str, str]:
@@ -181,7 +103,7 @@ def fill_schedule(target: Tensor, schedule: ProfileSchedule) -> None:
     native = native_schedule(schedule)
     if target.device.type == "cpu":
         native.fill_cpu(target.data_ptr(), target.numel())
-    elif _cuda_unavailable_reason(target.device.type) is None:
+    elif cuda_unavailable_reason(target.device.type) is None:
         points = _to_device(np.array(native.points, dtype=np.int64), target.device)
         native.fill_cuda(
             target=target.data_ptr(),
@@ -203,67 +125,17 @@ def fill_values(target: Tensor, values: NDArray[np.float64]) -> None:
     target[count:].fill_(float(values[-1]))
 
 
-# Functions of torch's libraries that spare gradients their Python objects, by the names that the
-# native core has for them. Names of C++ functions are mangled, which says nothing of what they
-# return: they are used up to the last torch with which all of this has been run.
-_LAST_DIRECT_TORCH = (2, 13)
-_DIRECT_FUNCTIONS = {
-    "grad": "_ZNK3c1010TensorImpl4gradEv",
-    "is_negated": "_ZN2at6native6is_negERKNS_6TensorE",
-    "bump_version": "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",
-    "assign": "aoti_torch_assign_tensors",
-    "make_undefined": "aoti_torch_new_uninitialized_tensor",
-    "layout": "aoti_torch_get_layout",
-    "dtype": "aoti_torch_get_dtype",
-    "device_type": "aoti_torch_get_device_type",
-    "device_index": "aoti_torch_get_device_index",
-    "dim": "aoti_torch_get_dim",
-    "sizes": "aoti_torch_get_sizes",
-    "strides": "aoti_torch_get_strides",
-}
-
-
 @functools.cache
 def _tensor_access() -> _C.TensorAccess:
-    """Returns torch's functions for reading tensors, which lrs_ext does not link.
-
-    Where torch lacks one of `_DIRECT_FUNCTIONS` or is newer, gradients are read as Python objects.
-    """
-    torch_library = ctypes.CDLL(torch._C.__file__)
-    access = _object_access(torch_library)
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    has_all = all(hasattr(torch_library, symbol) for symbol in _DIRECT_FUNCTIONS.values())
-    if has_all and version <= _LAST_DIRECT_TORCH:
-        addresses = {
-            name: _address(getattr(torch_library, symbol))
-            for name, symbol in _DIRECT_FUNCTIONS.items()
-        }
+    """Returns torch's functions for reading tensors."""
+    access = _C.TensorAccess(**torch_functions.object_functions())
+    direct = torch_functions.direct_functions()
+    if direct is not None:
         with torch.inference_mode(False):
             probe = torch.zeros(2, 3, dtype=torch.float32, device="cpu", requires_grad=True)
             probe.grad = torch.zeros_like(probe)
-            access.use_direct(addresses, probe)
+            access.use_direct(direct, probe)
     return access
-
-
-def _object_access(torch_library: ctypes.CDLL) -> _C.TensorAccess:
-    try:
-        return _C.TensorAccess(
-            exchange_api=Tensor.__dlpack_c_exchange_api__,
-            make_handles=torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
-            data_pointer=_address(torch_library.aoti_torch_get_data_ptr),
-            delete_handle=_address(torch_library.aoti_torch_delete_tensor_object),
-            is_negated=Tensor.is_neg,
-            plain_types=(Tensor, torch.nn.Parameter),
-            has_function_mode=torch._C._is_torch_function_mode_enabled,
-        )
-    except AttributeError as error:
-        raise RuntimeError(
-            f"lrs_ext needs torch 2.10 or later, got {torch.__version__}: {error}"
-        ) from error
-
-
-def _address(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -281,15 +153,6 @@ def host_value(tensor: Tensor) -> float | None:
     if tensor.dtype == torch.float64:
         return ctypes.c_double.from_address(tensor.data_ptr()).value
     return float(tensor)
-
-
-_is_profiling = torch._C._autograd._profiler_enabled
-_NO_RANGE: AbstractContextManager[Any] = nullcontext()
-
-
-def profile_range(name: str) -> AbstractContextManager[Any]:
-    """Returns a context that has a name in a profile, if there is one to be."""
-    return torch.autograd.profiler.record_function(name) if _is_profiling() else _NO_RANGE
 
 
 _NOTHING_MOVES: Mapping[str, Tensor] = MappingProxyType({})
@@ -324,32 +187,13 @@ class GroupTable:
         arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), 1.0, dict(hyper), addresses)
         if row.device.type == "cpu":
             _C.write_group_cpu(*arguments)
-        elif _cuda_unavailable_reason(row.device.type) is None:
+        elif cuda_unavailable_reason(row.device.type) is None:
             stream = torch.cuda.current_stream(row.device).cuda_stream
             _C.write_group_cuda(*arguments, row.device.index, stream)
         else:
             host = torch.empty(row.shape, dtype=row.dtype)
             _C.write_group_cpu(host.data_ptr(), *arguments[1:])
             row.copy_(host)
-
-
-@dataclass(frozen=True)
-class GradScaling:
-    """What one step multiplies its gradients by: one-element float32 tensors on their device.
-
-    Attributes:
-        loss_scale: by which the loss was multiplied.
-        found_inf: if not 0, the step changes nothing.
-        norm, max_norm: of all gradients as they are stored, and the limit for the unscaled ones.
-    """
-
-    loss_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    norm: Tensor | None = None
-    max_norm: Tensor | None = None
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.loss_scale, self.found_inf, self.norm, self.max_norm
 
 
 _UNSCALED = GradScaling()
@@ -408,7 +252,10 @@ class StepTable:
         params = itertools.chain.from_iterable(param_lists)
         elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)
         device = self.step.device
-        self._chunk_elements = _chunk_elements(backend, algorithm, storage, elements, device)
+        bandwidth = _C.memory_bandwidth(device.index or 0) if backend == "cuda" else 0.0
+        self._chunk_elements = chunk_elements(
+            backend, algorithm, storage.state_type, elements, bandwidth
+        )
         self._storage = storage
         self._native = _C.Step(
             algorithm,
@@ -495,7 +342,7 @@ class StepTable:
         if scaling is not self._scaling:
             self._scale(scaling or _UNSCALED)
             self._scaling = scaling
-        if _is_profiling():
+        if is_profiling():
             with torch.autograd.profiler.record_function(self._label):
                 self._launch(commits_step)
         else:
@@ -575,22 +422,6 @@ class StepTable:
                 state_type=self._storage.state_type,
                 param_kind=self._storage.param_kind,
             )
-
-
-def _chunk_elements(
-    backend: str, algorithm: str, storage: Storage, elements: int, device: torch.device
-) -> int:
-    """Returns how many of all `elements` a thread or block works on at once."""
-    if backend == "cpu":
-        return _CPU_CHUNK
-    is_one_pass = backend == "cuda" and algorithm != "lamb"
-    lengths = _CUDA_CHUNKS[storage.state_type] if is_one_pass else _GPU_CHUNKS
-    chunk, longest, wanted = lengths
-    if is_one_pass and _C.memory_bandwidth(device.index or 0) >= _FAST_MEMORY:
-        longest = min(2 * longest, _LONGEST_CHUNK)
-    while chunk < longest and elements // chunk > wanted:
-        chunk *= 2
-    return chunk
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:

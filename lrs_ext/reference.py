@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrs_ext import ops
 from lrs_ext.block_codes import random_bits
+from lrs_ext.grad_scaling import GradScaling
+from lrs_ext.profiler_ranges import profile_range
 from lrs_ext.shards import WHOLE, Spread
 from lrs_ext.state_storage import Storage, unpacked, unpacked_param
 
@@ -195,16 +196,16 @@ class ReferenceTable:
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """Returns the 2-norm of all gradients as they are stored."""
-        with ops.profile_range("lrs_ext::grad_norm[reference]"):
+        with profile_range("lrs_ext::grad_norm[reference]"):
             squares = [item.grad.double().square().sum() for item in self._updates]
             return torch.stack(squares).sum().sqrt().float()
 
     @torch.no_grad()
-    def run(self, scaling: ops.GradScaling | None = None, commits_step: bool = True) -> None:
-        with ops.profile_range(self._label):
-            self._run(scaling or ops.GradScaling(), commits_step)
+    def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
+        with profile_range(self._label):
+            self._run(scaling or GradScaling(), commits_step)
 
-    def _run(self, scaling: ops.GradScaling, commits_step: bool) -> None:
+    def _run(self, scaling: GradScaling, commits_step: bool) -> None:
         written = [self._step]
         for item in self._updates:
             arrays = [value for value in item.state.values() if isinstance(value, Tensor)]
@@ -232,7 +233,7 @@ class ReferenceTable:
                 tensor.copy_(torch.where(scaling.found_inf != 0.0, old, tensor))
 
 
-def _grad_scale(scaling: ops.GradScaling) -> Tensor | None:
+def _grad_scale(scaling: GradScaling) -> Tensor | None:
     """Returns what gradients are multiplied by, float32, None for 1."""
     scale = None
     if scaling.loss_scale is not None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lrs_ext import capture_checks, ops
+from lrs_ext import capture_checks
+from lrs_ext.backends import select_backend
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
 from lrs_ext.device_tables import CAPTURE_AGAIN
@@ -447,7 +448,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def _select_backends(self) -> dict[torch.device, str]:
         devices = devices_of(_all_params(self.param_groups))
-        return {device: ops.select_backend(self._requested_backend, device) for device in devices}
+        return {device: select_backend(self._requested_backend, device) for device in devices}
 
     def _check_storage(self, group: Group) -> None:
         self._storage.check(group["params"], self._state_names(group))

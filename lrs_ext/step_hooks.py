@@ -10,6 +10,8 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer, optimizer
 
+from lrs_ext.profiler_ranges import is_profiling
+
 
 def watched_step(func: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a `step` as torch does, but only where a profiler or a hook is there to notice.
@@ -24,7 +26,7 @@ def watched_step(func: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_dynamo_compiling():
             return uncompiled_step(self, *args, **kwargs)
         is_watched = (
-            torch._C._autograd._profiler_enabled()
+            is_profiling()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or optimizer._global_optimizer_pre_hooks

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops, reference
+from lrs_ext.grad_scaling import GradScaling
 from lrs_ext.shards import Spread
 
 Table = ops.StepTable | reference.ReferenceTable
@@ -86,7 +87,7 @@ class StridedPart:
     def grad_norm(self) -> Tensor:
         return self._table.grad_norm()
 
-    def run(self, scaling: ops.GradScaling | None = None, commits_step: bool = True) -> None:
+    def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
         with torch.no_grad():
             for param, copy in self._pairs:
                 copy.copy_(param)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrs_ext import ops, param_devices
 from lrs_ext.device_tables import DeviceTables, Part, States
+from lrs_ext.grad_scaling import GradScaling
 from lrs_ext.group_numbers import GroupNumbers
 from lrs_ext.state_storage import Storage
 from lrs_ext.step_parts import Selection
@@ -111,7 +112,7 @@ class TableSet:
             for present, known in zip(param_lists, self._params, strict=True)
         )
 
-    def run(self, launches: Launches, scaling: ops.GradScaling | None) -> None:
+    def run(self, launches: Launches, scaling: GradScaling | None) -> None:
         """Updates all parameters that have a gradient, and advances the schedule everywhere.
 
         Args:
@@ -128,9 +129,9 @@ class TableSet:
                 _advance(self._buffers[device].step, None if own is None else own.found_inf)
 
 
-def scaling_on(scaling: ops.GradScaling, device: torch.device) -> ops.GradScaling:
+def scaling_on(scaling: GradScaling, device: torch.device) -> GradScaling:
     """Returns what a step reads on `device`, of which the CPU waits for what comes from others."""
-    return ops.GradScaling(
+    return GradScaling(
         *(None if t is None else param_devices.on_device(t, device) for t in scaling.tensors())
     )
 

@@ -106,7 +106,7 @@ class HostCuda:
         with (
             mock.patch.object(ops, "_C", self.module),
             mock.patch.object(ops, "_tensor_access", access),
-            mock.patch.object(ops, "_cuda_unavailable_reason", return_value=None),
+            mock.patch.object(ops, "cuda_unavailable_reason", return_value=None),
         ):
             yield self
 

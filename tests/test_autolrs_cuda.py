@@ -8,7 +8,8 @@ from autolrs_runs import BOUNDS, PRESETS
 from torch import nn
 
 import lrs_ext
-from lrs_ext.autolrs.snapshot import PLACEMENTS, Snapshot
+from lrs_ext.autolrs.copy_memory import PLACEMENTS
+from lrs_ext.autolrs.snapshot import Snapshot
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,8 @@ from test_snapshot import all_equal, everything
 from torch import nn
 
 import lrs_ext
-from lrs_ext.autolrs.snapshot import PLACEMENTS, Snapshot
+from lrs_ext.autolrs.copy_memory import PLACEMENTS
+from lrs_ext.autolrs.snapshot import Snapshot
 
 storages = pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
 OPTIMIZERS = {

@@ -14,7 +14,7 @@ import torch
 from moving import with_schedules
 
 import lrs_ext
-from lrs_ext import ops
+from lrs_ext.backends import unavailable_reason
 
 pytestmark = pytest.mark.gpu
 
@@ -161,7 +161,7 @@ def test_more_tensors_than_a_launch_takes(row, count):
 @dtypes
 @state_updates
 def test_triton_and_cuda_agree(row, dtype):
-    reason = ops.unavailable_reason("triton", "cuda")
+    reason = unavailable_reason("triton", "cuda")
     if reason is not None:
         pytest.skip(reason)
     twins = Twins(row, SHAPES, dtype, backends=("cuda", "triton"))

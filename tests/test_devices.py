@@ -25,7 +25,8 @@ from moving import with_schedules
 from test_no_sync import NoReadingMethods, NoReadingOps
 
 import lrs_ext
-from lrs_ext import ops, param_devices
+from lrs_ext import param_devices
+from lrs_ext.backends import select_backend
 
 rows = pytest.mark.parametrize("row", cases.STATE_UPDATES, ids=str)
 
@@ -43,7 +44,7 @@ def test_members_say_what_there_is_on_each_device(devices):
     opt = twins.opt
     assert opt.schedule_buffer is opt.schedule_buffers[devices[0]]
     assert list(opt.backends) == list(devices)
-    assert opt.backends == {d: ops.select_backend(None, d) for d in devices}
+    assert opt.backends == {d: select_backend(None, d) for d in devices}
     assert opt.backend == opt.backends[devices[0]]
     for device, buffer in opt.schedule_buffers.items():
         assert buffer.step.device == buffer.values.device == torch.empty(0, device=device).device

@@ -151,7 +151,9 @@ def test_a_missing_sanitizer_is_named(monkeypatch):
 )
 def test_an_unfit_machine_is_told_the_way_out(has_gpu, message, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr("lrs_ext.ops.unavailable_reason", lambda *_: "reinstall with LRS_CUDA=1")
+    monkeypatch.setattr(
+        "lrs_ext.backends.unavailable_reason", lambda *_: "reinstall with LRS_CUDA=1"
+    )
     assert gpu_report.main(["--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

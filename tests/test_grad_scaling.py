@@ -11,7 +11,8 @@ from test_optimizers import leaf
 from test_storage import arrays_of, make
 
 import lrs_ext
-from lrs_ext import ops, table_set
+from lrs_ext import table_set
+from lrs_ext.grad_scaling import GradScaling
 
 # Triton's interpreter computes with NumPy, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide):RuntimeWarning")
@@ -255,7 +256,7 @@ def test_a_scale_of_another_type_is_refused():
 
 def test_a_scale_on_another_device_is_moved():
     scaling = table_set.scaling_on(
-        ops.GradScaling(torch.ones(()), torch.zeros(())), torch.device("meta")
+        GradScaling(torch.ones(()), torch.zeros(())), torch.device("meta")
     )
     assert scaling.loss_scale.is_meta
     assert scaling.found_inf.is_meta

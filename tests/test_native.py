@@ -1,7 +1,6 @@
 """The native core from below: ranges, tables, and who may run it."""
 
 import itertools
-import re
 
 import cases
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrs_ext import _C, ops
-from lrs_ext.state_storage import Storage
 
 CHUNK = 2048
 
@@ -223,51 +221,3 @@ def test_no_other_number_moves():
     lr, row = torch.rand(3), torch.zeros(_C.group_bytes // 8).long()
     with pytest.raises(KeyError, match="eps"):
         _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, 1.0, {}, {"eps": (lr.data_ptr(), 3)})
-
-
-# Backends.
-
-
-def test_an_unusable_backend_is_refused_with_the_reason_and_the_way_out():
-    cpu, meta = torch.device("cpu"), torch.device("meta")
-    with pytest.raises(ValueError, match=r"must be one of .*'cuda', 'triton', 'cpu', 'reference'"):
-        ops.select_backend("tpu", cpu)
-    with pytest.raises(RuntimeError, match=r"'cuda' cannot be used .* on cpu: .*; available") as e:
-        ops.select_backend("cuda", cpu)
-    available = re.search(r"available here: \[(.*)\]", str(e.value))[1]
-    assert "'cpu'" in available
-    assert "'reference'" in available
-    assert "'cuda'" not in available
-    with pytest.raises(RuntimeError, match=r"'cpu' .* on meta: it updates CPU tensors, not meta"):
-        ops.select_backend("cpu", meta)
-    with pytest.raises(RuntimeError, match=r"no kernel .* on meta: .*backend='reference' runs any"):
-        ops.select_backend(None, meta)
-
-
-def test_the_environment_chooses_the_backend_unless_an_argument_does(monkeypatch):
-    cpu = torch.device("cpu")
-    assert ops.select_backend(None, cpu) == "cpu"
-    monkeypatch.setenv("LRS_EXT_BACKEND", "reference")
-    assert ops.select_backend(None, cpu) == "reference"
-    assert ops.select_backend("cpu", cpu) == "cpu"
-    monkeypatch.setenv("LRS_EXT_BACKEND", "")
-    assert ops.select_backend(None, cpu) == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("state_dtype", "bandwidth", "longest"),
-    [
-        (torch.float32, 0.0, 2048),
-        (torch.float32, 3.35e12, 2048),
-        (torch.float32, 4.8e12, 4096),
-        (torch.bfloat16, 3.35e12, 4096),
-        (torch.bfloat16, 4.8e12, 8192),
-        (torch.uint8, 4.8e12, 16384),
-    ],
-)
-def test_chunks_of_faster_memory_are_longer(state_dtype, bandwidth, longest, monkeypatch):
-    monkeypatch.setattr(_C, "memory_bandwidth", lambda device: bandwidth, raising=False)
-    arguments = ("cuda", "adam", Storage(state_dtype=state_dtype))
-    device = torch.device("cuda", 0)
-    assert ops._chunk_elements(*arguments, 2**26, device) == longest
-    assert ops._chunk_elements(*arguments, 2**10, device) == 1024

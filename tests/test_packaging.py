@@ -185,9 +185,9 @@ def test_the_native_module_links_neither_torch_nor_cuda(installed):
 
 CUDA = """
 import json
-from lrs_ext import _C, ops
+from lrs_ext import _C, backends
 architectures = _C.cuda_architectures if _C.has_cuda else None
-print(json.dumps([architectures, ops.unavailable_reason("cuda", "cuda")]))
+print(json.dumps([architectures, backends.unavailable_reason("cuda", "cuda")]))
 """
 
 

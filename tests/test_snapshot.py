@@ -10,7 +10,7 @@ from autolrs_runs import OPTIMIZERS, make_model
 from test_no_sync import NoReadingMethods, NoReadingOps
 from torch import nn
 
-from lrs_ext.autolrs import snapshot
+from lrs_ext.autolrs import copy_memory
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.snapshot import Snapshot
 
@@ -39,7 +39,7 @@ def all_equal(first, second):
 
 
 @pytest.mark.parametrize("warm", [0, 3])
-@pytest.mark.parametrize("placement", snapshot.PLACEMENTS)
+@pytest.mark.parametrize("placement", copy_memory.PLACEMENTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_comes_after_a_restore_is_what_came_before_it(name, placement, warm):
     model = make_model()
@@ -247,7 +247,7 @@ def test_a_copy_that_does_not_fit_is_refused(monkeypatch, placement, remedy):
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     needed = Snapshot(model, optimizer, (), placement).nbytes
     before = everything(model, optimizer)
-    monkeypatch.setattr(snapshot, "available_host_memory", lambda: needed - 1)
+    monkeypatch.setattr(copy_memory, "available_host_memory", lambda: needed - 1)
     with pytest.raises(RuntimeError, match=f"takes {needed:,} bytes, which do not fit.*{remedy}"):
         Snapshot(model, optimizer, (), placement)
     assert all_equal(everything(model, optimizer), before)

@@ -7,7 +7,7 @@ from test_snapshot import Counter, all_equal, everything, update
 from torch import nn
 
 import lrs_ext
-from lrs_ext.autolrs import snapshot
+from lrs_ext.autolrs import copy_memory, snapshot
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.snapshot import Snapshot
 
@@ -70,9 +70,9 @@ def test_a_loaded_copy_lies_where_training_has_its_tensors(optimizer):
     state["captured"] += ("state 0 unheard_of",)
     there, *_ = make("meta")
     there.load_state_dict(state)
-    for name, tensor in there._memory.items():
+    for name, tensor in there._memory.tensors.items():
         assert tensor.is_meta != name.endswith(" step"), name
-    assert there._extra[0]["nested"][0]["mean"].is_meta
+    assert there._memory.extra[0]["nested"][0]["mean"].is_meta
 
 
 def test_a_loaded_scaler_gets_its_scale_on_its_device():
@@ -92,7 +92,7 @@ def test_a_copy_follows_a_tensor_to_another_device():
     copied = Snapshot(model, torch.optim.SGD(model.parameters(), lr=0.1), ())
     model[1].running_mean = torch.zeros(8, device="meta")
     copied.capture()
-    assert copied._memory["buffer 1.running_mean"].is_meta
+    assert copied._memory.tensors["buffer 1.running_mean"].is_meta
 
 
 class Elsewhere:
@@ -140,7 +140,7 @@ def test_the_memory_of_extra_state_is_announced(monkeypatch):
     for _ in range(2):
         copied.capture()
         assert copied.nbytes == announced
-    monkeypatch.setattr(snapshot, "available_host_memory", lambda: announced - 1)
+    monkeypatch.setattr(copy_memory, "available_host_memory", lambda: announced - 1)
     with pytest.raises(RuntimeError, match=f"takes {announced:,} bytes, which do not fit"):
         Snapshot(model, optimizer, extras)
 

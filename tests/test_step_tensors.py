@@ -11,7 +11,7 @@ from test_native import CHUNK, Tensors, leaf
 from torch.overrides import TorchFunctionMode
 
 import lrs_ext
-from lrs_ext import _C, ops
+from lrs_ext import _C, ops, torch_functions
 
 # What makes a table stale. Each change is applied to tensors that have just been refreshed.
 
@@ -79,7 +79,7 @@ STALE = {
 def access(request, monkeypatch):
     """Both ways of reading gradients: the second is for a torch that lacks a function."""
     if request.param == "objects":
-        access = ops._object_access(ctypes.CDLL(torch._C.__file__))
+        access = _C.TensorAccess(**torch_functions.object_functions())
         monkeypatch.setattr(ops, "_tensor_access", lambda: access)
     return request.param
 
@@ -180,13 +180,13 @@ def test_this_torch_has_what_direct_reading_takes():
 
 
 def test_a_torch_that_has_not_been_tried_is_read_through_objects(monkeypatch):
-    monkeypatch.setattr(ops, "_LAST_DIRECT_TORCH", (2, 0))
+    monkeypatch.setattr(torch_functions, "LAST_DIRECT_TORCH", (2, 0))
     assert not ops._tensor_access.__wrapped__().is_direct
 
 
-@pytest.mark.parametrize("missing", ops._DIRECT_FUNCTIONS)
+@pytest.mark.parametrize("missing", torch_functions.DIRECT_FUNCTIONS)
 def test_a_torch_without_one_of_the_functions_is_read_through_objects(missing, monkeypatch):
-    monkeypatch.setitem(ops._DIRECT_FUNCTIONS, missing, "aoti_torch_no_such_function")
+    monkeypatch.setitem(torch_functions.DIRECT_FUNCTIONS, missing, "aoti_torch_no_such_function")
     assert not ops._tensor_access.__wrapped__().is_direct
 
 
@@ -200,7 +200,7 @@ def test_a_torch_without_one_of_the_functions_is_read_through_objects(missing, m
     ],
 )
 def test_functions_that_do_something_else_are_not_used(name, other, monkeypatch):
-    monkeypatch.setitem(ops._DIRECT_FUNCTIONS, name, other)
+    monkeypatch.setitem(torch_functions.DIRECT_FUNCTIONS, name, other)
     assert not ops._tensor_access.__wrapped__().is_direct
 
 
@@ -295,7 +295,7 @@ def trained():
 
 def test_both_ways_train_the_same(monkeypatch):
     directly = trained()
-    access = ops._object_access(ctypes.CDLL(torch._C.__file__))
+    access = _C.TensorAccess(**torch_functions.object_functions())
     monkeypatch.setattr(ops, "_tensor_access", lambda: access)
     through_objects = trained()
     assert len(directly) == 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,126 @@ from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.shards import local
 
 Access = tuple[Callable[[], Any], Callable[[Any], object]]  # to a state: how it is got and set
+SCHEDULE_STEP = "schedule step"
+
+
+class LiveState:
+    """What is trained, with a name for each tensor that every process gives it.
+
+    The first word of a name says what it is: a parameter, a buffer, a cache (a buffer that is in no
+    checkpoint), a state or counter of the optimizer, or the schedule.
+
+    Args:
+        model: parameters, buffers, and what its ``get_extra_state`` returns.
+        optimizer: its state, and parameters that the model does not have.
+        extra_state: objects with ``state_dict`` and ``load_state_dict``.
+
+    Raises:
+        TypeError: an extra object has no ``state_dict`` or ``load_state_dict``.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, extra_state: Sequence[Any]
+    ) -> None:
+        for extra in extra_state:
+            if not (hasattr(extra, "state_dict") and hasattr(extra, "load_state_dict")):
+                raise TypeError(
+                    "extra_state must have objects with state_dict and load_state_dict, got "
+                    f"{type(extra).__name__}"
+                )
+        self._model, self._optimizer = unwrapped(model), optimizer
+        self._extra_state = dict(enumerate(extra_state))
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Those of the optimizer."""
+        return params_of(self._optimizer)
+
+    def leave(self, extra: Any) -> None:
+        """Leaves an object of `extra_state` out from now on."""
+        self._extra_state = {i: kept for i, kept in self._extra_state.items() if kept is not extra}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns everything that is copied in place; parameters on several ranks as DTensors."""
+        for module in self._modules().values():
+            reshard(module)
+        tensors: dict[str, Tensor] = {}
+        own: set[Tensor] = set()
+        for owner, module in self._modules().items():
+            for name, tensor in module_tensors(module, owner):
+                if tensor not in own:
+                    own.add(tensor)
+                    tensors[name] = tensor
+        for index, param in enumerate(self.params):
+            if param not in own:
+                tensors[f"parameter optimizer[{index}]"] = param
+        tensors.update(state_entries(self._optimizer, True))
+        if isinstance(self._optimizer, ScheduledOptimizer):
+            tensors[SCHEDULE_STEP] = self._optimizer.schedule_buffer.step
+            for index, param in enumerate(self.params):
+                if param in self._optimizer.step_counters:
+                    tensors[f"counter {index}"] = self._optimizer.step_counters[param]
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """Returns this rank's part of `tensors`."""
+        return {name: local(tensor) for name, tensor in self.tensors().items()}
+
+    def extras(self) -> dict[int | str, Access]:
+        """Returns access to all states that are not copied in place."""
+        extras: dict[int | str, Access] = {
+            index: access(extra)
+            for index, extra in self._extra_state.items()
+            if not is_plain_module(extra)
+        }
+        for owner, module in self._modules().items():
+            for path, part in module.named_modules():
+                if type(part).get_extra_state is not nn.Module.get_extra_state:
+                    extras[f"{owner}{path}"] = (part.get_extra_state, part.set_extra_state)
+        return extras
+
+    def extra_states(self) -> dict[int | str, Any]:
+        """Returns the states that `extras` has access to."""
+        return {key: get_state() for key, (get_state, _) in self.extras().items()}
+
+    def homes(self, names: Iterable[str]) -> dict[str, torch.device]:
+        """Returns the device of the parameter that each name belongs to, else of the first one."""
+        devices = [param.device for param in self.params]
+        of_param = ("state", "counter")
+        return {name: devices[param_index(name) if kind(name) in of_param else 0] for name in names}
+
+    def places(self, names: Sequence[str]) -> list[tuple[dict[str, Any], str, str]]:
+        """Returns what has each buffer or state of these names, its key there, and the name."""
+        modules, params = self._modules(), self.params
+        found: list[tuple[dict[str, Any], str, str]] = []
+        for name in names:
+            _, _, path = name.partition(" ")
+            if kind(name) == "state":
+                index, _, key = path.partition(" ")
+                found.append((self._optimizer.state[params[int(index)]], key, name))
+            elif kind(name) in ("buffer", "cache"):
+                owner = max((o for o in modules if path.startswith(o)), key=len)
+                module, _, key = path.removeprefix(owner).rpartition(".")
+                found.append((modules[owner].get_submodule(module)._buffers, key, name))
+        return found
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Returns the modules that are copied in place, by what comes before their names."""
+        modules = {"": self._model}
+        for index, extra in self._extra_state.items():
+            if is_plain_module(extra):
+                modules[f"extra_state[{index}]."] = extra
+        return modules
+
+
+def kind(name: str) -> str:
+    """Returns the first word of a name of `LiveState`."""
+    return name.partition(" ")[0]
+
+
+def param_index(name: str) -> int:
+    """Returns which of the optimizer's parameters a state or counter belongs to."""
+    return int(name.split(" ")[1])
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -1,0 +1,74 @@
+"""The choice of a backend: which can serve a device, why not the others, and which one does."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import torch
+
+from lrs_ext import ops
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+def unavailable_reason(backend: str, device_type: str) -> str | None:
+    """Returns why `backend` cannot serve tensors on `device_type`, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return None if device_type == "cpu" else f"it updates CPU tensors, not {device_type} ones"
+    if backend == "cuda":
+        return ops.cuda_unavailable_reason(device_type)
+    if backend == "triton":
+        return _triton_unavailable_reason(device_type)
+    raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def _triton_unavailable_reason(device_type: str) -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}): pip install triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "triton needs a GPU; TRITON_INTERPRET=1 runs its slow interpreter on CPU tensors"
+    if device_type not in ("cpu", "cuda"):
+        return f"it updates CUDA and ROCm tensors, not {device_type} ones"
+    return None
+
+
+def select_backend(requested: str | None, device: torch.device) -> str:
+    """Returns the backend for parameters on `device`.
+
+    Args:
+        requested: a name, or None for the environment variable LRS_EXT_BACKEND or else the fastest
+            kernel for the device; `reference` is never chosen unasked.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it cannot serve the device; the message says why, and which can.
+    """
+    origin = "backend"
+    if requested is None and os.environ.get("LRS_EXT_BACKEND"):
+        requested, origin = os.environ["LRS_EXT_BACKEND"], "LRS_EXT_BACKEND"
+    if requested is not None:
+        if requested not in BACKENDS:
+            raise ValueError(f"{origin} must be one of {BACKENDS}, got {requested!r}")
+        reason = unavailable_reason(requested, device.type)
+        if reason is None:
+            return requested
+        usable = [name for name in BACKENDS if unavailable_reason(name, device.type) is None]
+        raise RuntimeError(
+            f"{origin}={requested!r} cannot be used for parameters on {device}: {reason}; "
+            f"available here: {usable}"
+        )
+    candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
+    reasons = {name: unavailable_reason(name, device.type) for name in candidates}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    raise RuntimeError(
+        f"no kernel can be used for parameters on {device}: {reasons}; "
+        "backend='reference' runs anywhere, slowly"
+    )
