@@ -104,6 +104,7 @@ __device__ __forceinline__ void sum_tensor(const StepTable& table, Chunk chunk, 
     table.chunk_squares[blockIdx.x] = squares;
     __threadfence();
     is_last = atomicAdd(ticket, 1u) == num_chunks - 1;
+    __threadfence();
   }
   __syncthreads();
   if (!is_last) return;

@@ -88,7 +88,16 @@ const char* cuda_unavailable_reason() {
     cudaDriverGetVersion(&driver);
     return driver == 0 ? "no NVIDIA driver was found" : cudaGetErrorString(error);
   }
-  return count > 0 ? "" : "no CUDA device";
+  if (count == 0) return "no CUDA device";
+#if CUDART_VERSION >= 12010
+  // With an older driver of the same major version, all would work but launches of many tensors.
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver < 12010) {
+    return "the NVIDIA driver is older than CUDA 12.1, which this build needs: update the driver";
+  }
+#endif
+  return "";
 }
 
 int cuda_runtime_version() { return CUDART_VERSION; }

@@ -12,14 +12,19 @@ from lrs_ext import ops
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
-def unavailable_reason(backend: str, device_type: str) -> str | None:
-    """Returns why `backend` cannot serve tensors on `device_type`, or None if it can."""
+def unavailable_reason(backend: str, device: str) -> str | None:
+    """Returns why `backend` cannot serve tensors on `device`, or None if it can.
+
+    Args:
+        device: such as "cpu" or "cuda:1"; "cuda" is the current one.
+    """
+    device_type = torch.device(device).type
     if backend == "reference":
         return None
     if backend == "cpu":
         return None if device_type == "cpu" else f"it updates CPU tensors, not {device_type} ones"
     if backend == "cuda":
-        return ops.cuda_unavailable_reason(device_type)
+        return ops.cuda_unavailable_reason(device)
     if backend == "triton":
         return _triton_unavailable_reason(device_type)
     raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -55,16 +60,16 @@ def select_backend(requested: str | None, device: torch.device) -> str:
     if requested is not None:
         if requested not in BACKENDS:
             raise ValueError(f"{origin} must be one of {BACKENDS}, got {requested!r}")
-        reason = unavailable_reason(requested, device.type)
+        reason = unavailable_reason(requested, str(device))
         if reason is None:
             return requested
-        usable = [name for name in BACKENDS if unavailable_reason(name, device.type) is None]
+        usable = [name for name in BACKENDS if unavailable_reason(name, str(device)) is None]
         raise RuntimeError(
             f"{origin}={requested!r} cannot be used for parameters on {device}: {reason}; "
             f"available here: {usable}"
         )
     candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-    reasons = {name: unavailable_reason(name, device.type) for name in candidates}
+    reasons = {name: unavailable_reason(name, str(device)) for name in candidates}
     for name, reason in reasons.items():
         if reason is None:
             return name

@@ -6,6 +6,28 @@ from torch import Tensor
 
 from lrs_ext.table_set import TableSet
 
+CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
+_IN_GRAPH = (
+    "a parameter or a state is new, or elsewhere in memory, since a CUDA graph captured the step: "
+    f"{CAPTURE_AGAIN}"
+)
+_IN_CAPTURE = (
+    "a captured step makes no tables or states, and a parameter or a state is new, or elsewhere in "
+    "memory, since the last step: make a step before the capture"
+)
+
+
+def frozen(is_captured: bool, was_captured: bool) -> str | None:
+    """Returns why tables and states must stay as they are, None if they need not.
+
+    Args:
+        is_captured: whether the present step is.
+        was_captured: whether a graph holds an earlier one.
+    """
+    if is_captured:
+        return _IN_CAPTURE
+    return _IN_GRAPH if was_captured else None
+
 
 def check_gradients(params: list[Tensor]) -> None:
     """Raises RuntimeError if replays of the capture would leave parameters out."""
@@ -18,8 +40,12 @@ def check_gradients(params: list[Tensor]) -> None:
         )
 
 
-def check_tables(tables: TableSet) -> None:
-    """Raises RuntimeError if the step has no tables yet, or they are not for one graph."""
+def check_tables(tables: TableSet, has_singles: bool) -> None:
+    """Raises RuntimeError if the step has no tables yet, or they are not for one graph.
+
+    Args:
+        has_singles: whether parameters are updated in the backward pass, each from its own table.
+    """
     if len(tables.all) > 1:
         raise RuntimeError(
             f"a step on {len(tables.all)} devices cannot be captured, because a CUDA graph belongs "
@@ -31,10 +57,19 @@ def check_tables(tables: TableSet) -> None:
             "a step of DTensors cannot be captured, because their gradients are other tensors "
             "after each backward pass: step outside of the graph"
         )
-    if only.table is None or only.copies:
+    if (only.table is None and not has_singles) or only.copies:
         raise RuntimeError(
             "a captured step makes no tables or states: make a step before the capture, and "
             "parameters with gaps between their elements contiguous"
+        )
+
+
+def check_state_names(tables: TableSet, names: list[list[str]]) -> None:
+    """Raises RuntimeError if a graph reads other states than a step would, `names` by group."""
+    if not all(on_device.has_named(names) for on_device in tables.all):
+        raise RuntimeError(
+            "an option that decides which states a parameter has, as momentum or amsgrad, has "
+            f"changed since a CUDA graph captured the step: {CAPTURE_AGAIN}"
         )
 
 

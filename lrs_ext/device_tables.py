@@ -23,8 +23,6 @@ Written = tuple[Tensor | None, dict[str, float], Mapping[str, Tensor]]
 States = dict[Tensor, dict[str, Any]]
 Part = Table | StridedPart | LocalPart
 
-CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
-
 
 class DeviceTables:
     """The group table and the step tables of an optimizer's parameters on one device.
@@ -95,9 +93,13 @@ class DeviceTables:
         """Makes the next `write` of each group write."""
         self._written: list[Written] = [(None, {}, {}) for _ in range(self._num_groups)]
 
+    def has_named(self, names: list[list[str]]) -> bool:
+        """Returns whether these are the arrays that the present tables read."""
+        return names == self._names
+
     def name_states(self, names: list[list[str]]) -> None:
         """Says, for each group, which arrays of its states the update reads."""
-        if names != self._names:
+        if not self.has_named(names):
             self._names = names
             self.table = None
             self._local_parts = []
@@ -120,6 +122,11 @@ class DeviceTables:
         """Makes dense copies of the parameters with gaps; first of all."""
         self.copies = dense_copies(map(local, params), self.copies)
 
+    def has_state(self, param: Tensor, state: States, index: int) -> bool:
+        """Returns whether a parameter in group `index` has all arrays of its state."""
+        needed = self._storage.arrays(param, self._names[index], "meta")
+        return needed.keys() <= state.get(param, {}).keys()
+
     def complete_state(self, param: Tensor, state: States, index: int) -> bool:
         """Creates missing arrays of a parameter in group `index` and converts foreign ones.
 
@@ -132,39 +139,40 @@ class DeviceTables:
         dense = param if is_dtensor(param) else self.copies.get(param, param)
         return self._storage.complete(dense, state[param], names)
 
-    def parts(self, every: Selection, is_captured: bool) -> list[Part]:
+    def parts(self, every: Selection, frozen: str | None) -> list[Part]:
         """Returns what a step launches.
 
         Args:
             every: all parameters, with complete states.
-            is_captured: whether a CUDA graph reads the present table.
+            frozen: why the present table must serve, None if it need not.
 
         Raises:
-            RuntimeError: such a graph would read what is no longer there.
+            RuntimeError: it does not serve, and says `frozen`.
         """
         if any(map(is_dtensor, itertools.chain.from_iterable(every.param_lists))):
             return self._refreshed_local_parts(every)
         self._local_parts = []
         if not self.copies:
-            return [self._refreshed_table(every, is_captured)]
+            return [self._refreshed_table(every, frozen)]
         strided = every.only(lambda param: param in self.copies)
         dense = every.only(lambda param: param not in self.copies)
         return [
-            self._refreshed_table(dense, is_captured),
+            self._refreshed_table(dense, frozen),
             StridedPart(strided, self.copies, self._make_table),
         ]
 
-    def _refreshed_table(self, selection: Selection, is_captured: bool) -> Table:
+    def _refreshed_table(self, selection: Selection, frozen: str | None) -> Table:
         table = self.table
         refreshed = (selection.param_lists, selection.state, selection.gradients)
         if table is None or not table.refresh(*refreshed):
-            if is_captured and isinstance(table, ops.StepTable):
-                raise RuntimeError(
-                    "a parameter or a state is another tensor, or elsewhere in memory, than when a "
-                    f"CUDA graph captured the step: {CAPTURE_AGAIN}"
-                )
+            self._check_free(frozen)
             table = self.table = self._make_table(selection)
         return table
+
+    def _check_free(self, frozen: str | None) -> None:
+        # The reference has no table on the device: it is made anew for every step.
+        if frozen is not None and self._backend != "reference":
+            raise RuntimeError(frozen)
 
     # Tables of what this rank holds of DTensors
 
@@ -201,8 +209,13 @@ class DeviceTables:
             return table if table.refresh(own_state) else None
         return table if table.refresh(param_lists, own_state) else None
 
-    def single(self, selection: Selection) -> Table | LocalPart:
-        """Returns the table of one parameter."""
+    def has_single(self, param: Tensor) -> bool:
+        """Returns whether there is a table of this parameter, current or not."""
+        return param in self._singles
+
+    def single(self, selection: Selection, frozen: str | None) -> Table | LocalPart:
+        """Returns the table of one parameter; see `parts`."""
+        self._check_free(frozen)
         param = next(param for params in selection.param_lists for param in params)
         table: Table | LocalPart
         if is_dtensor(param):

@@ -33,7 +33,12 @@ HYPER_NAMES = {
 }
 
 
-@torch.library.custom_op("lrs_ext::step", mutates_args=("params", "states", "counters", "position"))
+# The operator makes its tables at each call: a CUDA graph would keep those of one.
+@torch.library.custom_op(
+    "lrs_ext::step",
+    mutates_args=("params", "states", "counters", "position"),
+    tags=torch.Tag.cudagraph_unsafe,
+)
 def step(
     algorithm: str,
     params: list[Tensor],
@@ -62,7 +67,8 @@ def step(
 
     Raises:
         ValueError: the lists do not fit together, or a number is not finite.
-        RuntimeError: a tensor has a dtype, device or layout that the kernels do not serve.
+        RuntimeError: a tensor has a dtype, device or layout that the kernels do not serve, or the
+            stream is being captured into a CUDA graph.
 
     >>> import torch, lrs_ext
     >>> p, position = torch.ones(2), torch.tensor(0)
@@ -95,6 +101,11 @@ def step(
         raise RuntimeError(
             f"lr must be float32, contiguous and on the device of position, {position.device}, "
             f"got {lr.dtype} on {lr.device}"
+        )
+    if position.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lrs_ext.functional.step cannot be captured into a CUDA graph: capture the step() of "
+            "an optimizer, or call it outside of the graph"
         )
     if not params:
         return

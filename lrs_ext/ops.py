@@ -42,8 +42,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def cuda_unavailable_reason(device_type: str) -> str | None:
-    """Returns why the compiled kernels cannot serve tensors on `device_type`, None if they can."""
+def cuda_unavailable_reason(device: str) -> str | None:
+    """Returns why the compiled kernels cannot serve tensors on `device`, None if they can."""
     if not _C.has_cuda:
         return (
             "lrs_ext was built without CUDA: no nvcc was found, or LRS_CUDA=0 was set; "
@@ -51,23 +51,27 @@ def cuda_unavailable_reason(device_type: str) -> str | None:
         )
     if torch.version.hip is not None:
         return "torch is built for ROCm; use the triton backend"
-    if device_type != "cuda":
-        return f"it updates CUDA tensors, not {device_type} ones"
-    return str(_C.cuda_unavailable_reason()) or _unserved_device()
+    if torch.device(device).type != "cuda":
+        return f"it updates CUDA tensors, not {torch.device(device).type} ones"
+    return str(_C.cuda_unavailable_reason()) or _missing_code(device)
 
 
-def _unserved_device() -> str | None:
-    """Returns which visible GPU the compiled kernels have no code for, or None if there is none."""
+def _missing_code(device: str) -> str | None:
+    """Returns why the compiled kernels cannot run on a GPU, None if there is code for it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return (
+            f"{device} has compute capability {major}.{minor}, the compiled kernels need 8.0: use "
+            "the triton backend"
+        )
     compiled = [divmod(int(arch), 10) for arch in _C.cuda_architectures.split(",")]
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        has_binary = any(major == m and minor >= n for m, n in compiled)
-        if not has_binary and (major, minor) < max(compiled):  # the newest is there as PTX too
-            return (
-                f"cuda:{index} has compute capability {major}.{minor}, the kernels were built for "
-                f"sm_{_C.cuda_architectures}: reinstall with LRS_CUDA_ARCHS={major}{minor}"
-            )
-    return None
+    has_binary = any(major == m and minor >= n for m, n in compiled)
+    if has_binary or (major, minor) >= max(compiled):  # the newest is there as PTX too
+        return None
+    return (
+        f"{device} has compute capability {major}.{minor}, the kernels were built for "
+        f"sm_{_C.cuda_architectures}: reinstall with LRS_CUDA_ARCHS={major}{minor}"
+    )
 
 
 def build_info() -> dict[str, str]:
@@ -103,7 +107,7 @@ def fill_schedule(target: Tensor, schedule: ProfileSchedule) -> None:
     native = native_schedule(schedule)
     if target.device.type == "cpu":
         native.fill_cpu(target.data_ptr(), target.numel())
-    elif cuda_unavailable_reason(target.device.type) is None:
+    elif cuda_unavailable_reason(str(target.device)) is None:
         points = _to_device(np.array(native.points, dtype=np.int64), target.device)
         native.fill_cuda(
             target=target.data_ptr(),
@@ -187,7 +191,7 @@ class GroupTable:
         arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), 1.0, dict(hyper), addresses)
         if row.device.type == "cpu":
             _C.write_group_cpu(*arguments)
-        elif cuda_unavailable_reason(row.device.type) is None:
+        elif cuda_unavailable_reason(str(row.device)) is None:
             stream = torch.cuda.current_stream(row.device).cuda_stream
             _C.write_group_cuda(*arguments, row.device.index, stream)
         else:

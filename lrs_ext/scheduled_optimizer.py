@@ -13,8 +13,8 @@ from torch.optim.optimizer import ParamsT
 from lrs_ext import capture_checks
 from lrs_ext.backends import select_backend
 from lrs_ext.buffer import ScheduleBuffer
+from lrs_ext.capture_checks import CAPTURE_AGAIN
 from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
-from lrs_ext.device_tables import CAPTURE_AGAIN
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
@@ -192,6 +192,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "a new optimizer"
             )
         self._take_loaded_groups()
+        if self.was_captured:
+            self._check_state_names()
         known, schedules = self._tables.known_groups, self._numbers.rates.buffer.schedules
         known.look_at(self.param_groups, schedules)
         names = []
@@ -258,10 +260,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         had_state = bool(self.state)
-        is_captured = self._is_on_gpu and torch.cuda.is_current_stream_capturing()
-        if is_captured:
-            self._check_capture()
-        launches = self._ready_launches()
+        is_captured = self._is_being_captured()
+        launches = self._ready_launches(is_captured)
         has_released = self._released.finish()
         has_params = any(group["params"] for group in self.param_groups)  # on this rank, in ZeRO
         if has_params and not any(launches) and not has_released:
@@ -330,7 +330,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "gradients released in the backward pass cannot be clipped together: take "
                 "step_in_backward() back by remove()"
             )
-        launches = self._ready_launches()
+        launches = self._ready_launches(self._is_being_captured())
         norms = [(part.grad_norm(), part.spread) for parts in launches for part in parts]
         norm = total_norm(norms, self.schedule_buffer.step.device)
         self._scaling.clip(norm, max_norm)
@@ -402,7 +402,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a schedule or a tensor is in charge of a group.
+            RuntimeError: a CUDA graph reads the shorter rows.
         """
+        if self.was_captured and capacity > self.schedule_buffer.capacity:
+            raise RuntimeError(f"a CUDA graph reads the schedule buffer as it is: {CAPTURE_AGAIN}")
         if self._numbers.reserve(self.param_groups, capacity):
             self._forget_tables()
 
@@ -457,27 +460,50 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Raises RuntimeError where replays of the step now captured would not do as it does."""
         if not self._released.is_in_force:
             capture_checks.check_gradients(_all_params(self.param_groups))
-        capture_checks.check_tables(self._tables)
+        capture_checks.check_tables(self._tables, self._released.is_in_force)
+        self._check_synced()
+
+    def _check_synced(self) -> None:
         for index, group in enumerate(self.param_groups):
             fixed = self._numbers.hyper_schedules.fixed(index, group)
             is_written = self._tables.has_written(index, self._hyper(fixed))
             is_synced = is_written and self._numbers.is_synced(index, group)
             capture_checks.check_synced(index, is_synced)
 
-    def _ready_launches(self) -> Launches:
-        """Returns what a step launches: parts with what the host has changed and with gradients."""
+    def _check_state_names(self) -> None:
+        groups = enumerate(self.param_groups)
+        fixed = [self._numbers.hyper_schedules.fixed(index, group) for index, group in groups]
+        names = [self._state_names(group) for group in fixed]
+        capture_checks.check_state_names(self._tables, names)
+
+    def _is_being_captured(self) -> bool:
+        return self._is_on_gpu and torch.cuda.is_current_stream_capturing()
+
+    def _ready_launches(self, is_captured: bool) -> Launches:
+        """Returns what a step launches: parts with what the host has changed and with gradients.
+
+        Args:
+            is_captured: whether that happens in the capture of a CUDA graph.
+        """
+        if is_captured:
+            self._check_capture()
         self.sync_groups()
         param_lists = [group["params"] for group in self.param_groups]
         launches = self._tables.current(param_lists, self.state)
         if launches is None:
-            launches = self._prepare(param_lists)
+            launches = self._prepare(
+                param_lists, capture_checks.frozen(is_captured, self.was_captured)
+            )
         return [[part for part in parts if part.has_gradients] for parts in launches]
 
     @torch.no_grad()
-    def _prepare(self, param_lists: list[list[Tensor]]) -> Launches:
+    def _prepare(self, param_lists: list[list[Tensor]], frozen: str | None) -> Launches:
         """Brings the parts up to date, with states for parameters that have their first gradient.
 
         Everything is checked before anything is changed. Without gradients nothing is launched.
+
+        Args:
+            frozen: why tables and states must stay as they are, None if they need not.
         """
         for index, group in enumerate(self.param_groups):
             check_params(group["params"], type(self).__name__)
@@ -487,7 +513,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if all(gradient is None for gradient in gradients):
             return [[] for _ in self._backends]
         if devices_of(params) != list(self._backends):
-            self._follow_params()
+            self._follow_params(frozen)
+        if frozen is not None:
+            remaining = iter(gradients)
+            for index, group_params in enumerate(param_lists):
+                for param in group_params:
+                    self._check_known(param, index, next(remaining), frozen)
         self._tables.copy_strided(params)
         positions = iter(gradients)
         steps = [
@@ -496,7 +527,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for param in group_params
         ]
         every = Selection(param_lists, list(range(len(params))), self.state, steps, gradients)
-        return self._tables.renewed(every, self.was_captured)
+        return self._tables.renewed(every, frozen)
 
     def _step_of(self, param: Tensor, index: int, gradient: Tensor | None) -> Tensor | None:
         """Returns the step counter of a parameter in group `index`, with its state completed.
@@ -508,11 +539,24 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         is_new = self._tables.of(param).complete_state(param, self.state, index)
         return self._step_counter(param, is_new)
 
+    def _check_known(self, param: Tensor, index: int, gradient: Tensor | None, frozen: str) -> None:
+        """Raises RuntimeError if a parameter in group `index` has its first gradient."""
+        has_count = param in self._counters or "step" in self.state.get(param, {})
+        is_known = has_count and self._tables.of(param).has_state(param, self.state, index)
+        if gradient is not None and not is_known:
+            raise RuntimeError(frozen)
+
     @torch.no_grad()
     def _update_one(self, param: Tensor) -> None:
         """Updates one dense parameter from its gradient, without advancing the schedule."""
+        is_captured = self._is_being_captured()
+        frozen = capture_checks.frozen(is_captured, self.was_captured)
         if device_of(param) not in self._backends:
-            self._follow_params()
+            self._follow_params(frozen)
+        if is_captured:
+            if not self._tables.of(param).has_single(param):
+                raise RuntimeError(frozen)
+            self._check_synced()
         self.sync_groups()
         tables = self._tables.of(param)
         table = tables.current_single(param, self.state)
@@ -520,10 +564,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             check_params([param], type(self).__name__)
             gradient = checked_gradient(param, type(self).__name__)
             index, position = self._place_of(param)
+            if not is_captured and not tables.has_single(param):
+                frozen = None  # no graph reads a table of this parameter
+            if frozen is not None:
+                self._check_known(param, index, gradient, frozen)
             param_lists = [[param] if i == index else [] for i in range(len(self.param_groups))]
             step = self._step_of(param, index, gradient)
             state = {param: self.state[param]} if param in self.state else {}
-            table = tables.single(Selection(param_lists, [position], state, [step], [gradient]))
+            selection = Selection(param_lists, [position], state, [step], [gradient])
+            table = tables.single(selection, frozen)
         table.run(commits_step=False)
 
     def _place_of(self, param: Tensor) -> tuple[int, int]:
@@ -546,8 +595,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         device = self.schedule_buffer.step.device
         return sum(spread.any(here, device) for spread, here in found.items()) > 0
 
-    def _follow_params(self) -> None:
+    def _follow_params(self, frozen: str | None) -> None:
         """Moves everything to the devices to which the parameters have been moved."""
+        if frozen is not None:
+            raise RuntimeError(frozen)
         self._backends = self._select_backends()
         self._numbers.move(self.param_groups, list(self._backends))
         for param in filter(self.state.__contains__, _all_params(self.param_groups)):

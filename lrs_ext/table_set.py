@@ -90,10 +90,10 @@ class TableSet:
             launches.append(parts)
         return launches
 
-    def renewed(self, every: Selection, is_captured: bool) -> Launches:
+    def renewed(self, every: Selection, frozen: str | None) -> Launches:
         """Returns what a step launches; see `DeviceTables.parts`."""
         if len(self.all) == 1:
-            return [self.all[0].parts(every, is_captured)]
+            return [self.all[0].parts(every, frozen)]
 
         def share_of(device: torch.device) -> Selection:
             return every.only(lambda param: param_devices.device_of(param) == device)
@@ -101,9 +101,7 @@ class TableSet:
         shares = list(map(share_of, self._by_device))
         self._params = [list(params) for params in every.param_lists]
         self._parts_of_params = [share.param_lists for share in shares]
-        return [
-            tables.parts(share, is_captured) for tables, share in zip(self.all, shares, strict=True)
-        ]
+        return [tables.parts(share, frozen) for tables, share in zip(self.all, shares, strict=True)]
 
     def _are_divided(self, param_lists: list[list[Tensor]]) -> bool:
         """Returns whether the parameters are those that have last been divided by device."""

@@ -1,10 +1,12 @@
 """Who may run a step, and what the others are told."""
 
 import re
+import types
 
 import pytest
 import torch
 
+from lrs_ext import ops
 from lrs_ext.backends import select_backend
 
 
@@ -32,3 +34,26 @@ def test_the_environment_chooses_the_backend_unless_an_argument_does(monkeypatch
     assert select_backend("cpu", cpu) == "cpu"
     monkeypatch.setenv("LRS_EXT_BACKEND", "")
     assert select_backend(None, cpu) == "cpu"
+
+
+CAPABILITIES = {"cuda:0": (8, 9), "cuda:1": (7, 5), "cuda:2": (12, 0), "cuda:3": (8, 0)}
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("cuda:0", None),
+        ("cuda:1", "cuda:1 has compute capability 7.5, .* need 8.0: use the triton backend"),
+        ("cuda:2", None),  # made from PTX
+        ("cuda:3", "built for sm_86,90: reinstall with LRS_CUDA_ARCHS=80"),
+    ],
+)
+def test_a_gpu_needs_code_of_its_own_whatever_the_others_are(monkeypatch, device, reason):
+    native = types.SimpleNamespace(
+        has_cuda=True, cuda_unavailable_reason=lambda: "", cuda_architectures="86,90"
+    )
+    monkeypatch.setattr(ops, "_C", native)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", CAPABILITIES.__getitem__)
+    found = ops.cuda_unavailable_reason.__wrapped__(device)
+    assert found is None if reason is None else re.search(reason, found)

@@ -14,7 +14,7 @@ def capture(monkeypatch):
     """Makes optimizers on the CPU believe that the current stream is being captured."""
 
     def begin(opt):
-        opt._is_on_gpu = True
+        monkeypatch.setattr(opt, "_is_on_gpu", True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
     begin.end = monkeypatch.undo
@@ -105,6 +105,25 @@ def test_new_numbers_are_written_before_the_capture(capture, key, number):
     assert opt.was_captured
 
 
+def test_clipping_is_checked_as_the_step_is(capture):
+    params, opt = make("AdamW", steps=0)
+    set_gradients(params)
+    capture(opt)
+    with pytest.raises(RuntimeError, match="make a step before the capture"):
+        lrs_ext.clip_grad_norm_(opt, 1.0)
+    assert not opt.state
+    capture.end()
+    opt.step()
+    capture(opt)
+    opt.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
+        lrs_ext.clip_grad_norm_(opt, 1.0)
+    opt.sync_groups()
+    lrs_ext.clip_grad_norm_(opt, 1.0)
+    opt.step()
+    assert opt.was_captured
+
+
 CHANGES = {
     "parameter": lambda p, opt: setattr(p, "data", p.data.clone()),
     "state": lambda p, opt: opt.state[p].update(exp_avg=opt.state[p]["exp_avg"].clone()),
@@ -118,7 +137,6 @@ def test_tensors_of_a_captured_step_stay_where_they_are(capture, change):
     set_gradients(params)
     opt.step()
     capture.end()
-    opt._is_on_gpu = False
     CHANGES[change](params[0], opt)
     before = values(params, opt)
     with pytest.raises(RuntimeError, match="call forget_graphs\\(\\), make a step and capture"):
@@ -127,6 +145,104 @@ def test_tensors_of_a_captured_step_stay_where_they_are(capture, change):
     opt.forget_graphs()
     opt.step()
     assert opt.schedule_buffer.step.item() == 3
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_stay_where_they_are_from_the_step_to_the_capture(capture, change):
+    params, opt = make("AdamW")
+    CHANGES[change](params[0], opt)
+    set_gradients(params)
+    capture(opt)
+    assert_refused(params, opt, "make a step before the capture")
+    capture.end()
+    opt.step()
+    capture(opt)
+    opt.step()
+    assert opt.was_captured
+
+
+@optimizers
+def test_states_are_not_made_in_a_capture(capture, name):
+    params, opt = make(name, steps=0)
+    params[0].grad = torch.ones_like(params[0])
+    opt.step()
+    set_gradients(params)
+    capture(opt)
+    assert_refused(params, opt, "make a step before the capture")
+    assert not opt.state.get(params[1])
+    assert params[1] not in opt.step_counters
+
+
+STATE_OPTIONS = {"SGD": ("momentum", 0.9, 0.0), "AdamW": ("amsgrad", False, True)}
+
+
+@pytest.mark.parametrize("name", STATE_OPTIONS)
+def test_a_captured_step_keeps_its_states(capture, name):
+    option, before, after = STATE_OPTIONS[name]
+    params, opt = make(name, **{option: before})
+    capture(opt)
+    set_gradients(params)
+    opt.step()
+    capture.end()
+    table = opt._tables.all[0].table
+    opt.param_groups[0][option] = after
+    for changed in (opt.sync_groups, opt.step):
+        with pytest.raises(RuntimeError, match="decides which states a parameter has"):
+            changed()
+        assert opt._tables.all[0].table is table
+    opt.forget_graphs()
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 3
+
+
+def test_a_captured_schedule_buffer_stays(capture):
+    params, opt = make("AdamW", lr=0.1)
+    capture(opt)
+    set_gradients(params)
+    opt.step()
+    buffer = opt.schedule_buffer
+    opt.reserve_(buffer.capacity)
+    with pytest.raises(RuntimeError, match="reads the schedule buffer as it is"):
+        opt.reserve_(buffer.capacity + 1)
+    assert opt.schedule_buffer is buffer
+    opt.forget_graphs()
+    opt.reserve_(buffer.capacity + 1)
+
+
+def backward(params):
+    sum((2.0 * param).sum() for param in params).backward()
+
+
+def test_a_release_of_gradients_is_captured(capture):
+    params, opt = make("AdamW", steps=0)
+    opt.step_in_backward()
+    capture(opt)
+    with pytest.raises(RuntimeError, match="make a step before the capture"):
+        backward(params)
+    assert not opt.state
+    capture.end()
+    for param in params:
+        param.grad = None
+    backward(params)
+    opt.step()
+    opt.param_groups[0]["weight_decay"] = 0.5
+    capture(opt)
+    with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
+        backward(params)
+    opt.sync_groups()
+    for param in params:
+        param.grad = None
+    backward(params)
+    opt.step()
+    assert opt.was_captured
+    capture.end()
+    params[0].data = params[0].data.clone()
+    with pytest.raises(RuntimeError, match="since a CUDA graph captured the step"):
+        backward(params)
+
+
+def test_the_operator_stays_out_of_graphs():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.lrs_ext.step.default.tags
 
 
 def test_there_are_no_new_groups_after_a_capture(capture):

@@ -321,6 +321,20 @@ class Captured:
         return [*self.params, *(tensor for state in states for tensor in state.values())]
 
 
+def test_the_operator_refuses_to_be_captured():
+    weight, gradient, lr = (torch.ones(3, device="cuda") for _ in range(3))
+    count, position = torch.zeros((), device="cuda"), torch.tensor(0, device="cuda")
+    arguments = ("sgd", [weight], [gradient], [], [count], lr, position, [0.0] * 5)
+    lrs_ext.functional.step(*arguments)
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        lrs_ext.functional.step(*arguments)
+    assert int(position) == 1
+
+
 @state_updates
 def test_a_step_is_one_kernel_or_lambs_two_and_nothing_else(row, tmp_path):
     params, opt = make(row, lrs_ext.rex(0.1, 20), SHAPES)

@@ -336,7 +336,7 @@ def test_lambs_norms_of_parts_are_completed_between_its_passes(cuda):
         for param, other in zip(params, others, strict=True):
             param.grad = torch.randn(param.shape)
             other.grad = param.grad.clone()
-        opts[0]._ready_launches()[0][0].spread = OtherParts()
+        opts[0]._ready_launches(False)[0][0].spread = OtherParts()
         for opt in opts:
             opt.step()
         assert all(map(torch.equal, params, others))
