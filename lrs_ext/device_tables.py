@@ -209,6 +209,11 @@ class DeviceTables:
             return table if table.refresh(own_state) else None
         return table if table.refresh(param_lists, own_state) else None
 
+    def forget_all_but(self, params: list[Tensor]) -> None:
+        """Lets go of the tables of single parameters that are not among these."""
+        present = set(params) if self._singles else ()
+        self._singles = {p: single for p, single in self._singles.items() if p in present}
+
     def has_single(self, param: Tensor) -> bool:
         """Returns whether there is a table of this parameter, current or not."""
         return param in self._singles

@@ -97,6 +97,12 @@ def step(
     numbers = dict(zip(hyper_names, hyper, strict=True))
     check_numbers(numbers)
     check_params(params, "lrs_ext.functional.step")
+    if position.dtype != torch.int64 or position.dim() != 0:
+        raise RuntimeError(
+            f"position must be int64 and 0-d, got {position.dtype} of shape {tuple(position.shape)}"
+        )
+    if lr.dim() > 1 or lr.numel() == 0:
+        raise RuntimeError(f"lr must be one number or a row of them, got shape {tuple(lr.shape)}")
     if lr.dtype != torch.float32 or not lr.is_contiguous() or lr.device != position.device:
         raise RuntimeError(
             f"lr must be float32, contiguous and on the device of position, {position.device}, "

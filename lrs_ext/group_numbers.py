@@ -37,6 +37,7 @@ class GroupNumbers:
         groups: the optimizer's parameter groups; schedules in them are replaced by floats.
         devices: where the parameters are.
         step: committed updates so far.
+        capacity: the least length of a row of learning rates.
 
     Attributes:
         rates: the learning rates; another object when their buffers have been replaced.
@@ -49,11 +50,12 @@ class GroupNumbers:
         groups: list[Group],
         devices: Sequence[torch.device],
         step: int = 0,
+        capacity: int = 1,
     ) -> None:
         self._numbers = numbers
         for group in groups:
             check_note(group)
-        self.rates = LearningRates(groups, devices, step)
+        self.rates = LearningRates(groups, devices, step, capacity)
         self.hyper_schedules = HyperSchedules(numbers, groups, devices, step)
         self._renew_notes(groups)
 

@@ -14,7 +14,7 @@ class HostCopy:
     def __init__(self, value: Tensor) -> None:
         self._event: torch.Event | None = None
         if value.device.type == "cuda":
-            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._event = torch.Event(value.device)
             self._event.record()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,9 @@ def at_height_of(group: Group, schedule: Schedule | Kept) -> Schedule:
     if isinstance(schedule, Kept):
         return schedule.schedule
     scale = group.get("lr_scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale > 0.0:
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not float(scale) > 0.0:
         raise ValueError(f"lr_scale of a parameter group must be a positive number, got {scale!r}")
-    return schedule if scale == 1.0 else schedule.scaled(scale)
+    return schedule if scale == 1.0 else schedule.scaled(float(scale))
 
 
 @dataclass
@@ -115,6 +116,11 @@ class LearningRates:
             for row, own_row in zip(source.rows, self._own_rows(index), strict=True):
                 if row is own_row:
                     row.copy_(on_device(source.seen.detach().reshape(()), row.device))
+
+    def withdraw(self, index: int, group: Group) -> None:
+        """Takes away a schedule that waits in ``group["lr"]`` for the next `sync`."""
+        if isinstance(group["lr"], (Schedule, Kept)):
+            group["lr"] = self._sources[index].seen
 
     def _own_rows(self, index: int) -> list[Tensor]:
         """Returns the rows of a group in the buffers, whether they are read or not."""

@@ -117,7 +117,7 @@ def fill_schedule(target: Tensor, schedule: ProfileSchedule) -> None:
             stream=torch.cuda.current_stream(target.device).cuda_stream,
         )
     else:
-        host = torch.empty(target.shape, dtype=target.dtype)
+        host = torch.empty(target.shape, dtype=target.dtype, device="cpu")
         native.fill_cpu(host.data_ptr(), host.numel())
         target.copy_(host)
 
@@ -195,7 +195,7 @@ class GroupTable:
             stream = torch.cuda.current_stream(row.device).cuda_stream
             _C.write_group_cuda(*arguments, row.device.index, stream)
         else:
-            host = torch.empty(row.shape, dtype=row.dtype)
+            host = torch.empty(row.shape, dtype=row.dtype, device="cpu")
             _C.write_group_cpu(host.data_ptr(), *arguments[1:])
             row.copy_(host)
 

@@ -72,18 +72,33 @@ class ReduceOnPlateau:
         self.cooldown = checked_count("cooldown", cooldown)
         self.eps = checked_real("eps", eps)
         floors = _floors(min_lr, len(optimizer.param_groups))
-        check_free(optimizer)
-        self._groups = groups_of(optimizer)
+        self._drive()
         device = self._groups.device
         self._floors = torch.tensor(floors, dtype=torch.float64).to(device)
         worst = math.inf if mode == "min" else -math.inf
         self._best = torch.full((), worst, dtype=torch.float64, device=device)
         self._num_bad_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._cooldown_left = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _drive(self) -> None:
+        """Takes charge of the optimizer's learning rates."""
+        check_free(self.optimizer)
+        self._groups = groups_of(self.optimizer)
         groups = weakref.ref(self._groups)
-        handle = optimizer.register_state_dict_pre_hook(lambda _: _show(groups()))
+        handle = self.optimizer.register_state_dict_pre_hook(lambda _: _show(groups()))
         weakref.finalize(self, handle.remove)
-        register(optimizer, self)
+        register(self.optimizer, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's schedulers: a copy drives a copy of the optimizer."""
+        state = {name: value for name, value in vars(self).items() if name != "_groups"}
+        return {**state, "_lrs": self._groups.read().clone()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        lrs = state["_lrs"]
+        vars(self).update({name: value for name, value in state.items() if name != "_lrs"})
+        self._drive()
+        self._groups.write(lrs)
 
     def step(self, metric: Tensor | float) -> None:
         """Takes a metric and reduces the learning rates if it is time; never waits for the device.

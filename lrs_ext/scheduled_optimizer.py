@@ -163,7 +163,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if numbers.rates is not present:
             self._forget_tables()
         for index in indices:
-            self.schedule_buffer.fill_(index, at_height_of(self.param_groups[index], schedule))
+            scaled = at_height_of(self.param_groups[index], schedule)
+            numbers.rates.withdraw(index, self.param_groups[index])
+            self.schedule_buffer.fill_(index, scaled)
         self.sync_groups()
 
     def sync_groups(self) -> None:
@@ -228,10 +230,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"a new group is not in the captured CUDA graph: {CAPTURE_AGAIN}")
         super().add_param_group(param_group)
         try:
-            check_learning_rate(self.param_groups[-1]["lr"])
-            check_note(self.param_groups[-1])
-            fixed = with_peaks(self._movable, self.param_groups[-1])
+            group = self.param_groups[-1]
+            check_learning_rate(group["lr"])
+            if isinstance(group["lr"], Schedule):
+                at_height_of(group, group["lr"])
+            check_note(group)
+            fixed = with_peaks(self._movable, group)
             self._check(fixed)
+            check_numbers(self._hyper(fixed))
             self._select_backends()
             check_params(fixed["params"], type(self).__name__)
             self._check_storage(fixed)
@@ -315,6 +321,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             raise RuntimeError("step_in_backward is in force already: remove() its handle first")
         params = [p for p in _all_params(self.param_groups) if p.requires_grad]
         dense = [p for p in params if is_dense(local(p))]
+        self._forget_all_but(_all_params(self.param_groups))
         if self.algorithm == "lamb" and any(spread_of(param).groups for param in params):
             raise RuntimeError(
                 "the norms that LAMB takes of parameters on several ranks cannot be exchanged in "
@@ -431,10 +438,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     # The parts of a step
 
-    def _start(self, step: int = 0) -> None:
+    def _start(self, step: int = 0, capacity: int = 1) -> None:
         self._backends = self._select_backends()
         devices = list(self._backends)
-        self._numbers = GroupNumbers(self._movable, self.param_groups, devices, step)
+        self._numbers = GroupNumbers(self._movable, self.param_groups, devices, step, capacity)
         self._scaling = StepScaling()
         self._released = GradientRelease((), self._update_one)
         self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
@@ -520,6 +527,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 for param in group_params:
                     self._check_known(param, index, next(remaining), frozen)
         self._tables.copy_strided(params)
+        self._forget_all_but(params)
         positions = iter(gradients)
         steps = [
             self._step_of(param, index, next(positions))
@@ -528,6 +536,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         ]
         every = Selection(param_lists, list(range(len(params))), self.state, steps, gradients)
         return self._tables.renewed(every, frozen)
+
+    def _forget_all_but(self, params: list[Tensor]) -> None:
+        """Lets go of parameters that have left the groups, unless a CUDA graph updates them."""
+        if not self.was_captured:
+            present = set(params)
+            self._counters = {p: c for p, c in self._counters.items() if p in present}
+            self._tables.forget_all_but(params)
 
     def _step_of(self, param: Tensor, index: int, gradient: Tensor | None) -> Tensor | None:
         """Returns the step counter of a parameter in group `index`, with its state completed.
@@ -636,7 +651,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._movable = numbers_of(self.defaults)
         for group, in_charge in zip(self.param_groups, schedules, strict=True):
             put_all_schedules(self._movable, group, in_charge)
-        self._start(step)
+        self._start(step, values.shape[1])
         for buffer in self.schedule_buffers.values():
             buffer.values.copy_(values)  # what write_ has put there is in no schedule
 
@@ -665,7 +680,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check_storage(fixed)
             check_numbers(self._hyper(fixed))
         replace_states(self.state, states)
+        # A checkpoint of torch's SGD has no step, but may have momentum.
         is_unused = all(position is not None and position.step == 0 for position in positions)
+        is_unused = is_unused and not any(map(_has_content, states.values()))
         self._loaded_count = 0.0 if is_unused else 1.0
         self._has_blank_states = is_unused
         for param, counter in list(self._counters.items()):
@@ -680,6 +697,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         else:  # the tables count in another
             self._forget_tables()
         self.sync_groups()
+
+
+def _has_content(state: Any) -> bool:
+    """Returns whether any array of a parameter's state that is whole here is not all 0; waits."""
+    arrays = [v for v in state.values() if isinstance(v, Tensor)] if isinstance(state, dict) else []
+    return any(bool(array.any()) for array in arrays if not is_dtensor(array))
 
 
 def _is_constant(value: Any) -> bool:

@@ -249,7 +249,8 @@ class Storage:
         zeros = {name: torch.zeros_like(param, dtype=self.state_dtype, device=device)}
         if self.state_dtype == torch.uint8:
             blocks = block_codes.num_blocks(param.numel())
-            zeros[name + _SCALE_SUFFIX] = torch.zeros(blocks, device=zeros[name].device)
+            scales = torch.zeros(blocks, dtype=torch.float32, device=zeros[name].device)
+            zeros[name + _SCALE_SUFFIX] = scales
         return zeros
 
     def _is_split(self, param: Tensor) -> bool:

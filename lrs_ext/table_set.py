@@ -70,6 +70,11 @@ class TableSet:
         for tables in self.all:
             tables.forget_numbers()
 
+    def forget_all_but(self, params: list[Tensor]) -> None:
+        """Lets go of the tables of single parameters that are not among these."""
+        for tables in self.all:
+            tables.forget_all_but(params)
+
     def copy_strided(self, params: list[Tensor]) -> None:
         """Makes dense copies of the parameters with gaps; first of all."""
         for device, tables in self._by_device.items():

@@ -176,6 +176,10 @@ def call(**changes):
         ({"hyper": [0.0]}, ValueError, "hyper must be the 4 numbers"),
         ({"hyper": [0.0, 0.0, float("nan"), 0.9]}, ValueError, "beta1 must be finite"),
         ({"lr": torch.tensor([0.1], dtype=torch.float64)}, RuntimeError, "lr must be float32"),
+        ({"lr": torch.ones(0)}, RuntimeError, "lr must be one number or a row"),
+        ({"lr": torch.ones(2, 2)}, RuntimeError, "lr must be one number or a row"),
+        ({"position": torch.tensor(0).int()}, RuntimeError, "position must be int64 and 0-d"),
+        ({"position": torch.zeros(2).long()}, RuntimeError, "position must be int64 and 0-d"),
         ({"grads": [torch.ones(3)] * 3}, RuntimeError, "a gradient differs"),
     ],
 )

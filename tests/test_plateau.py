@@ -1,8 +1,10 @@
 """ReduceOnPlateau: the decisions of torch, on the device, without a wait."""
 
+import copy
 import gc
 import io
 import math
+import pickle
 import weakref
 
 import numpy as np
@@ -226,6 +228,22 @@ def test_a_resumed_run_goes_on_where_it_was(kind, order, stop):
         for each in (run, resumed):
             each.plateau.step(torch.tensor(metric))
         assert resumed.used() == run.used()
+
+
+@kinds
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+def test_a_copy_drives_the_copied_optimizer(kind, copied):
+    run = kind(patience=0, factor=0.5)
+    run.plateau.step(1.0)
+    twin = kind(patience=0, factor=0.5)
+    vars(twin).update(copied(vars(run)))
+    assert twin.plateau.optimizer is twin.opt
+    before = run.used()
+    assert twin.used() == before
+    for _ in range(2):
+        twin.plateau.step(1.0)
+    assert twin.used() == [pytest.approx(lr / 4) for lr in before]
+    assert run.used() == before
 
 
 def test_the_optimizers_checkpoint_has_the_reduced_learning_rates():

@@ -1,9 +1,13 @@
 """Faults found once: memory that goes away, checkpoints that travel, groups that change."""
 
 import copy
+import gc
+import pickle
 import subprocess
 import sys
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -251,3 +255,103 @@ def test_a_learning_rate_put_aside_and_back_before_a_checkpoint_is_in_charge():
     other.load_state_dict(saved)
     assert other.current_lr() == [pytest.approx(REX(3))]
     assert other.param_groups[0]["lr"] == REX(3)
+
+
+SHORTER = {
+    "float": lambda opt: opt.param_groups[0].update(lr=0.01),
+    "schedule": lambda opt: opt.set_schedule(lrs_ext.constant(0.01)),
+    "scheduler": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 0.1),
+}
+
+
+@pytest.mark.parametrize("change", SHORTER)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_an_optimizer_is_copied_whose_rows_are_longer_than_it_needs(change, copied):
+    param, opt = make(lr=REX)
+    SHORTER[change](opt)
+    update(param, opt, 3)
+    twin = copied(opt)
+    assert twin.current_lr() == opt.current_lr() == [pytest.approx(0.01)]
+    [twin_param] = twin.param_groups[0]["params"]
+    update(param, opt, 2)
+    update(twin_param, twin, 2)
+    assert torch.equal(param, twin_param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_another_default_dtype_changes_nothing(dtype):
+    param, opt = make(numel=300, state_dtype=torch.uint8)
+    twin, other = make(numel=300, state_dtype=torch.uint8)
+    update(twin, other, 2)
+    torch.set_default_dtype(dtype)
+    try:
+        update(param, opt, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(param, twin)
+
+
+def test_momentum_from_torch_survives_a_second_checkpoint_without_a_step_between():
+    def make_pair(kind):
+        params = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+        return params, kind(params, lr=0.1, momentum=0.9, dampening=0.5)
+
+    params, theirs = make_pair(torch.optim.SGD)
+    for param in params:
+        param.grad = torch.ones(1)
+    theirs.step()
+    saved = theirs.state_dict()
+    for _ in range(2):
+        loaded, ours = make_pair(lrs_ext.SGD)
+        ours.load_state_dict(saved)
+        saved = ours.state_dict()
+    loaded[0].grad = torch.ones(1)
+    ours.step()
+    buffers = [state["momentum_buffer"].item() for state in ours.state_dict()["state"].values()]
+    assert buffers == [pytest.approx(0.9 + 0.5), 1.0]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("is_released", [False, True])
+def test_parameters_that_have_been_replaced_go_away(name, is_released):
+    param, opt = make(name)
+    gone = []
+    for _ in range(4):
+        handle = opt.step_in_backward() if is_released else None
+        param.sum().backward()
+        opt.step()
+        if handle is not None:
+            handle.remove()
+        new = torch.nn.Parameter(torch.ones(len(param) + 1))
+        opt.state.pop(param, None)
+        opt.param_groups[0]["params"][0] = new
+        gone.append(weakref.ref(param))
+        param = new
+        del new
+    param.sum().backward()
+    handle = opt.step_in_backward() if is_released else None
+    opt.step()
+    del handle
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [({"lr_scale": 0.0}, "lr_scale"), ({"eps": float("inf")}, "eps")]
+)
+def test_a_refused_group_is_not_there(bad, message):
+    param, opt = make(lr=REX)
+    other = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group({"params": [other], **bad})
+    assert len(opt.param_groups) == 1
+    update(param, opt)
+    opt.add_param_group({"params": [other], "lr_scale": np.float32(0.5)})
+    assert opt.current_lr() == [pytest.approx(REX(1)), pytest.approx(REX(1) / 2)]
+
+
+def test_set_schedule_is_the_last_word():
+    _, opt = make(lr=lrs_ext.constant(0.1, total_steps=50))
+    opt.param_groups[0]["lr"] = lrs_ext.linear(0.2, 40)
+    opt.set_schedule(lrs_ext.constant(0.03))
+    assert opt.current_lr() == [pytest.approx(0.03)]
