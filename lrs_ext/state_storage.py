@@ -195,7 +195,7 @@ class Storage:
             numbers: the states, float32.
             random: 16 random bits for each element in the order of memory, int64.
         """
-        if REMAINDER in state:
+        if _is_in_halves(param, state):
             bits = _bits(value)
             bits = torch.where(_is_nan(bits), 0x7FC00000, bits)
             memory_order(state[REMAINDER]).copy_(_int16(bits & 0xFFFF))
@@ -282,9 +282,14 @@ def _is_array(name: str, value: Any) -> bool:
     return isinstance(value, Tensor) and name != "step" and not name.endswith(_SCALE_SUFFIX)
 
 
+def _is_in_halves(param: Tensor, state: Mapping[str, Any]) -> bool:
+    # A parameter that has become float32 since has a low half that nobody reads.
+    return REMAINDER in state and param.dtype == torch.bfloat16
+
+
 def unpacked_param(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """Returns a parameter as float32, with its low half if it has one; itself if it is float32."""
-    if REMAINDER not in state:
+    if not _is_in_halves(param, state):
         return param.float()
     value = torch.empty_like(param, dtype=torch.float32)
     high = memory_order(param).view(torch.int16).long() << 16

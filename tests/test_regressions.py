@@ -355,3 +355,20 @@ def test_set_schedule_is_the_last_word():
     opt.param_groups[0]["lr"] = lrs_ext.linear(0.2, 40)
     opt.set_schedule(lrs_ext.constant(0.03))
     assert opt.current_lr() == [pytest.approx(0.03)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_parameter_with_a_master_may_become_float32(backend):
+    module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    opt = lrs_ext.SGD(module.parameters(), lr=0.5, master_weights=True, backend=backend)
+    for step in range(3):
+        before = [param.detach().float().clone() for param in module.parameters()]
+        for param in module.parameters():
+            param.grad = torch.ones_like(param)
+        opt.step()
+        if step == 0:
+            module.float()
+            for param in module.parameters():
+                param.grad = None
+    for param, old in zip(module.parameters(), before, strict=True):
+        assert torch.equal(param, old - 0.5)
