@@ -64,6 +64,30 @@ def test_what_counts_as_a_divergence():
     assert not judged([-3.0, -4.0], start=-1.0)
 
 
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_training_is_judged_on_its_own_scale(preset, scale):
+    """Whatever that of val_loss: good training goes on, bad training is rolled back."""
+    inputs, targets = list_of_batches()[0]
+    models = []
+
+    def validate():
+        return scale * (nn.functional.mse_loss(models[-1](inputs), targets) if models else 1.0)
+
+    run = Training("sgd", **PRESETS[preset], val_loss=lambda: torch.as_tensor(validate()))
+    models.append(run.model)
+    last = run.auto._timetable.segments[-1]
+    run.run(last.start + last.look_steps)
+    good = run.weights()
+    with torch.no_grad():
+        run.model[-1].bias.fill_(20.0)  # a loss some hundred times that of the start
+    run.run(last.look_steps)
+    assert torch.equal(run.weights(), good)
+    run.run()
+    assert not torch.equal(run.weights(), good)
+    assert run.auto._scales[-1].tolist() == [1.0, 0.5] + 8 * [1.0]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_divergence_costs_a_look_not_the_stage(preset):
     run = Training("sgd", **PRESETS[preset])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrs_ext.autolrs.batches import Tape
 from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds
-from lrs_ext.autolrs.guard import has_diverged
+from lrs_ext.autolrs.guard import has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
 from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
@@ -468,8 +468,9 @@ class AutoLRS:
         look = (done - 1) // segment.look_steps
         params = [local(p) for group in self.optimizer.param_groups for p in group["params"]]
         losses = self._measured.of_updates(segment.start + look * segment.look_steps, self._updates)
-        search = self._search
-        start, std = search.start[segment.stage], search.start_std[segment.stage]
+        # Not search.start: val_loss may have another scale.
+        trial = self._measured.of_first_trial(segment.stage)
+        start, std = self._search.starting_loss(trial), noise_std(trial)
         bad = self._ranks.any(has_diverged(losses, start, std, params))
         self._snapshot.restore_where(bad)
         self._snapshot.capture()

@@ -13,6 +13,12 @@ TAIL_PERCENT = 50  # of the losses since the last look, the last ones
 NOISE_STDS = 2.0  # that the loss before the stage may have been underestimated by
 
 
+def noise_std(losses: Tensor) -> Tensor:
+    """Returns how much losses (n,) differ from batch to batch, 0-d, 0 if one is not finite."""
+    std = losses.std(correction=0)
+    return torch.where(std.isfinite(), std, 0.0)
+
+
 def has_diverged(losses: Tensor, start: Tensor, std: Tensor, params: Sequence[Tensor]) -> Tensor:
     """Returns whether training has left the rails, bool, 0-d, without a sync.
 
@@ -21,8 +27,9 @@ def has_diverged(losses: Tensor, start: Tensor, std: Tensor, params: Sequence[Te
 
     Args:
         losses: of the updates since the last look, (n,).
-        start, std: the loss before the stage and its standard deviation from batch to batch, 0-d;
-            where the former is not positive, only what is not finite counts.
+        start, std: the training loss before the stage, as `losses` are, and its standard deviation
+            from batch to batch, 0-d; where the former is not positive, only what is not finite
+            counts.
         params: what this rank has of them, which may be nothing.
     """
     tail = tail_mean(losses, TAIL_PERCENT)
