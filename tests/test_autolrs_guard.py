@@ -128,6 +128,25 @@ def test_a_validation_loss_that_draws_random_numbers_leaves_trials_paired():
         assert stage.losses[0] == stage.trials[0].losses[0]
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, lrs_ext.SGD])
+def test_a_disabled_scaler_changes_nothing(kind):
+    """It cannot skip an update either: a forgotten one is noticed."""
+    weights = []
+    for extra_state in ([], [torch.amp.GradScaler("cpu", enabled=False)]):
+        torch.manual_seed(0)
+        model = make_model()
+        optimizer = kind(model.parameters(), lr=1e-3)
+        auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), extra_state=extra_state, **PEAK)
+        with pytest.raises(
+            RuntimeError, match=r"follows one optimizer\.step\(\), and there was none"
+        ):
+            auto.step(torch.ones(()))
+        train(model, optimizer, auto, list_of_batches())
+        auto.load_state_dict(auto.state_dict())
+        weights.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    assert torch.equal(*weights)
+
+
 def test_empty_parameters():
     torch.manual_seed(0)
     model = make_model()

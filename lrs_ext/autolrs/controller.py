@@ -14,6 +14,7 @@ from lrs_ext.autolrs.batches import Tape
 from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds
 from lrs_ext.autolrs.guard import has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
+from lrs_ext.autolrs.live_state import is_scaler
 from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
@@ -147,7 +148,7 @@ class AutoLRS:
         self._must_restore = False  # a wave that a loaded state was saved in begins again
         self._updates = 0
         self._index = 0  # of the segment
-        has_scaler = any(isinstance(state, torch.amp.GradScaler) for state in self._extra_state)
+        has_scaler = any(map(is_scaler, self._extra_state))
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
         self._known: HostCopy | None = None
         self._plan = {

@@ -225,9 +225,14 @@ def is_plain_module(extra: Any) -> bool:
     )
 
 
+def is_scaler(extra: Any) -> bool:
+    """Returns whether an object is a GradScaler that scales; one that does not has no tensors."""
+    return isinstance(extra, torch.amp.GradScaler) and extra.is_enabled()
+
+
 def access(extra: Any) -> Access:
     """Returns access to an object's state, without waiting: a GradScaler's own reads its scale."""
-    if not isinstance(extra, torch.amp.GradScaler):
+    if not is_scaler(extra):
         return extra.state_dict, extra.load_state_dict
 
     def get_state() -> dict[str, Any]:
