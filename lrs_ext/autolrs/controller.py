@@ -19,7 +19,7 @@ from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_inte
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
-from lrs_ext.autolrs.rates import check_optimizer, group_ratios, rates_of
+from lrs_ext.autolrs.rates import check_optimizer, check_ratios, group_ratios, rates_of
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
 from lrs_ext.autolrs.shapes import Shapes
 from lrs_ext.autolrs.snapshot import Snapshot
@@ -51,8 +51,8 @@ class AutoLRS:
 
     Args:
         optimizer: of `lrs_ext`, or of torch with support for a tensor learning rate, or a
-            framework's wrapper around it. Its learning rates must be positive: their ratios between
-            groups are kept.
+            framework's wrapper around it. Its learning rates must be positive, unless a state is
+            loaded before the next update: their ratios between groups are kept.
         model: the module that is trained.
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
@@ -151,7 +151,7 @@ class AutoLRS:
         has_scaler = any(map(is_scaler, self._extra_state))
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
         self._known: HostCopy | None = None
-        self._plan = {
+        self._plan: dict[str, Any] = {
             "preset": preset,
             "lr_bounds": list(bounds),
             "total_steps": total_steps,
@@ -216,8 +216,10 @@ class AutoLRS:
         What prefetches belongs around the loader, not around this: it would draw ahead of a trial.
 
         Raises:
+            ValueError: a group of the optimizer has a learning rate of 0.
             RuntimeError: the loader has run dry and cannot be iterated again.
         """
+        check_ratios(self._plan["ratios"])
         restores_itself = any(loader is extra for extra in self._extra_state)
         if restores_itself:
             self._snapshot.leave(loader)  # the batches of a trial come again from here
@@ -241,7 +243,7 @@ class AutoLRS:
             loss: what the update was made from: floating, 0-d.
 
         Raises:
-            TypeError, ValueError: it is no such tensor.
+            TypeError, ValueError: it is no such tensor; or see `batches`.
             RuntimeError: the optimizer has not stepped since the last call, or the budget is used
                 up.
         """
@@ -250,6 +252,7 @@ class AutoLRS:
                 f"the budget of {self.total_steps} updates is used up: stop when auto.done is true"
             )
         check_loss(loss, "the loss")
+        check_ratios(self._plan["ratios"])
         is_apart = self._replicas is not None and self._segment.kind == "trial"
         if is_apart and (self._must_restore or not self._tape.is_in_use):
             raise RuntimeError(
@@ -355,7 +358,12 @@ class AutoLRS:
             ValueError: the state belongs to another plan (other bounds, budget, trials, ...) or to
                 another model.
         """
-        check_plan(dict(state["plan"]), self._plan)
+        saved, known = dict(state["plan"]), self._plan
+        if state["rates"][
+            "taken_over"
+        ]:  # the optimizer may have loaded what the host had put there
+            known = known | {"ratios": [0.0] * len(known["ratios"])}
+        check_plan(saved, known)
         rank, own = state["of_this_rank"]
         is_own = tuple(rank) == (self._ranks.rank, self._ranks.size)
         self._snapshot.load_state_dict(
@@ -368,6 +376,8 @@ class AutoLRS:
         self._measured.load_state_dict(state["measured"])
         self._search.load_state_dict(state["search"])
         self._tape.load_state_dict({**state["tape"], "of_this_rank": own["tape"]}, is_own)
+        self._plan["ratios"] = list(saved["ratios"])
+        self._rates.set_ratios(saved["ratios"])
         self._rates.load_state_dict(state["rates"], self._shapes.of(self._segment))
         if self._replicas is not None:
             self._replicas.load_state_dict(*state["replicas"])
@@ -388,6 +398,7 @@ class AutoLRS:
         """Sets the learning rate of the segment that begins."""
         segment = self._segment
         if segment.kind == "warmup":
+            self._snapshot.capture()  # a state that is saved from now on needs a copy to load
             rate = self._search.grid.new_full((), self._base_lr)
         elif segment.kind == "trial":
             if segment.trial == 0:
