@@ -31,9 +31,13 @@ BATCHES = [torch.randn(8, 4, generator=GENERATOR) for _ in range(5)]
 
 
 class Run:
-    """A small job; what a checkpoint has is loaded first, and AutoLRS made last."""
+    """A small job; what a checkpoint has is loaded first, and AutoLRS made last.
 
-    def __init__(self, optimizer, lrs=(1e-3,), state=None, **options):
+    Args:
+        breaks_at: which validation is interrupted, from 0; None judges by training losses.
+    """
+
+    def __init__(self, optimizer, lrs=(1e-3,), state=None, breaks_at=None, **options):
         torch.manual_seed(0 if state is None else 1)
         self.model = nn.Linear(4, 2)
         params = list(self.model.parameters())
@@ -45,10 +49,19 @@ class Run:
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+        if breaks_at is not None:
+            self.left = breaks_at
+            options["val_loss"] = self.validate
         self.auto = lrs_ext.AutoLRS(self.optimizer, self.model, BOUNDS, **options)
         if state is not None:
             self.auto.load_state_dict(state["auto"])
         self.stream = self.auto.batches(BATCHES)
+
+    def validate(self):
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+        return self.model(BATCHES[0]).square().mean()
 
     def run(self, updates=1000):
         while updates and not self.auto.done:
@@ -76,6 +89,7 @@ class Run:
             self.weights().tolist(),
             history.losses.tolist(),
             history.learning_rates.tolist(),
+            [trial.objective for stage in history.stages for trial in stage.trials],
         )
 
 
@@ -109,3 +123,47 @@ def test_other_ratios_are_refused(optimizer):
     run = Run(optimizer, lrs=(3e-3, 1.0001e-2), **PRESETS["peak"])
     with pytest.raises(ValueError, match=r"saved with ratios=\[1\.0, 3\.33.*, this AutoLRS has"):
         run.auto.load_state_dict(state["auto"])
+
+
+def interrupted(breaks_at, **options):
+    """Returns a run up to its interrupted validation, None if it has none."""
+    run = Run(breaks_at=breaks_at, **options)
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        return run
+    return None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("optimizer", ["adamw", "torch sgd"])
+def test_an_interrupted_validation_is_made_up_for(optimizer, preset):
+    """By the next draw, by the next `step`, or in a resumed run."""
+    options = {"optimizer": optimizer} | PRESETS[preset]
+    whole = Run(breaks_at=1000, **options).run().outcome()
+    breaks_at = 1 if preset == "peak" else 0  # the first one of "peak" is the constructor's
+    while run := interrupted(breaks_at, **options):
+        state = run.saved()
+        assert Run(state=state, breaks_at=1000, **options).run().outcome() == whole
+        assert run.run().outcome() == whole
+        run = interrupted(breaks_at, **options)
+        run.left = 0
+        with pytest.raises(KeyboardInterrupt):
+            run.auto.step(torch.ones(()))
+        run.auto.step(torch.ones(()))
+        with pytest.raises(RuntimeError, match="there was none since the last call"):
+            run.auto.step(torch.ones(()))
+        assert run.run().outcome() == whole
+        breaks_at += 1
+    assert breaks_at >= 4
+
+
+def test_an_update_in_between_does_not_count():
+    """A loop that draws no batches here has made one when a resumed run hears of it."""
+    options = {"optimizer": "torch sgd"} | PRESETS["peak"]
+    run = Run(state=interrupted(1, **options).saved(), breaks_at=1000, **options)
+    run.model(BATCHES[0]).square().mean().backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.auto.step(torch.tensor(torch.nan))
+    assert run.run().outcome() == Run(breaks_at=1000, **options).run().outcome()

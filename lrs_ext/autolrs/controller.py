@@ -148,6 +148,7 @@ class AutoLRS:
         self._must_restore = False  # a wave that a loaded state was saved in begins again
         self._updates = 0
         self._index = 0  # of the segment
+        self._open: Literal["", "update", "segment"] = ""  # what has begun, but not been followed
         has_scaler = any(map(is_scaler, self._extra_state))
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
         self._known: HostCopy | None = None
@@ -233,11 +234,17 @@ class AutoLRS:
             self._snapshot.capture()  # the state may have changed since the controller was made
             self._pair_random(is_new=True)
         self._tape.resume(loader, restores_itself)
+        self._finish()
         while not self.done:
             yield self._tape.next_batch(loader)
+            self._finish()
 
     def step(self, loss: Tensor) -> None:
         """Follows one update of the optimizer; never waits for the device.
+
+        What an exception in `val_loss` has interrupted, here or in a run that is resumed, is
+        finished by the next draw from `batches`, or else by the next call. That call does only
+        this: an update made in between does not count.
 
         Args:
             loss: what the update was made from: floating, 0-d.
@@ -247,6 +254,10 @@ class AutoLRS:
             RuntimeError: the optimizer has not stepped since the last call, or the budget is used
                 up.
         """
+        if self._open:
+            self._finish()
+            self._watch.follow()
+            return
         if self.done:
             raise RuntimeError(
                 f"the budget of {self.total_steps} updates is used up: stop when auto.done is true"
@@ -265,13 +276,9 @@ class AutoLRS:
         segment = self._segment
         self._measured.add_loss(segment, self._updates, loss)
         self._updates += 1
+        self._open = "update"
         self._rates.advance()
-        if segment.kind == "trial":
-            self._measured.validate(segment, self._updates - segment.start)
-        elif segment.kind == "train":
-            self._guard(segment)
-        if self._updates == segment.end:
-            self._end(segment)
+        self._finish()
         if self._known is not None and self._known.is_here:
             self._show(self._known.read())
 
@@ -340,6 +347,7 @@ class AutoLRS:
         return {
             "plan": tuple(self._plan.items()),
             "updates": self._updates,
+            "open": self._open,
             "base_lr": self._base_lr,
             "scales": self._scales.clone(),
             "measured": self._measured.state_dict(),
@@ -369,9 +377,9 @@ class AutoLRS:
         self._snapshot.load_state_dict(
             {**state["snapshot"], "of_this_rank": own["snapshot"]}, is_own
         )
-        self._updates = state["updates"]
+        self._updates, self._open = state["updates"], state["open"]
         self._base_lr = state["base_lr"]
-        self._index = self._timetable.index_at(self._updates)
+        self._index = self._timetable.index_at(self._updates - (self._open == "update"))
         self._scales.copy_(state["scales"])
         self._measured.load_state_dict(state["measured"])
         self._search.load_state_dict(state["search"])
@@ -393,6 +401,24 @@ class AutoLRS:
     @property
     def _segment(self) -> Segment:
         return self._timetable.segments[self._index]
+
+    def _finish(self) -> None:
+        """Does what follows an update, from where an exception in `val_loss` has stopped it."""
+        segment = self._segment
+        if self._open == "update":
+            if segment.kind == "trial":
+                self._measured.validate(segment, self._updates - segment.start)
+            elif segment.kind == "train":
+                self._guard(segment)
+            is_over = self._updates == segment.end
+            if is_over and segment.kind == "trial":
+                self._end_trials(segment)
+            has_next = is_over and segment is not self._timetable.segments[-1]
+            self._index += has_next
+            self._open = "segment" if has_next else ""
+        if self._open == "segment":
+            self._begin()
+            self._open = ""
 
     def _begin(self) -> None:
         """Sets the learning rate of the segment that begins."""
@@ -447,22 +473,19 @@ class AutoLRS:
 
         Each rank then had weights of its own, of which a checkpoint may have one rank's only.
         """
-        self._must_restore = self._segment.kind == "trial" and self._updates > 0
+        has_begun = self._updates > 0 and self._open != "segment"
+        self._must_restore = self._segment.kind == "trial" and has_begun
         if self._must_restore:
-            self._updates = self._segment.start
+            self._updates, self._open = self._segment.start, ""
             self._tape.rewind()
 
-    def _end(self, segment: Segment) -> None:
-        if segment.kind == "trial":
-            for trial in segment.trials:
-                losses, horizon = self._measured.of_trial(segment, trial)
-                self._search.record(segment.stage, trial, losses, horizon)
-            self._snapshot.restore()
-            is_last = segment.trials.stop == self._timetable.num_trials
-            self._tape.release() if is_last else self._tape.rewind()
-        if segment is not self._timetable.segments[-1]:
-            self._index += 1
-            self._begin()
+    def _end_trials(self, segment: Segment) -> None:
+        for trial in segment.trials:
+            losses, horizon = self._measured.of_trial(segment, trial)
+            self._search.record(segment.stage, trial, losses, horizon)
+        self._snapshot.restore()
+        is_last = segment.trials.stop == self._timetable.num_trials
+        self._tape.release() if is_last else self._tape.rewind()
 
     def _show(self, rate: float) -> None:
         """Shows the learning rate in ``group["lr"]``, now that it is known on the host."""
