@@ -48,11 +48,12 @@ def test_noise_is_not_taken_for_divergence(seed, batch_size):
 
 
 def test_what_counts_as_a_divergence():
-    params = [torch.ones(2), torch.ones(0)]
+    copies = [torch.ones(2), torch.ones(0), torch.tensor([-math.inf, 0.0])]
 
-    def judged(losses, start=1.0, std=0.0, params=params):
+    def judged(losses, start=1.0, std=0.0, params=copies):
+        pairs = list(zip(params, copies, strict=True))
         return bool(
-            has_diverged(torch.tensor(losses), torch.tensor(start), torch.tensor(std), params)
+            has_diverged(torch.tensor(losses), torch.tensor(start), torch.tensor(std), pairs)
         )
 
     assert not judged([1.0, 1.5, 1.9])
@@ -60,7 +61,10 @@ def test_what_counts_as_a_divergence():
     assert not judged([1.0, 1.5, 4.0], std=1.0)
     assert judged([math.nan, 1.0, 1.0])
     assert judged([1.0, math.inf, 1.0])
-    assert judged([1.0], params=[torch.tensor([1.0, math.nan])])
+    assert judged([1.0], params=[torch.tensor([1.0, math.nan]), *copies[1:]])
+    assert not judged([1.0], params=[*copies[:2], torch.tensor([math.nan, 1.0])])
+    assert judged([1.0], params=[*copies[:2], torch.tensor([-math.inf, -math.inf])])
+    assert not has_diverged(torch.ones(1), torch.ones(()), torch.ones(()), [])
     assert not judged([-3.0, -4.0], start=-1.0)
 
 
@@ -86,6 +90,19 @@ def test_training_is_judged_on_its_own_scale(preset, scale):
     run.run()
     assert not torch.equal(run.weights(), good)
     assert run.auto._scales[-1].tolist() == [1.0, 0.5] + 8 * [1.0]
+
+
+@pytest.mark.parametrize("kind", [lrs_ext.SGD, torch.optim.SGD])
+def test_what_is_not_finite_from_the_start_is_no_divergence(kind):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.net = make_model()
+    model.mask = nn.Parameter(torch.tensor([0.0, -math.inf]))
+    model.forward = lambda inputs: model.net(inputs) + model.mask.exp()[1]
+    optimizer = kind(model.parameters(), lr=1e-3)
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
+    train(model, optimizer, auto, list_of_batches())
+    assert auto._scales.eq(1.0).all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

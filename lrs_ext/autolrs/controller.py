@@ -29,7 +29,6 @@ from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
 from lrs_ext.host_copy import HostCopy
 from lrs_ext.schedules import Schedule
-from lrs_ext.shards import local
 from lrs_ext.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -501,12 +500,11 @@ class AutoLRS:
         if done % segment.look_steps != 0 and self._updates != segment.end:
             return
         look = (done - 1) // segment.look_steps
-        params = [local(p) for group in self.optimizer.param_groups for p in group["params"]]
         losses = self._measured.of_updates(segment.start + look * segment.look_steps, self._updates)
         # Not search.start: val_loss may have another scale.
         trial = self._measured.of_first_trial(segment.stage)
         start, std = self._search.starting_loss(trial), noise_std(trial)
-        bad = self._ranks.any(has_diverged(losses, start, std, params))
+        bad = self._ranks.any(has_diverged(losses, start, std, self._snapshot.trained()))
         self._snapshot.restore_where(bad)
         self._snapshot.capture()
         scale = torch.where(bad, 0.5, 1.0)

@@ -58,23 +58,12 @@ class LiveState:
         """Returns everything that is copied in place; parameters on several ranks as DTensors."""
         for module in self._modules().values():
             reshard(module)
-        tensors: dict[str, Tensor] = {}
-        own: set[Tensor] = set()
-        for owner, module in self._modules().items():
-            for name, tensor in module_tensors(module, owner):
-                if tensor not in own:
-                    own.add(tensor)
-                    tensors[name] = tensor
-        for index, param in enumerate(self.params):
-            if param not in own:
-                tensors[f"parameter optimizer[{index}]"] = param
-        tensors.update(state_entries(self._optimizer, True))
-        if isinstance(self._optimizer, ScheduledOptimizer):
-            tensors[SCHEDULE_STEP] = self._optimizer.schedule_buffer.step
-            for index, param in enumerate(self.params):
-                if param in self._optimizer.step_counters:
-                    tensors[f"counter {index}"] = self._optimizer.step_counters[param]
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        return {name: tensor.detach() for name, tensor in self._named().items()}
+
+    def trained(self) -> set[str]:
+        """Returns the names of the optimizer's parameters."""
+        params = set(self.params)
+        return {name for name, tensor in self._named().items() if tensor in params}
 
     def local_tensors(self) -> dict[str, Tensor]:
         """Returns this rank's part of `tensors`."""
@@ -117,6 +106,25 @@ class LiveState:
                 module, _, key = path.removeprefix(owner).rpartition(".")
                 found.append((modules[owner].get_submodule(module)._buffers, key, name))
         return found
+
+    def _named(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        own: set[Tensor] = set()
+        for owner, module in self._modules().items():
+            for name, tensor in module_tensors(module, owner):
+                if tensor not in own:
+                    own.add(tensor)
+                    tensors[name] = tensor
+        for index, param in enumerate(self.params):
+            if param not in own:
+                tensors[f"parameter optimizer[{index}]"] = param
+        tensors.update(state_entries(self._optimizer, True))
+        if isinstance(self._optimizer, ScheduledOptimizer):
+            tensors[SCHEDULE_STEP] = self._optimizer.schedule_buffer.step
+            for index, param in enumerate(self.params):
+                if param in self._optimizer.step_counters:
+                    tensors[f"counter {index}"] = self._optimizer.step_counters[param]
+        return tensors
 
     def _modules(self) -> dict[str, nn.Module]:
         """Returns the modules that are copied in place, by what comes before their names."""
