@@ -164,6 +164,31 @@ def test_a_disabled_scaler_changes_nothing(kind):
     assert torch.equal(*weights)
 
 
+KINDS = [lrs_ext.AdamW, torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_group_without_parameters_changes_nothing(kind):
+    weights = []
+    for has_empty_group in (False, True):
+        torch.manual_seed(0)
+        model = make_model()
+        groups = [{"params": []}] * has_empty_group + [{"params": list(model.parameters())}]
+        optimizer = kind(groups, lr=1e-3)
+        auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
+        train(model, optimizer, auto, list_of_batches())
+        auto.load_state_dict(auto.state_dict())
+        weights.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_without_parameters_is_refused(kind):
+    optimizer = kind([{"params": []}], lr=1e-3)
+    with pytest.raises(ValueError, match="AdamW has no parameters to train: give them to it"):
+        lrs_ext.AutoLRS(optimizer, make_model(), (1e-4, 1e-1), **PEAK)
+
+
 def test_empty_parameters():
     torch.manual_seed(0)
     model = make_model()

@@ -14,7 +14,7 @@ from lrs_ext.autolrs.batches import Tape
 from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds
 from lrs_ext.autolrs.guard import has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
-from lrs_ext.autolrs.live_state import is_scaler
+from lrs_ext.autolrs.live_state import device_of, is_scaler
 from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
@@ -124,7 +124,7 @@ class AutoLRS:
         check_free(optimizer)
         self.preset, self.optimizer = preset, optimizer
         self._extra_state = tuple(extra_state)
-        device = optimizer.param_groups[0]["params"][0].device
+        device = device_of(optimizer)
         self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
         ratios = group_ratios(optimizer.param_groups)
         self._base_lr = float(optimizer.param_groups[0]["lr"])
