@@ -278,14 +278,22 @@ def test_a_rolled_back_training_is_in_the_schedule_of_several_stages():
 def test_any_profile_gives_the_shape():
     auto = Training(schedule="wsd").auto
     assert auto._shapes.schedule.profile == "wsd"
-    assert Training(schedule="one_cycle", warmup_steps=0).auto.phase == "search"
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", lrs_ext.one_cycle(0.1, 10)])
+def test_a_schedule_that_rises_by_itself_has_no_other_warmup(schedule):
+    run = Training(schedule=schedule).run()
+    rates = run.auto.history.learning_rates[64:]
+    found = lrs_ext.one_cycle(run.auto.history.stages[0].best_lr, 86)
+    assert rates == pytest.approx(found.values(0, 86), rel=1e-6, abs=1e-12)
+    with pytest.raises(ValueError, match=r"warmup_steps must be 0 for one_cycle.* got 5"):
+        Training(schedule=schedule, warmup_steps=5)
 
 
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
         ("sine", r"schedule must be one of \['constant', .*or a Schedule, got 'sine'"),
-        ("one_cycle", "warmup_steps must be 0 for one_cycle"),
         (lrs_ext.from_values([0.1, 0.2]), "not a table or a join: from_values"),
         (lrs_ext.join([lrs_ext.constant(0.1)], []), "not a table or a join: join"),
         (lrs_ext.constant(0.0), "must have a positive lr"),

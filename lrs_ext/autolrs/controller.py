@@ -21,7 +21,7 @@ from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
 from lrs_ext.autolrs.rates import check_optimizer, check_ratios, group_ratios, rates_of
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
-from lrs_ext.autolrs.shapes import Shapes
+from lrs_ext.autolrs.shapes import Shapes, usual_warmup
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
 from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
@@ -34,8 +34,6 @@ from lrs_ext.wrappers import unwrapped
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.distributed import ProcessGroup
-
-WARMUP_SHARE = 0.1  # of the training of "peak": the choice of the peak then matters less
 
 
 class AutoLRS:
@@ -64,7 +62,8 @@ class AutoLRS:
         stage_steps, trial_steps: see `timetable.paper_stages`; "peak" takes its trial length from
             `search_fraction` unless `trial_steps` is given.
         warmup_steps: of linear warm-up: in "peak" after the search, None is a tenth of what remains
-            then; in "paper" before it, up to the optimizer's own learning rate, None is 0.
+            then, or 0 for "one_cycle", which rises by itself; in "paper" before it, up to the
+            optimizer's own learning rate, None is 0.
         val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
         extra_state: what else to roll back: scaler, EMA, loader, ...
         snapshot: where the copy of the state is: "device" or "pinned" host memory.
@@ -120,7 +119,7 @@ class AutoLRS:
         )
         if warmup_steps is None:
             train = self._timetable.segments[-1].steps
-            warmup_steps = int(WARMUP_SHARE * train) if preset == "peak" else 0
+            warmup_steps = usual_warmup(schedule, train) if preset == "peak" else 0
         check_free(optimizer)
         self.preset, self.optimizer = preset, optimizer
         self._extra_state = tuple(extra_state)
