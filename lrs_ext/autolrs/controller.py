@@ -146,7 +146,7 @@ class AutoLRS:
         self._must_restore = False  # a wave that a loaded state was saved in begins again
         self._updates = 0
         self._index = 0  # of the segment
-        self._open: Literal["", "update", "segment"] = ""  # what has begun, but not been followed
+        self._open: Literal["", "update", "segment"] = ""  # what `_finish` still has to follow
         has_scaler = any(map(is_scaler, self._extra_state))
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
         self._known: HostCopy | None = None
