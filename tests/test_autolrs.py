@@ -383,11 +383,18 @@ def test_trials_stay_within_the_search_fraction(total_steps, trials, steps):
     assert timetable.search_steps <= total_steps / 10
 
 
-def test_a_learning_rate_of_zero_has_no_ratio():
+@pytest.mark.parametrize("lrs", [(0.0, 1e-3), (1e-3, 0.0)])
+@pytest.mark.parametrize("kind", [lrs_ext.AdamW, torch.optim.AdamW])
+def test_a_learning_rate_of_zero_has_no_ratio(kind, lrs):
     model = make_model()
-    opt = lrs_ext.AdamW(model.parameters(), lr=0.0)
-    with pytest.raises(ValueError, match="give the optimizer lr=1e-3"):
-        lrs_ext.AutoLRS(opt, model, (1e-4, 1e-1), **PEAK)
+    first, *others = model.parameters()
+    opt = kind([{"params": [first], "lr": lrs[0]}, {"params": others, "lr": lrs[1]}])
+    auto = lrs_ext.AutoLRS(opt, model, (1e-4, 1e-1), **PEAK)
+    message = rf"group {lrs.index(0.0)} has 0\.0: give the optimizer lr=1e-3"
+    with pytest.raises(ValueError, match=message):
+        next(auto.batches(list_of_batches()))
+    with pytest.raises(ValueError, match=message):
+        auto.step(torch.ones(()))
 
 
 def test_a_loader_that_runs_dry_in_a_trial():

@@ -48,11 +48,12 @@ def test_noise_is_not_taken_for_divergence(seed, batch_size):
 
 
 def test_what_counts_as_a_divergence():
-    params = [torch.ones(2), torch.ones(0)]
+    copies = [torch.ones(2), torch.ones(0), torch.tensor([-math.inf, 0.0])]
 
-    def judged(losses, start=1.0, std=0.0, params=params):
+    def judged(losses, start=1.0, std=0.0, params=copies):
+        pairs = list(zip(params, copies, strict=True))
         return bool(
-            has_diverged(torch.tensor(losses), torch.tensor(start), torch.tensor(std), params)
+            has_diverged(torch.tensor(losses), torch.tensor(start), torch.tensor(std), pairs)
         )
 
     assert not judged([1.0, 1.5, 1.9])
@@ -60,8 +61,48 @@ def test_what_counts_as_a_divergence():
     assert not judged([1.0, 1.5, 4.0], std=1.0)
     assert judged([math.nan, 1.0, 1.0])
     assert judged([1.0, math.inf, 1.0])
-    assert judged([1.0], params=[torch.tensor([1.0, math.nan])])
+    assert judged([1.0], params=[torch.tensor([1.0, math.nan]), *copies[1:]])
+    assert not judged([1.0], params=[*copies[:2], torch.tensor([math.nan, 1.0])])
+    assert judged([1.0], params=[*copies[:2], torch.tensor([-math.inf, -math.inf])])
+    assert not has_diverged(torch.ones(1), torch.ones(()), torch.ones(()), [])
     assert not judged([-3.0, -4.0], start=-1.0)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_training_is_judged_on_its_own_scale(preset, scale):
+    """Whatever that of val_loss: good training goes on, bad training is rolled back."""
+    inputs, targets = list_of_batches()[0]
+    models = []
+
+    def validate():
+        return scale * (nn.functional.mse_loss(models[-1](inputs), targets) if models else 1.0)
+
+    run = Training("sgd", **PRESETS[preset], val_loss=lambda: torch.as_tensor(validate()))
+    models.append(run.model)
+    last = run.auto._timetable.segments[-1]
+    run.run(last.start + last.look_steps)
+    good = run.weights()
+    with torch.no_grad():
+        run.model[-1].bias.fill_(20.0)  # a loss some hundred times that of the start
+    run.run(last.look_steps)
+    assert torch.equal(run.weights(), good)
+    run.run()
+    assert not torch.equal(run.weights(), good)
+    assert run.auto._scales[-1].tolist() == [1.0, 0.5] + 8 * [1.0]
+
+
+@pytest.mark.parametrize("kind", [lrs_ext.SGD, torch.optim.SGD])
+def test_what_is_not_finite_from_the_start_is_no_divergence(kind):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.net = make_model()
+    model.mask = nn.Parameter(torch.tensor([0.0, -math.inf]))
+    model.forward = lambda inputs: model.net(inputs) + model.mask.exp()[1]
+    optimizer = kind(model.parameters(), lr=1e-3)
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
+    train(model, optimizer, auto, list_of_batches())
+    assert auto._scales.eq(1.0).all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -102,6 +143,50 @@ def test_a_validation_loss_that_draws_random_numbers_leaves_trials_paired():
     for stage in auto.history.stages:
         assert len({trial.losses[0] for trial in stage.trials}) == 1
         assert stage.losses[0] == stage.trials[0].losses[0]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, lrs_ext.SGD])
+def test_a_disabled_scaler_changes_nothing(kind):
+    """It cannot skip an update either: a forgotten one is noticed."""
+    weights = []
+    for extra_state in ([], [torch.amp.GradScaler("cpu", enabled=False)]):
+        torch.manual_seed(0)
+        model = make_model()
+        optimizer = kind(model.parameters(), lr=1e-3)
+        auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), extra_state=extra_state, **PEAK)
+        with pytest.raises(
+            RuntimeError, match=r"follows one optimizer\.step\(\), and there was none"
+        ):
+            auto.step(torch.ones(()))
+        train(model, optimizer, auto, list_of_batches())
+        auto.load_state_dict(auto.state_dict())
+        weights.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+KINDS = [lrs_ext.AdamW, torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_group_without_parameters_changes_nothing(kind):
+    weights = []
+    for has_empty_group in (False, True):
+        torch.manual_seed(0)
+        model = make_model()
+        groups = [{"params": []}] * has_empty_group + [{"params": list(model.parameters())}]
+        optimizer = kind(groups, lr=1e-3)
+        auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
+        train(model, optimizer, auto, list_of_batches())
+        auto.load_state_dict(auto.state_dict())
+        weights.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_without_parameters_is_refused(kind):
+    optimizer = kind([{"params": []}], lr=1e-3)
+    with pytest.raises(ValueError, match="AdamW has no parameters to train: give them to it"):
+        lrs_ext.AutoLRS(optimizer, make_model(), (1e-4, 1e-1), **PEAK)
 
 
 def test_empty_parameters():
@@ -193,14 +278,22 @@ def test_a_rolled_back_training_is_in_the_schedule_of_several_stages():
 def test_any_profile_gives_the_shape():
     auto = Training(schedule="wsd").auto
     assert auto._shapes.schedule.profile == "wsd"
-    assert Training(schedule="one_cycle", warmup_steps=0).auto.phase == "search"
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", lrs_ext.one_cycle(0.1, 10)])
+def test_a_schedule_that_rises_by_itself_has_no_other_warmup(schedule):
+    run = Training(schedule=schedule).run()
+    rates = run.auto.history.learning_rates[64:]
+    found = lrs_ext.one_cycle(run.auto.history.stages[0].best_lr, 86)
+    assert rates == pytest.approx(found.values(0, 86), rel=1e-6, abs=1e-12)
+    with pytest.raises(ValueError, match=r"warmup_steps must be 0 for one_cycle.* got 5"):
+        Training(schedule=schedule, warmup_steps=5)
 
 
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
         ("sine", r"schedule must be one of \['constant', .*or a Schedule, got 'sine'"),
-        ("one_cycle", "warmup_steps must be 0 for one_cycle"),
         (lrs_ext.from_values([0.1, 0.2]), "not a table or a join: from_values"),
         (lrs_ext.join([lrs_ext.constant(0.1)], []), "not a table or a join: join"),
         (lrs_ext.constant(0.0), "must have a positive lr"),

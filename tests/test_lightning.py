@@ -71,6 +71,12 @@ def with_number(params):
     return lrs_ext.AdamW(params, lr=1e-3)
 
 
+def with_two_rates(params):
+    first, *others = params
+    groups = [{"params": [first], "lr": 3e-3}, {"params": others, "lr": 1e-2}]
+    return torch.optim.AdamW(groups)
+
+
 @pytest.fixture
 def fit(tmp_path):
     """Trains in a folder of its own; returns module, Trainer and the folder."""
@@ -278,6 +284,16 @@ def test_a_search_resumes_to_the_bit(fit, step, accumulation):
     resumed, _, _ = fit(
         with_number, callbacks[1], resume=folder / f"step={step}.ckpt", every=step, **options
     )
+    assert same_search(callbacks[0].auto, callbacks[1].auto)
+    assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+@pytest.mark.parametrize("step", [4, 30])  # before the last update of a trial, at rate 0
+@pytest.mark.parametrize("configure", [with_number, with_two_rates])
+def test_a_search_resumes_whatever_rates_the_optimizer_has_loaded(fit, configure, step):
+    callbacks = [search(num_trials=3, trial_steps=5) for _ in range(2)]
+    whole, _, folder = fit(configure, callbacks[0], every=step)
+    resumed, _, _ = fit(configure, callbacks[1], resume=folder / f"step={step}.ckpt", every=step)
     assert same_search(callbacks[0].auto, callbacks[1].auto)
     assert torch.equal(weights_of(resumed), weights_of(whole))
 

@@ -28,7 +28,7 @@ def test_a_step_that_needs_a_closure_is_refused():
         check_optimizer(torch.optim.LBFGS([param()], lr=0.1))
 
 
-@pytest.mark.parametrize("group", [{}, {"lr": None}, {"lr": torch.ones(2)}, {"lr": 0.0}])
+@pytest.mark.parametrize("group", [{}, {"lr": None}, {"lr": torch.ones(2)}, {"lr": -0.1}])
 def test_a_group_without_a_learning_rate_has_no_ratio(group):
     with pytest.raises(ValueError, match=r"group 1 has .*: give the optimizer lr=1e-3"):
         group_ratios([{"lr": 0.1}, group])

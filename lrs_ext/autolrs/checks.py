@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+RATIO_TOLERANCE = 1e-5  # relative: a learning rate that was saved in float32 has been rounded
+
 
 def check_loss(loss: Tensor, what: str) -> None:
     """Raises TypeError or ValueError if `loss` is no floating 0-d tensor."""
@@ -23,13 +25,22 @@ def check_loss(loss: Tensor, what: str) -> None:
 
 
 def check_plan(saved: dict[str, Any], plan: dict[str, Any]) -> None:
-    """Raises ValueError if a checkpoint's plan is not that of this run."""
+    """Raises ValueError if a checkpoint's plan is not that of this run, as far as it is known."""
     for name, value in plan.items():
-        if saved.get(name) != value:
+        before = saved.get(name)
+        if not (_same_ratios(before, value) if name == "ratios" else before == value):
             raise ValueError(
-                f"the checkpoint was saved with {name}={saved.get(name)}, this AutoLRS has "
+                f"the checkpoint was saved with {name}={before}, this AutoLRS has "
                 f"{value}: make it with the arguments of the run that is continued"
             )
+
+
+def _same_ratios(saved: Any, ratios: list[float]) -> bool:
+    """Returns whether `ratios` of `rates.group_ratios` are those of a checkpoint; 0 is any."""
+    return len(saved) == len(ratios) and all(
+        ratio == 0.0 or math.isclose(before, ratio, rel_tol=RATIO_TOLERANCE)
+        for before, ratio in zip(saved, ratios, strict=True)
+    )
 
 
 def checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from lrs_ext.autolrs.batches import Tape
 from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds
-from lrs_ext.autolrs.guard import has_diverged
+from lrs_ext.autolrs.guard import has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
+from lrs_ext.autolrs.live_state import device_of, is_scaler
 from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
-from lrs_ext.autolrs.rates import check_optimizer, group_ratios, rates_of
+from lrs_ext.autolrs.rates import check_optimizer, check_ratios, group_ratios, rates_of
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
-from lrs_ext.autolrs.shapes import Shapes
+from lrs_ext.autolrs.shapes import Shapes, usual_warmup
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
 from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
@@ -28,14 +29,11 @@ from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
 from lrs_ext.host_copy import HostCopy
 from lrs_ext.schedules import Schedule
-from lrs_ext.shards import local
 from lrs_ext.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.distributed import ProcessGroup
-
-WARMUP_SHARE = 0.1  # of the training of "peak": the choice of the peak then matters less
 
 
 class AutoLRS:
@@ -50,8 +48,8 @@ class AutoLRS:
 
     Args:
         optimizer: of `lrs_ext`, or of torch with support for a tensor learning rate, or a
-            framework's wrapper around it. Its learning rates must be positive: their ratios between
-            groups are kept.
+            framework's wrapper around it. Its learning rates must be positive, unless a state is
+            loaded before the next update: their ratios between groups are kept.
         model: the module that is trained.
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
@@ -64,7 +62,8 @@ class AutoLRS:
         stage_steps, trial_steps: see `timetable.paper_stages`; "peak" takes its trial length from
             `search_fraction` unless `trial_steps` is given.
         warmup_steps: of linear warm-up: in "peak" after the search, None is a tenth of what remains
-            then; in "paper" before it, up to the optimizer's own learning rate, None is 0.
+            then, or 0 for "one_cycle", which rises by itself; in "paper" before it, up to the
+            optimizer's own learning rate, None is 0.
         val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
         extra_state: what else to roll back: scaler, EMA, loader, ...
         snapshot: where the copy of the state is: "device" or "pinned" host memory.
@@ -120,11 +119,11 @@ class AutoLRS:
         )
         if warmup_steps is None:
             train = self._timetable.segments[-1].steps
-            warmup_steps = int(WARMUP_SHARE * train) if preset == "peak" else 0
+            warmup_steps = usual_warmup(schedule, train) if preset == "peak" else 0
         check_free(optimizer)
         self.preset, self.optimizer = preset, optimizer
         self._extra_state = tuple(extra_state)
-        device = optimizer.param_groups[0]["params"][0].device
+        device = device_of(optimizer)
         self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
         ratios = group_ratios(optimizer.param_groups)
         self._base_lr = float(optimizer.param_groups[0]["lr"])
@@ -147,10 +146,11 @@ class AutoLRS:
         self._must_restore = False  # a wave that a loaded state was saved in begins again
         self._updates = 0
         self._index = 0  # of the segment
-        has_scaler = any(isinstance(state, torch.amp.GradScaler) for state in self._extra_state)
+        self._open: Literal["", "update", "segment"] = ""  # what `_finish` still has to follow
+        has_scaler = any(map(is_scaler, self._extra_state))
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
         self._known: HostCopy | None = None
-        self._plan = {
+        self._plan: dict[str, Any] = {
             "preset": preset,
             "lr_bounds": list(bounds),
             "total_steps": total_steps,
@@ -215,8 +215,10 @@ class AutoLRS:
         What prefetches belongs around the loader, not around this: it would draw ahead of a trial.
 
         Raises:
+            ValueError: a group of the optimizer has a learning rate of 0.
             RuntimeError: the loader has run dry and cannot be iterated again.
         """
+        check_ratios(self._plan["ratios"])
         restores_itself = any(loader is extra for extra in self._extra_state)
         if restores_itself:
             self._snapshot.leave(loader)  # the batches of a trial come again from here
@@ -230,25 +232,36 @@ class AutoLRS:
             self._snapshot.capture()  # the state may have changed since the controller was made
             self._pair_random(is_new=True)
         self._tape.resume(loader, restores_itself)
+        self._finish()
         while not self.done:
             yield self._tape.next_batch(loader)
+            self._finish()
 
     def step(self, loss: Tensor) -> None:
         """Follows one update of the optimizer; never waits for the device.
+
+        What an exception in `val_loss` has interrupted, here or in a run that is resumed, is
+        finished by the next draw from `batches`, or else by the next call. That call does only
+        this: an update made in between does not count.
 
         Args:
             loss: what the update was made from: floating, 0-d.
 
         Raises:
-            TypeError, ValueError: it is no such tensor.
+            TypeError, ValueError: it is no such tensor; or see `batches`.
             RuntimeError: the optimizer has not stepped since the last call, or the budget is used
                 up.
         """
+        if self._open:
+            self._finish()
+            self._watch.follow()
+            return
         if self.done:
             raise RuntimeError(
                 f"the budget of {self.total_steps} updates is used up: stop when auto.done is true"
             )
         check_loss(loss, "the loss")
+        check_ratios(self._plan["ratios"])
         is_apart = self._replicas is not None and self._segment.kind == "trial"
         if is_apart and (self._must_restore or not self._tape.is_in_use):
             raise RuntimeError(
@@ -261,13 +274,9 @@ class AutoLRS:
         segment = self._segment
         self._measured.add_loss(segment, self._updates, loss)
         self._updates += 1
+        self._open = "update"
         self._rates.advance()
-        if segment.kind == "trial":
-            self._measured.validate(segment, self._updates - segment.start)
-        elif segment.kind == "train":
-            self._guard(segment)
-        if self._updates == segment.end:
-            self._end(segment)
+        self._finish()
         if self._known is not None and self._known.is_here:
             self._show(self._known.read())
 
@@ -336,6 +345,7 @@ class AutoLRS:
         return {
             "plan": tuple(self._plan.items()),
             "updates": self._updates,
+            "open": self._open,
             "base_lr": self._base_lr,
             "scales": self._scales.clone(),
             "measured": self._measured.state_dict(),
@@ -354,19 +364,26 @@ class AutoLRS:
             ValueError: the state belongs to another plan (other bounds, budget, trials, ...) or to
                 another model.
         """
-        check_plan(dict(state["plan"]), self._plan)
+        saved, known = dict(state["plan"]), self._plan
+        if state["rates"][
+            "taken_over"
+        ]:  # the optimizer may have loaded what the host had put there
+            known = known | {"ratios": [0.0] * len(known["ratios"])}
+        check_plan(saved, known)
         rank, own = state["of_this_rank"]
         is_own = tuple(rank) == (self._ranks.rank, self._ranks.size)
         self._snapshot.load_state_dict(
             {**state["snapshot"], "of_this_rank": own["snapshot"]}, is_own
         )
-        self._updates = state["updates"]
+        self._updates, self._open = state["updates"], state["open"]
         self._base_lr = state["base_lr"]
-        self._index = self._timetable.index_at(self._updates)
+        self._index = self._timetable.index_at(self._updates - (self._open == "update"))
         self._scales.copy_(state["scales"])
         self._measured.load_state_dict(state["measured"])
         self._search.load_state_dict(state["search"])
         self._tape.load_state_dict({**state["tape"], "of_this_rank": own["tape"]}, is_own)
+        self._plan["ratios"] = list(saved["ratios"])
+        self._rates.set_ratios(saved["ratios"])
         self._rates.load_state_dict(state["rates"], self._shapes.of(self._segment))
         if self._replicas is not None:
             self._replicas.load_state_dict(*state["replicas"])
@@ -383,10 +400,29 @@ class AutoLRS:
     def _segment(self) -> Segment:
         return self._timetable.segments[self._index]
 
+    def _finish(self) -> None:
+        """Does what follows an update, from where an exception in `val_loss` has stopped it."""
+        segment = self._segment
+        if self._open == "update":
+            if segment.kind == "trial":
+                self._measured.validate(segment, self._updates - segment.start)
+            elif segment.kind == "train":
+                self._guard(segment)
+            is_over = self._updates == segment.end
+            if is_over and segment.kind == "trial":
+                self._end_trials(segment)
+            has_next = is_over and segment is not self._timetable.segments[-1]
+            self._index += has_next
+            self._open = "segment" if has_next else ""
+        if self._open == "segment":
+            self._begin()
+            self._open = ""
+
     def _begin(self) -> None:
         """Sets the learning rate of the segment that begins."""
         segment = self._segment
         if segment.kind == "warmup":
+            self._snapshot.capture()  # a state that is saved from now on needs a copy to load
             rate = self._search.grid.new_full((), self._base_lr)
         elif segment.kind == "trial":
             if segment.trial == 0:
@@ -435,22 +471,19 @@ class AutoLRS:
 
         Each rank then had weights of its own, of which a checkpoint may have one rank's only.
         """
-        self._must_restore = self._segment.kind == "trial" and self._updates > 0
+        has_begun = self._updates > 0 and self._open != "segment"
+        self._must_restore = self._segment.kind == "trial" and has_begun
         if self._must_restore:
-            self._updates = self._segment.start
+            self._updates, self._open = self._segment.start, ""
             self._tape.rewind()
 
-    def _end(self, segment: Segment) -> None:
-        if segment.kind == "trial":
-            for trial in segment.trials:
-                losses, horizon = self._measured.of_trial(segment, trial)
-                self._search.record(segment.stage, trial, losses, horizon)
-            self._snapshot.restore()
-            is_last = segment.trials.stop == self._timetable.num_trials
-            self._tape.release() if is_last else self._tape.rewind()
-        if segment is not self._timetable.segments[-1]:
-            self._index += 1
-            self._begin()
+    def _end_trials(self, segment: Segment) -> None:
+        for trial in segment.trials:
+            losses, horizon = self._measured.of_trial(segment, trial)
+            self._search.record(segment.stage, trial, losses, horizon)
+        self._snapshot.restore()
+        is_last = segment.trials.stop == self._timetable.num_trials
+        self._tape.release() if is_last else self._tape.rewind()
 
     def _show(self, rate: float) -> None:
         """Shows the learning rate in ``group["lr"]``, now that it is known on the host."""
@@ -466,11 +499,11 @@ class AutoLRS:
         if done % segment.look_steps != 0 and self._updates != segment.end:
             return
         look = (done - 1) // segment.look_steps
-        params = [local(p) for group in self.optimizer.param_groups for p in group["params"]]
         losses = self._measured.of_updates(segment.start + look * segment.look_steps, self._updates)
-        search = self._search
-        start, std = search.start[segment.stage], search.start_std[segment.stage]
-        bad = self._ranks.any(has_diverged(losses, start, std, params))
+        # Not search.start: val_loss may have another scale.
+        trial = self._measured.of_first_trial(segment.stage)
+        start, std = self._search.starting_loss(trial), noise_std(trial)
+        bad = self._ranks.any(has_diverged(losses, start, std, self._snapshot.trained()))
         self._snapshot.restore_where(bad)
         self._snapshot.capture()
         scale = torch.where(bad, 0.5, 1.0)

@@ -58,23 +58,12 @@ class LiveState:
         """Returns everything that is copied in place; parameters on several ranks as DTensors."""
         for module in self._modules().values():
             reshard(module)
-        tensors: dict[str, Tensor] = {}
-        own: set[Tensor] = set()
-        for owner, module in self._modules().items():
-            for name, tensor in module_tensors(module, owner):
-                if tensor not in own:
-                    own.add(tensor)
-                    tensors[name] = tensor
-        for index, param in enumerate(self.params):
-            if param not in own:
-                tensors[f"parameter optimizer[{index}]"] = param
-        tensors.update(state_entries(self._optimizer, True))
-        if isinstance(self._optimizer, ScheduledOptimizer):
-            tensors[SCHEDULE_STEP] = self._optimizer.schedule_buffer.step
-            for index, param in enumerate(self.params):
-                if param in self._optimizer.step_counters:
-                    tensors[f"counter {index}"] = self._optimizer.step_counters[param]
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        return {name: tensor.detach() for name, tensor in self._named().items()}
+
+    def trained(self) -> set[str]:
+        """Returns the names of the optimizer's parameters."""
+        params = set(self.params)
+        return {name for name, tensor in self._named().items() if tensor in params}
 
     def local_tensors(self) -> dict[str, Tensor]:
         """Returns this rank's part of `tensors`."""
@@ -118,6 +107,25 @@ class LiveState:
                 found.append((modules[owner].get_submodule(module)._buffers, key, name))
         return found
 
+    def _named(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        own: set[Tensor] = set()
+        for owner, module in self._modules().items():
+            for name, tensor in module_tensors(module, owner):
+                if tensor not in own:
+                    own.add(tensor)
+                    tensors[name] = tensor
+        for index, param in enumerate(self.params):
+            if param not in own:
+                tensors[f"parameter optimizer[{index}]"] = param
+        tensors.update(state_entries(self._optimizer, True))
+        if isinstance(self._optimizer, ScheduledOptimizer):
+            tensors[SCHEDULE_STEP] = self._optimizer.schedule_buffer.step
+            for index, param in enumerate(self.params):
+                if param in self._optimizer.step_counters:
+                    tensors[f"counter {index}"] = self._optimizer.step_counters[param]
+        return tensors
+
     def _modules(self) -> dict[str, nn.Module]:
         """Returns the modules that are copied in place, by what comes before their names."""
         modules = {"": self._model}
@@ -139,6 +147,20 @@ def param_index(name: str) -> int:
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Returns where the first parameter is, in whichever group.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for param in params_of(optimizer):
+        return param.device
+    raise ValueError(
+        f"{type(optimizer).__name__} has no parameters to train: give them to it before AutoLRS is "
+        "made"
+    )
 
 
 def state_entries(optimizer: torch.optim.Optimizer, are_tensors: bool) -> Iterator[tuple[str, Any]]:
@@ -225,9 +247,14 @@ def is_plain_module(extra: Any) -> bool:
     )
 
 
+def is_scaler(extra: Any) -> bool:
+    """Returns whether an object is a GradScaler that scales; one that does not has no tensors."""
+    return isinstance(extra, torch.amp.GradScaler) and extra.is_enabled()
+
+
 def access(extra: Any) -> Access:
     """Returns access to an object's state, without waiting: a GradScaler's own reads its scale."""
-    if not isinstance(extra, torch.amp.GradScaler):
+    if not is_scaler(extra):
         return extra.state_dict, extra.load_state_dict
 
     def get_state() -> dict[str, Any]:

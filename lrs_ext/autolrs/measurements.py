@@ -102,6 +102,12 @@ class Measurements:
         points = segment.steps // interval
         return self.values[segment.stage, : points + 1, trial], train.steps / interval
 
+    def of_first_trial(self, stage: int) -> Tensor:
+        """Returns the losses of the updates of a stage's first trial, float64, (n,)."""
+        self._ranks.wait()
+        (first, *_), _ = self._timetable.stage(stage)
+        return self.trials[stage, : first.steps, 0].to(torch.float64)
+
     def state_dict(self) -> dict[str, Any]:
         self._ranks.wait()
         return {name: getattr(self, name).clone() for name in _TENSORS}

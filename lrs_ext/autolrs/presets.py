@@ -15,7 +15,7 @@ from lrs_ext.autolrs.forecast import forecast
 from lrs_ext.autolrs.surrogate import gp_posterior
 from lrs_ext.autolrs.timetable import Timetable
 
-_TENSORS = ("positions", "objectives", "deviations", "start", "start_std", "best")
+_TENSORS = ("positions", "objectives", "deviations", "start", "best")
 
 
 class Search:
@@ -28,8 +28,8 @@ class Search:
         positions: float64, (stages, trials): log10 of the tried learning rates.
         objectives: float64, (stages, trials): what a trial is judged by, inf if it diverged.
         deviations: float64, (stages, trials): standard deviations of the objectives, 0 if unknown.
-        start: float64, (stages,): the loss before a stage's first update, about.
-        start_std: float64, (stages,): how much losses differ from batch to batch at the start.
+        start: float64, (stages,): the loss before a stage's first update, about, of those that
+            trials are judged by.
         best: float64, (stages,): log10 of the chosen learning rate.
         grid: float64, (candidates,): log10 of the learning rates that are considered.
     """
@@ -52,7 +52,6 @@ class Search:
         self.objectives = torch.full_like(self.positions, math.nan)
         self.deviations = torch.zeros_like(self.positions)
         self.start = torch.full_like(self.positions[:, 0], math.nan)
-        self.start_std = torch.zeros_like(self.start)
         self.best = torch.full_like(self.start, math.nan)
 
     def propose(self, stage: int, first: int, count: int = 1) -> None:
@@ -86,11 +85,16 @@ class Search:
         losses = losses.to(torch.float64)
         objective, deviation = self._judge(losses, horizon)
         if trial == 0:
-            self.start[stage].copy_(self._starting_loss(losses))
-            std = losses.std(correction=0)
-            self.start_std[stage].copy_(torch.where(std.isfinite(), std, 0.0))
+            self.start[stage].copy_(self.starting_loss(losses))
         self.objectives[stage, trial].copy_(objective)
         self.deviations[stage, trial].copy_(deviation)
+
+    def starting_loss(self, losses: Tensor) -> Tensor:
+        """Returns the loss of a stage without any progress, 0-d, from those of its first trial.
+
+        The first loss alone is that of a single batch, which may be an easy one.
+        """
+        raise NotImplementedError
 
     def choose(self, stage: int) -> Tensor:
         """Returns the learning rate to train with, float64, 0-d."""
@@ -133,13 +137,6 @@ class Search:
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def _starting_loss(self, losses: Tensor) -> Tensor:
-        """Returns the loss of a stage without any progress, from its first trial.
-
-        The first loss alone is that of a single batch, which may be an easy one.
-        """
-        raise NotImplementedError
-
     def _choice(self, stage: int) -> Tensor:
         raise NotImplementedError
 
@@ -169,7 +166,7 @@ class PeakSearch(Search):
     def _judge(self, losses: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
         return search.tail_mean(losses, search.JUDGED_PERCENT), losses.new_zeros(())
 
-    def _starting_loss(self, losses: Tensor) -> Tensor:
+    def starting_loss(self, losses: Tensor) -> Tensor:
         # The first trial has the lowest rate there is, with which next to nothing happens.
         idle = losses.mean()
         return torch.where(idle.isfinite(), idle, losses[0]).maximum(losses[0])
@@ -224,7 +221,7 @@ class PaperSearch(Search):
             torch.where(has_diverged, 0.0, deviation),
         )
 
-    def _starting_loss(self, losses: Tensor) -> Tensor:
+    def starting_loss(self, losses: Tensor) -> Tensor:
         opening = losses[: max(len(losses) // 4, 1)].median()
         # It may have diverged at once.
         return torch.where(opening < search.FAR * losses[0], opening, losses[0]).maximum(losses[0])

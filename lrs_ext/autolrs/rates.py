@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrs_ext.autolrs.live_state import device_of
 from lrs_ext.param_devices import on_device
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
@@ -18,10 +19,13 @@ Group = dict[str, Any]
 
 
 def group_ratios(groups: Sequence[Group]) -> list[float]:
-    """Returns each group's learning rate over that of the first group.
+    """Returns each group's learning rate over that of the first group, 0 where one of them is 0.
+
+    Such a ratio is unknown: an optimizer has rates of 0 where it has loaded a checkpoint of a
+    trial's last updates, or of the end. `check_ratios` refuses them when they are needed.
 
     Raises:
-        ValueError: a learning rate is no positive number, or a group has an ``lr_scale``.
+        ValueError: a learning rate is no number or negative, or a group has an ``lr_scale``.
     """
     rates: list[Any] = [group.get("lr") for group in groups]
     for index, rate in enumerate(rates):
@@ -34,12 +38,23 @@ def group_ratios(groups: Sequence[Group]) -> list[float]:
         is_number = isinstance(rate, (float, int)) or (
             isinstance(rate, Tensor) and rate.numel() == 1
         )
-        if not is_number or not float(rate) > 0.0:
-            raise ValueError(
-                "AutoLRS keeps the ratios between the learning rates of the groups, so each needs "
-                f"a positive one; group {index} has {rate!r}: give the optimizer lr=1e-3, say"
-            )
-    return [float(rate) / float(rates[0]) for rate in rates]
+        if not is_number or not float(rate) >= 0.0:
+            raise _no_ratio(index, rate)
+    first = float(rates[0])
+    return [float(rate) / first if first else 0.0 for rate in rates]
+
+
+def check_ratios(ratios: Sequence[float]) -> None:
+    """Raises ValueError if one of the `group_ratios` is unknown."""
+    if 0.0 in ratios:
+        raise _no_ratio(list(ratios).index(0.0), 0.0)
+
+
+def _no_ratio(index: int, rate: Any) -> ValueError:
+    return ValueError(
+        "AutoLRS keeps the ratios between the learning rates of the groups, so each needs a "
+        f"positive one; group {index} has {rate!r}: give the optimizer lr=1e-3, say"
+    )
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -95,7 +110,7 @@ class Rates:
     def __init__(self, optimizer: torch.optim.Optimizer, ratios: Sequence[float]) -> None:
         # Weak: the optimizer holds what it calls back.
         self._weak_optimizer: Callable[[], Any] = weakref.ref(optimizer)
-        self._device = optimizer.param_groups[0]["params"][0].device
+        self._device = device_of(optimizer)
         self._ratios = list(ratios)
         self._shape = torch.ones(1, dtype=torch.float64, device=self._device)
         self._taken_over: dict[int, Any] = {}  # in a loaded state, until the next update
@@ -120,6 +135,10 @@ class Rates:
         self.check_groups()
         self.rate.mul_(factor)
         self._put()
+
+    def set_ratios(self, ratios: Sequence[float]) -> None:
+        """Takes other ratios between the groups, from the next `write` or `attach` on."""
+        self._ratios = list(ratios)
 
     def advance(self) -> None:
         """Follows an update, also one that was skipped or replayed in a CUDA graph."""
@@ -219,6 +238,10 @@ class BufferRates(Rates):
         optimizer.reserve_(self._capacity)
         optimizer.drive_(self._refill)
         self._positions = self._all_positions()
+
+    def set_ratios(self, ratios: Sequence[float]) -> None:
+        super().set_ratios(ratios)
+        self._ratio_tensor.copy_(torch.tensor(self._ratios, dtype=torch.float64))
 
     def show(self, value: Callable[[int], float]) -> None:
         self._value = value

@@ -13,6 +13,14 @@ from lrs_ext.constructors import constant, linear, named_schedule
 from lrs_ext.profile_schedule import ProfileSchedule
 from lrs_ext.schedules import Schedule
 
+WARMUP_SHARE = 0.1  # of the training of "peak": the choice of the peak then matters less
+
+
+def usual_warmup(schedule: str | Schedule, train_steps: int) -> int:
+    """Returns the warm-up of the training of "peak", of which nobody has said how long it is."""
+    profile = schedule.profile if isinstance(schedule, ProfileSchedule) else schedule
+    return 0 if profile == "one_cycle" else int(WARMUP_SHARE * train_steps)
+
 
 def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int) -> Schedule:
     """Returns the schedule at height 1 and of `total_steps` updates.

@@ -158,6 +158,12 @@ class Snapshot:
         for key, (get_state, _) in self._live.extras().items():
             restore_tensors_where(bad, get_state(), self._memory.extra.get(key))
 
+    def trained(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns this rank's part of each of the optimizer's parameters, and the copy of it."""
+        live, copies = self._live.local_tensors(), self._memory.tensors
+        names = self._live.trained() & self._captured
+        return [(live[name], copies[name]) for name in sorted(names)]
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the copies; waits for the device if they are in host memory.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lrs_ext.autolrs.live_state import device_of
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 
@@ -68,5 +69,5 @@ class StepWatch:
 
 
 def _is_capturing(optimizer: torch.optim.Optimizer) -> bool:
-    is_on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
+    is_on_gpu = device_of(optimizer).type == "cuda"
     return is_on_gpu and torch.cuda.is_current_stream_capturing()
