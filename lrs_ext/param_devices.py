@@ -13,6 +13,20 @@ def device_of(param: Tensor) -> torch.device:
     return param.device
 
 
+def first_device(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Returns where the first parameter is, in whichever group.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            return param.device
+    raise ValueError(
+        f"{type(optimizer).__name__} has no parameters to train: give them to it first"
+    )
+
+
 def devices_of(params: Iterable[Tensor]) -> list[torch.device]:
     """Returns the devices of `params`, that of the first one first; the CPU if there are none."""
     return list(dict.fromkeys(map(device_of, params))) or [torch.device("cpu")]

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrs_ext.autolrs.live_state import device_of
 from lrs_ext.autolrs.rates import check_optimizer, usable_lr, warn_of_waiting
 from lrs_ext.host_copy import HostCopy
-from lrs_ext.param_devices import on_device
+from lrs_ext.param_devices import first_device, on_device
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 Group = dict[str, Any]
@@ -136,7 +135,7 @@ class TensorGroups(Groups):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
         warn_of_waiting(optimizer)
-        self.device = device_of(optimizer)
+        self.device = first_device(optimizer)
         self._tensors: list[Tensor | None] = [None] * self._num_groups
         self.read()
 

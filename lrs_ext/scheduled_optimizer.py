@@ -471,6 +471,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._check_synced()
 
     def _check_synced(self) -> None:
+        """Raises RuntimeError if the host has put new numbers into a group."""
         for index, group in enumerate(self.param_groups):
             fixed = self._numbers.hyper_schedules.fixed(index, group)
             is_written = self._tables.has_written(index, self._hyper(fixed))

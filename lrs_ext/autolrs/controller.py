@@ -14,7 +14,7 @@ from lrs_ext.autolrs.batches import Tape
 from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds
 from lrs_ext.autolrs.guard import has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
-from lrs_ext.autolrs.live_state import device_of, is_scaler
+from lrs_ext.autolrs.live_state import is_scaler
 from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
@@ -28,6 +28,7 @@ from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
 from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
 from lrs_ext.host_copy import HostCopy
+from lrs_ext.param_devices import first_device
 from lrs_ext.schedules import Schedule
 from lrs_ext.wrappers import unwrapped
 
@@ -123,7 +124,7 @@ class AutoLRS:
         check_free(optimizer)
         self.preset, self.optimizer = preset, optimizer
         self._extra_state = tuple(extra_state)
-        device = device_of(optimizer)
+        device = first_device(optimizer)
         self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
         ratios = group_ratios(optimizer.param_groups)
         self._base_lr = float(optimizer.param_groups[0]["lr"])
@@ -365,9 +366,8 @@ class AutoLRS:
                 another model.
         """
         saved, known = dict(state["plan"]), self._plan
-        if state["rates"][
-            "taken_over"
-        ]:  # the optimizer may have loaded what the host had put there
+        if state["rates"]["taken_over"]:
+            # The optimizer may have loaded what the host had put there.
             known = known | {"ratios": [0.0] * len(known["ratios"])}
         check_plan(saved, known)
         rank, own = state["of_this_rank"]

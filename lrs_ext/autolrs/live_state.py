@@ -149,20 +149,6 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
-    """Returns where the first parameter is, in whichever group.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for param in params_of(optimizer):
-        return param.device
-    raise ValueError(
-        f"{type(optimizer).__name__} has no parameters to train: give them to it before AutoLRS is "
-        "made"
-    )
-
-
 def state_entries(optimizer: torch.optim.Optimizer, are_tensors: bool) -> Iterator[tuple[str, Any]]:
     """Yields the entries of the optimizer's state: its tensors, or all that is none."""
     for index, param in enumerate(params_of(optimizer)):

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrs_ext.autolrs.live_state import device_of
-from lrs_ext.param_devices import on_device
+from lrs_ext.param_devices import first_device, on_device
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 Group = dict[str, Any]
@@ -110,7 +109,7 @@ class Rates:
     def __init__(self, optimizer: torch.optim.Optimizer, ratios: Sequence[float]) -> None:
         # Weak: the optimizer holds what it calls back.
         self._weak_optimizer: Callable[[], Any] = weakref.ref(optimizer)
-        self._device = device_of(optimizer)
+        self._device = first_device(optimizer)
         self._ratios = list(ratios)
         self._shape = torch.ones(1, dtype=torch.float64, device=self._device)
         self._taken_over: dict[int, Any] = {}  # in a loaded state, until the next update

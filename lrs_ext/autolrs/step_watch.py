@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lrs_ext.autolrs.live_state import device_of
+from lrs_ext.param_devices import first_device
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 
 
@@ -69,5 +69,5 @@ class StepWatch:
 
 
 def _is_capturing(optimizer: torch.optim.Optimizer) -> bool:
-    is_on_gpu = device_of(optimizer).type == "cuda"
+    is_on_gpu = first_device(optimizer).type == "cuda"
     return is_on_gpu and torch.cuda.is_current_stream_capturing()
