@@ -21,7 +21,8 @@ def first_device(optimizer: torch.optim.Optimizer) -> torch.device:
     """
     for group in optimizer.param_groups:
         for param in group["params"]:
-            return param.device
+            device: torch.device = param.device
+            return device
     raise ValueError(
         f"{type(optimizer).__name__} has no parameters to train: give them to it first"
     )
