@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from lrs_ext import ops
+from lrs_ext.param_devices import devices_of
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -77,3 +80,8 @@ def select_backend(requested: str | None, device: torch.device) -> str:
         f"no kernel can be used for parameters on {device}: {reasons}; "
         "backend='reference' runs anywhere, slowly"
     )
+
+
+def select_backends(requested: str | None, params: Iterable[Tensor]) -> dict[torch.device, str]:
+    """Returns the backend on each device of `params`, that of the first one first."""
+    return {device: select_backend(requested, device) for device in devices_of(params)}

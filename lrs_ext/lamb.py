@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lrs_ext.optimizers import (
@@ -11,7 +10,6 @@ from lrs_ext.optimizers import (
     Number,
     check_betas,
     check_tensor_lr,
-    counter_in_state,
     number,
 )
 from lrs_ext.positions import Group
@@ -85,17 +83,20 @@ class LAMB(ScheduledOptimizer):
         }
         super().__init__(params, defaults, backend)
 
-    def _check(self, group: Group) -> None:
+    @staticmethod
+    def _check(group: Group) -> None:
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         check_betas(group)
         if not group["weight_decay"] >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
-    def _state_names(self, group: Group) -> list[str]:
+    @staticmethod
+    def _state_names(group: Group) -> list[str]:
         return ["exp_avg", "exp_avg_sq"]
 
-    def _hyper(self, group: Group) -> dict[str, float]:
+    @staticmethod
+    def _hyper(group: Group) -> dict[str, float]:
         beta1, beta2 = map(number, group["betas"])
         return {
             "weight_decay": group["weight_decay"],
@@ -106,6 +107,3 @@ class LAMB(ScheduledOptimizer):
             "bias_correction": group["bias_correction"],
             "always_adapt": group["always_adapt"],
         }
-
-    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
-        return counter_in_state(self.state[param], param)

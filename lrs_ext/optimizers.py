@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lrs_ext import ops
-from lrs_ext.param_devices import read_all
+from lrs_ext.param_devices import params_of
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.schedules import Schedule
 from lrs_ext.state_storage import Storage
-from lrs_ext.tensor_checks import step_counter
 
 LearningRate = float | Tensor | Schedule
 Number = float | Schedule
@@ -59,6 +58,7 @@ class SGD(ScheduledOptimizer):
     """
 
     algorithm = "sgd"
+    _counts_in_state = False
 
     def __init__(
         self,
@@ -92,7 +92,8 @@ class SGD(ScheduledOptimizer):
         storage = Storage(state_dtype, master_weights, stochastic_rounding)
         super().__init__(params, defaults, backend, storage)
 
-    def _check(self, group: Group) -> None:
+    @staticmethod
+    def _check(group: Group) -> None:
         if not group["momentum"] >= 0.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if not group["weight_decay"] >= 0.0:
@@ -100,10 +101,12 @@ class SGD(ScheduledOptimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
-    def _state_names(self, group: Group) -> list[str]:
+    @staticmethod
+    def _state_names(group: Group) -> list[str]:
         return ["momentum_buffer"] if group["momentum"] != 0 else []
 
-    def _hyper(self, group: Group) -> dict[str, float]:
+    @staticmethod
+    def _hyper(group: Group) -> dict[str, float]:
         return {
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
@@ -111,15 +114,6 @@ class SGD(ScheduledOptimizer):
             "dampening": group["dampening"],
             "nesterov": group["nesterov"],
         }
-
-    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
-        # torch keeps no count in SGD's state. All that matters is whether the momentum buffer has
-        # had its first gradient: one that came with a checkpoint has.
-        if is_new or param not in self._counters:
-            count = 0.0 if is_new else self._loaded_count
-            self._counters[param] = torch.full((), count, dtype=torch.float32, device=param.device)
-        self._counters[param] = self._counters[param].to(param.device)
-        return self._counters[param]
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, where there is no momentum buffer before its first gradient.
@@ -129,11 +123,9 @@ class SGD(ScheduledOptimizer):
         state_dict = super().state_dict()
         if self._has_blank_states:
             return state_dict
-        counts = read_all(list(self._counters.values()))
-        fresh = {param for param, n in zip(self._counters, counts, strict=True) if n == 0.0}
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in enumerate(params):
-            if param in fresh and index in state_dict["state"]:
+        unused = self._preparation.counters.unused()
+        for index, param in enumerate(params_of(self.param_groups)):
+            if param in unused and index in state_dict["state"]:
                 saved = state_dict["state"][index]
                 state_dict["state"][index] = {**saved, "momentum_buffer": None}
         return state_dict
@@ -214,18 +206,21 @@ class Adam(ScheduledOptimizer):
         storage = Storage(state_dtype, master_weights, stochastic_rounding)
         super().__init__(params, defaults, backend, storage)
 
-    def _check(self, group: Group) -> None:
+    @staticmethod
+    def _check(group: Group) -> None:
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         check_betas(group)
         if not group["weight_decay"] >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
-    def _state_names(self, group: Group) -> list[str]:
+    @staticmethod
+    def _state_names(group: Group) -> list[str]:
         names = ["exp_avg", "exp_avg_sq"]
         return [*names, "max_exp_avg_sq"] if group["amsgrad"] else names
 
-    def _hyper(self, group: Group) -> dict[str, float]:
+    @staticmethod
+    def _hyper(group: Group) -> dict[str, float]:
         beta1, beta2 = map(number, group["betas"])
         return {
             "weight_decay": group["weight_decay"],
@@ -235,9 +230,6 @@ class Adam(ScheduledOptimizer):
             "eps": group["eps"],
             "decoupled_weight_decay": group["decoupled_weight_decay"],
         }
-
-    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
-        return counter_in_state(self.state[param], param)
 
 
 class AdamW(Adam):
@@ -361,15 +353,18 @@ class Lion(ScheduledOptimizer):
         storage = Storage(state_dtype, master_weights, stochastic_rounding)
         super().__init__(params, defaults, backend, storage)
 
-    def _check(self, group: Group) -> None:
+    @staticmethod
+    def _check(group: Group) -> None:
         check_betas(group)
         if not group["weight_decay"] >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
-    def _state_names(self, group: Group) -> list[str]:
+    @staticmethod
+    def _state_names(group: Group) -> list[str]:
         return ["exp_avg"]
 
-    def _hyper(self, group: Group) -> dict[str, float]:
+    @staticmethod
+    def _hyper(group: Group) -> dict[str, float]:
         beta1, beta2 = map(number, group["betas"])
         return {
             "weight_decay": group["weight_decay"],
@@ -377,10 +372,6 @@ class Lion(ScheduledOptimizer):
             "beta1": beta1,
             "beta2": beta2,
         }
-
-    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
-        # The update needs no count; a checkpoint does, to say how far it has come.
-        return counter_in_state(self.state[param], param)
 
 
 def check_tensor_lr(lr: LearningRate, foreach: bool | None, capturable: bool) -> None:
@@ -403,13 +394,6 @@ def check_betas(group: Group) -> None:
             )
         if not 0.0 <= float(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {float(beta)}")
-
-
-def counter_in_state(state: dict[str, Any], param: Tensor) -> Tensor:
-    """Returns the parameter's step counter, which its state keeps as in `torch.optim.Adam`."""
-    counter = step_counter(param, state.get("step", 0.0))
-    state["step"] = counter
-    return counter
 
 
 def number(value: float | Tensor) -> float:

@@ -1,11 +1,17 @@
-"""On which devices the parameters of an optimizer are, and how numbers get from one to another."""
+"""The parameters of an optimizer and their devices, and how numbers get from one to another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def params_of(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """Returns the parameters of all groups."""
+    return [param for group in groups for param in group["params"]]
 
 
 def device_of(param: Tensor) -> torch.device:

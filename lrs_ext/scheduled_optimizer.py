@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lrs_ext import capture_checks
-from lrs_ext.backends import select_backend
+from lrs_ext.backends import select_backends
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.capture_checks import CAPTURE_AGAIN
 from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
@@ -22,15 +22,17 @@ from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
 from lrs_ext.learning_rates import Mark, at_height_of, check_learning_rate
 from lrs_ext.local_part import total_norm
-from lrs_ext.param_devices import device_of, devices_of
+from lrs_ext.param_devices import devices_of, params_of
 from lrs_ext.positions import Group, check_note
+from lrs_ext.preparation import Preparation
+from lrs_ext.rule import Rule
 from lrs_ext.schedules import Schedule
 from lrs_ext.shards import Spread, is_dtensor, local, spread_of
 from lrs_ext.state_storage import Storage
+from lrs_ext.step_counters import StepCounters
 from lrs_ext.step_hooks import watched_step
-from lrs_ext.step_parts import Selection
-from lrs_ext.table_set import Launches, TableSet
-from lrs_ext.tensor_checks import check_numbers, check_params, checked_gradient
+from lrs_ext.table_set import Launches
+from lrs_ext.tensor_checks import check_numbers, check_params
 
 
 class ScheduledOptimizer(torch.optim.Optimizer):
@@ -40,11 +42,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     """
 
     algorithm: ClassVar[str]
+    _counts_in_state: ClassVar[bool] = True
     committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
     was_captured: bool  # whether a step has been captured into a CUDA graph
     _released: GradientRelease
     _has_blank_states: bool  # all 0, made for a distributed checkpoint
-    _loaded_count: float  # of the updates of a loaded state that keeps no count: 0, or 1 for any
     may_have_skipped: bool  # whether a flag on the device decided on the last step
 
     # A GradScaler then leaves it to `step` to undo its scale and to skip an overflow, for which it
@@ -67,31 +69,22 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._check(with_peaks(self._movable, defaults))
         self._requested_backend = backend
         self._storage = storage or Storage()
-        self._counters: dict[Tensor, Tensor] = {}
         self._is_started = self.was_captured = False
         super().__init__(params, defaults)
-        self._start()
+        self._start(StepCounters(self._counts_in_state))
 
-    # What a leaf class says
+    # What a leaf class says; see `Rule`
 
-    def _check(self, group: Group) -> None:
-        """Raises ValueError for hyper-parameters out of range, in the words of `torch.optim`."""
+    @staticmethod
+    def _check(group: Group) -> None:
         raise NotImplementedError
 
-    def _state_names(self, group: Group) -> list[str]:
-        """Returns the keys of the float32 arrays that the update keeps for each parameter."""
+    @staticmethod
+    def _state_names(group: Group) -> list[str]:
         raise NotImplementedError
 
-    def _hyper(self, group: Group) -> dict[str, float]:
-        """Returns the numbers that the update reads, by their native names."""
-        raise NotImplementedError
-
-    def _step_counter(self, param: Tensor, is_new: bool) -> Tensor:
-        """Returns the count of the parameter's updates: float32, 0-d.
-
-        Args:
-            is_new: whether an array of the parameter's state has just been created.
-        """
+    @staticmethod
+    def _hyper(group: Group) -> dict[str, float]:
         raise NotImplementedError
 
     # What users see
@@ -99,12 +92,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     @property
     def backend(self) -> str:
         """The name of the backend in use on the first parameter's device."""
-        return next(iter(self._backends.values()))
+        return next(iter(self._preparation.backends.values()))
 
     @property
     def backends(self) -> dict[torch.device, str]:
         """The name of the backend in use, by device."""
-        return dict(self._backends)
+        return dict(self._preparation.backends)
 
     @property
     def schedule_buffer(self) -> ScheduleBuffer:
@@ -161,7 +154,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         numbers, present = self._numbers, self._numbers.rates
         numbers.rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
         if numbers.rates is not present:
-            self._forget_tables()
+            self._preparation.forget_tables(self.param_groups)
         for index in indices:
             scaled = at_height_of(self.param_groups[index], schedule)
             numbers.rates.withdraw(index, self.param_groups[index])
@@ -184,33 +177,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         >>> opt.param_groups[0]["weight_decay"]
         0.1
         """
-        schedules = self._numbers.rates.buffer.schedules
-        if self._tables.known_groups.are_unchanged(self.param_groups, schedules):
-            return
-        if len(self.param_groups) != self._tables.num_groups:
-            raise RuntimeError(
-                f"there are {len(self.param_groups)} parameter groups where there were "
-                f"{self._tables.num_groups}: add them with add_param_group, remove them by making "
-                "a new optimizer"
-            )
-        self._take_loaded_groups()
-        if self.was_captured:
-            self._check_state_names()
-        known, schedules = self._tables.known_groups, self._numbers.rates.buffer.schedules
-        known.look_at(self.param_groups, schedules)
-        names = []
-        for index, group in enumerate(self.param_groups):
-            fixed = self._numbers.sync(index, group, self._check)
-            hyper = self._hyper(fixed)
-            for tables in self._tables.all:
-                tables.write(index, hyper)
-            names.append(self._state_names(fixed))
-        for tables in self._tables.all:
-            tables.name_states(names)
-        if all(
-            _is_constant(group.get(key)) for group in self.param_groups for key in self.defaults
-        ):
-            known.confirm()
+        if not self._preparation.has_written(self.param_groups):
+            self._take_loaded_groups()
+            self._preparation.write(self.param_groups, self.was_captured)
 
     def forget_graphs(self) -> None:
         """Says that no captured CUDA graph holds a step any more, so that everything may change.
@@ -238,16 +207,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             fixed = with_peaks(self._movable, group)
             self._check(fixed)
             check_numbers(self._hyper(fixed))
-            self._select_backends()
+            select_backends(self._requested_backend, params_of(self.param_groups))
             check_params(fixed["params"], type(self).__name__)
-            self._check_storage(fixed)
+            self._storage.check(fixed["params"], self._state_names(fixed))
         except Exception:
             self.param_groups.pop()
             raise
         if self._is_started:
-            self._backends = self._select_backends()
-            self._numbers.add_group(self.param_groups, list(self._backends))
-            self._forget_tables()
+            self._preparation.add_group(self.param_groups)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one update of every parameter that has a gradient, and advances the schedule.
@@ -266,7 +233,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         had_state = bool(self.state)
-        is_captured = self._is_being_captured()
+        is_captured = self._preparation.is_captured
         launches = self._ready_launches(is_captured)
         has_released = self._released.finish()
         has_params = any(group["params"] for group in self.param_groups)  # on this rank, in ZeRO
@@ -285,13 +252,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "gradients released in the backward pass can no longer be unscaled or clipped: use "
                 "bfloat16 without a GradScaler, or step() without step_in_backward()"
             )
-        self._tables.run(launches, scaling)
+        self._preparation.tables.run(launches, scaling)
         self.committed_steps += 1
         self._has_blank_states = False
         self.may_have_skipped = found_inf is not None
         if is_captured:
             self.was_captured = True
-        known_groups = self._tables.known_groups
+        known_groups = self._preparation.tables.known_groups
         self._numbers.advance(self.param_groups, known_groups, None if is_captured else found_inf)
         return loss
 
@@ -319,9 +286,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         if self._released.is_in_force:
             raise RuntimeError("step_in_backward is in force already: remove() its handle first")
-        params = [p for p in _all_params(self.param_groups) if p.requires_grad]
-        dense = [p for p in params if is_dense(local(p))]
-        self._forget_all_but(_all_params(self.param_groups))
+        all_params = params_of(self.param_groups)
+        params = [param for param in all_params if param.requires_grad]
+        dense = [param for param in params if is_dense(local(param))]
+        if not self.was_captured:
+            self._preparation.keep_only(all_params)
         if self.algorithm == "lamb" and any(spread_of(param).groups for param in params):
             raise RuntimeError(
                 "the norms that LAMB takes of parameters on several ranks cannot be exchanged in "
@@ -337,7 +306,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "gradients released in the backward pass cannot be clipped together: take "
                 "step_in_backward() back by remove()"
             )
-        launches = self._ready_launches(self._is_being_captured())
+        launches = self._ready_launches(self._preparation.is_captured)
         norms = [(part.grad_norm(), part.spread) for parts in launches for part in parts]
         norm = total_norm(norms, self.schedule_buffer.step.device)
         self._scaling.clip(norm, max_norm)
@@ -354,7 +323,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         shown = [dict(group) for group in self.param_groups]
         self._numbers.follow_device(self.param_groups, self._check)
         state_dict = super().state_dict()
-        for index, param in enumerate(_all_params(self.param_groups)):
+        for index, param in enumerate(params_of(self.param_groups)):
             if is_dtensor(param) and index in state_dict["state"]:
                 saved = self.saved_state(param, state_dict["state"][index])
                 state_dict["state"][index] = saved
@@ -385,7 +354,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     @property
     def step_counters(self) -> dict[Tensor, Tensor]:
         """Step counters, float32, 0-d, for which the state of `torch.optim` has no place."""
-        return self._counters
+        return self._preparation.counters.own
 
     def state_to_come(self) -> list[dict[str, Tensor]]:
         """Returns what arrays are kept for each parameter, on the meta device."""
@@ -414,7 +383,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if self.was_captured and capacity > self.schedule_buffer.capacity:
             raise RuntimeError(f"a CUDA graph reads the schedule buffer as it is: {CAPTURE_AGAIN}")
         if self._numbers.reserve(self.param_groups, capacity):
-            self._forget_tables()
+            self._preparation.forget_tables(self.param_groups)
 
     def drive_(self, refill: Callable[[], None]) -> None:
         """Lets somebody else write the schedule buffer; see `LearningRates.drive`."""
@@ -438,54 +407,27 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     # The parts of a step
 
-    def _start(self, step: int = 0, capacity: int = 1) -> None:
-        self._backends = self._select_backends()
-        devices = list(self._backends)
-        self._numbers = GroupNumbers(self._movable, self.param_groups, devices, step, capacity)
+    def _start(self, counters: StepCounters, step: int = 0, capacity: int = 1) -> None:
+        groups = self.param_groups
+        devices = devices_of(params_of(groups))
+        self._numbers = GroupNumbers(self._movable, groups, devices, step, capacity)
+        rule = Rule(
+            self.algorithm,
+            type(self).__name__,
+            self._check,
+            self._state_names,
+            self._hyper,
+            tuple(self.defaults),
+            self._counts_in_state,
+        )
+        self._preparation = Preparation(
+            rule, self._storage, self._requested_backend, self._numbers, counters, groups
+        )
         self._scaling = StepScaling()
         self._released = GradientRelease((), self._update_one)
         self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
-        self._has_blank_states, self._loaded_count = False, 1.0
-        self._forget_tables()
+        self._has_blank_states = False
         self._is_started = True
-
-    def _forget_tables(self) -> None:
-        self._is_on_gpu = any(device.type == "cuda" for device in self._backends)
-        num_groups, name = len(self.param_groups), type(self).__name__.lower()
-        self._tables = TableSet(
-            self.algorithm, name, self._storage, self._numbers, num_groups, self._backends
-        )
-
-    def _select_backends(self) -> dict[torch.device, str]:
-        devices = devices_of(_all_params(self.param_groups))
-        return {device: select_backend(self._requested_backend, device) for device in devices}
-
-    def _check_storage(self, group: Group) -> None:
-        self._storage.check(group["params"], self._state_names(group))
-
-    def _check_capture(self) -> None:
-        """Raises RuntimeError where replays of the step now captured would not do as it does."""
-        if not self._released.is_in_force:
-            capture_checks.check_gradients(_all_params(self.param_groups))
-        capture_checks.check_tables(self._tables, self._released.is_in_force)
-        self._check_synced()
-
-    def _check_synced(self) -> None:
-        """Raises RuntimeError if the host has put new numbers into a group."""
-        for index, group in enumerate(self.param_groups):
-            fixed = self._numbers.hyper_schedules.fixed(index, group)
-            is_written = self._tables.has_written(index, self._hyper(fixed))
-            is_synced = is_written and self._numbers.is_synced(index, group)
-            capture_checks.check_synced(index, is_synced)
-
-    def _check_state_names(self) -> None:
-        groups = enumerate(self.param_groups)
-        fixed = [self._numbers.hyper_schedules.fixed(index, group) for index, group in groups]
-        names = [self._state_names(group) for group in fixed]
-        capture_checks.check_state_names(self._tables, names)
-
-    def _is_being_captured(self) -> bool:
-        return self._is_on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _ready_launches(self, is_captured: bool) -> Launches:
         """Returns what a step launches: parts with what the host has changed and with gradients.
@@ -494,137 +436,30 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             is_captured: whether that happens in the capture of a CUDA graph.
         """
         if is_captured:
-            self._check_capture()
+            self._preparation.check_capture(self.param_groups, self._released.is_in_force)
         self.sync_groups()
-        param_lists = [group["params"] for group in self.param_groups]
-        launches = self._tables.current(param_lists, self.state)
-        if launches is None:
-            launches = self._prepare(
-                param_lists, capture_checks.frozen(is_captured, self.was_captured)
-            )
-        return [[part for part in parts if part.has_gradients] for parts in launches]
+        frozen = capture_checks.frozen(is_captured, self.was_captured)
+        return self._preparation.launches(self.param_groups, self.state, frozen)
 
-    @torch.no_grad()
-    def _prepare(self, param_lists: list[list[Tensor]], frozen: str | None) -> Launches:
-        """Brings the parts up to date, with states for parameters that have their first gradient.
-
-        Everything is checked before anything is changed. Without gradients nothing is launched.
-
-        Args:
-            frozen: why tables and states must stay as they are, None if they need not.
-        """
-        for index, group in enumerate(self.param_groups):
-            check_params(group["params"], type(self).__name__)
-            self._check_storage(self._numbers.hyper_schedules.fixed(index, group))
-        params = _all_params(self.param_groups)
-        gradients = [checked_gradient(param, type(self).__name__) for param in params]
-        if all(gradient is None for gradient in gradients):
-            return [[] for _ in self._backends]
-        if devices_of(params) != list(self._backends):
-            self._follow_params(frozen)
-        if frozen is not None:
-            remaining = iter(gradients)
-            for index, group_params in enumerate(param_lists):
-                for param in group_params:
-                    self._check_known(param, index, next(remaining), frozen)
-        self._tables.copy_strided(params)
-        self._forget_all_but(params)
-        positions = iter(gradients)
-        steps = [
-            self._step_of(param, index, next(positions))
-            for index, group_params in enumerate(param_lists)
-            for param in group_params
-        ]
-        every = Selection(param_lists, list(range(len(params))), self.state, steps, gradients)
-        return self._tables.renewed(every, frozen)
-
-    def _forget_all_but(self, params: list[Tensor]) -> None:
-        """Lets go of parameters that have left the groups, unless a CUDA graph updates them."""
-        if not self.was_captured:
-            present = set(params)
-            self._counters = {p: c for p, c in self._counters.items() if p in present}
-            self._tables.forget_all_but(params)
-
-    def _step_of(self, param: Tensor, index: int, gradient: Tensor | None) -> Tensor | None:
-        """Returns the step counter of a parameter in group `index`, with its state completed.
-
-        It is None where the parameter has never had a gradient.
-        """
-        if gradient is None and param not in self.state and param not in self._counters:
-            return None
-        is_new = self._tables.of(param).complete_state(param, self.state, index)
-        return self._step_counter(param, is_new)
-
-    def _check_known(self, param: Tensor, index: int, gradient: Tensor | None, frozen: str) -> None:
-        """Raises RuntimeError if a parameter in group `index` has its first gradient."""
-        has_count = param in self._counters or "step" in self.state.get(param, {})
-        is_known = has_count and self._tables.of(param).has_state(param, self.state, index)
-        if gradient is not None and not is_known:
-            raise RuntimeError(frozen)
-
-    @torch.no_grad()
     def _update_one(self, param: Tensor) -> None:
         """Updates one dense parameter from its gradient, without advancing the schedule."""
-        is_captured = self._is_being_captured()
+        is_captured = self._preparation.is_captured
         frozen = capture_checks.frozen(is_captured, self.was_captured)
-        if device_of(param) not in self._backends:
-            self._follow_params(frozen)
-        if is_captured:
-            if not self._tables.of(param).has_single(param):
-                raise RuntimeError(frozen)
-            self._check_synced()
+        if is_captured and frozen is not None:
+            self._preparation.check_capture_of(param, self.param_groups, frozen)
         self.sync_groups()
-        tables = self._tables.of(param)
-        table = tables.current_single(param, self.state)
-        if table is None:
-            check_params([param], type(self).__name__)
-            gradient = checked_gradient(param, type(self).__name__)
-            index, position = self._place_of(param)
-            if not is_captured and not tables.has_single(param):
-                frozen = None  # no graph reads a table of this parameter
-            if frozen is not None:
-                self._check_known(param, index, gradient, frozen)
-            param_lists = [[param] if i == index else [] for i in range(len(self.param_groups))]
-            step = self._step_of(param, index, gradient)
-            state = {param: self.state[param]} if param in self.state else {}
-            selection = Selection(param_lists, [position], state, [step], [gradient])
-            table = tables.single(selection, frozen)
+        table = self._preparation.single(param, self.param_groups, self.state, frozen)
         table.run(commits_step=False)
-
-    def _place_of(self, param: Tensor) -> tuple[int, int]:
-        """Returns the group of a parameter and its position among all parameters."""
-        position = 0
-        for index, group in enumerate(self.param_groups):
-            for other in group["params"]:
-                if other is param:
-                    return index, position
-                position += 1
-        raise RuntimeError("a parameter with a hook of step_in_backward has left the optimizer")
 
     def _any_gradient(self) -> bool:
         """Returns whether any gradient has an entry that is not zero, on any rank; waits."""
         found: dict[Spread, bool] = {}
-        for param in _all_params(self.param_groups):
+        for param in params_of(self.param_groups):
             if param.grad is not None:
                 spread = spread_of(param)
                 found[spread] = bool(local(param.grad).any()) or found.get(spread, False)
         device = self.schedule_buffer.step.device
         return sum(spread.any(here, device) for spread, here in found.items()) > 0
-
-    def _follow_params(self, frozen: str | None) -> None:
-        """Moves everything to the devices to which the parameters have been moved."""
-        if frozen is not None:
-            raise RuntimeError(frozen)
-        self._backends = self._select_backends()
-        self._numbers.move(self.param_groups, list(self._backends))
-        for param in filter(self.state.__contains__, _all_params(self.param_groups)):
-            state = self.state[param]
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    state[name] = value.to(param.device)
-        self._counters = {param: c.to(param.device) for param, c in self._counters.items()}
-        self._forget_tables()
-        self.sync_groups()
 
     # Pickling, copying, loading
 
@@ -634,7 +469,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             "_requested_backend": self._requested_backend,
             "_storage": self._storage,
-            "_counters": self._counters,
+            "_counters": self.step_counters,
             "_schedules": [self._numbers.schedules(i) for i in range(len(self.param_groups))],
             "_schedule_step": self._numbers.rates.step,
             "_values": self.schedule_buffer.values,
@@ -647,12 +482,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             return
         state = dict(state)
         schedules, step = state.pop("_schedules"), state.pop("_schedule_step")
-        values = state.pop("_values")
+        values, counters = state.pop("_values"), state.pop("_counters")
         super().__setstate__(state)
         self._movable = numbers_of(self.defaults)
         for group, in_charge in zip(self.param_groups, schedules, strict=True):
             put_all_schedules(self._movable, group, in_charge)
-        self._start(step, values.shape[1])
+        self._start(StepCounters(self._counts_in_state, counters), step, values.shape[1])
         for buffer in self.schedule_buffers.values():
             buffer.values.copy_(values)  # what write_ has put there is in no schedule
 
@@ -678,25 +513,21 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for group in groups:
             fixed = with_peaks(self._movable, group)
             self._check(fixed)
-            self._check_storage(fixed)
+            self._storage.check(fixed["params"], self._state_names(fixed))
             check_numbers(self._hyper(fixed))
         replace_states(self.state, states)
         # A checkpoint of torch's SGD has no step, but may have momentum.
         is_unused = all(position is not None and position.step == 0 for position in positions)
         is_unused = is_unused and not any(map(_has_content, states.values()))
-        self._loaded_count = 0.0 if is_unused else 1.0
+        self._preparation.counters.load(self.state, 0.0 if is_unused else 1.0)
         self._has_blank_states = is_unused
-        for param, counter in list(self._counters.items()):
-            counter.fill_(self._loaded_count)
-            if param not in self.state:
-                del self._counters[param]
         buffer = self._numbers.rates.buffer
         self._numbers.load(groups, positions, updates)
         self.param_groups = groups
         if self._numbers.rates.buffer is buffer:
-            self._tables.forget_numbers()
+            self._preparation.tables.forget_numbers()
         else:  # the tables count in another
-            self._forget_tables()
+            self._preparation.forget_tables(groups)
         self.sync_groups()
 
 
@@ -704,14 +535,3 @@ def _has_content(state: Any) -> bool:
     """Returns whether any array of a parameter's state that is whole here is not all 0; waits."""
     arrays = [v for v in state.values() if isinstance(v, Tensor)] if isinstance(state, dict) else []
     return any(bool(array.any()) for array in arrays if not is_dtensor(array))
-
-
-def _is_constant(value: Any) -> bool:
-    """Returns whether a value of a group only changes by being replaced."""
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _all_params(groups: list[Group]) -> list[Tensor]:
-    return [param for group in groups for param in group["params"]]

@@ -14,7 +14,7 @@ def capture(monkeypatch):
     """Makes optimizers on the CPU believe that the current stream is being captured."""
 
     def begin(opt):
-        monkeypatch.setattr(opt, "_is_on_gpu", True)
+        monkeypatch.setattr(opt._preparation, "_is_on_gpu", True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
     begin.end = monkeypatch.undo
@@ -184,12 +184,12 @@ def test_a_captured_step_keeps_its_states(capture, name):
     set_gradients(params)
     opt.step()
     capture.end()
-    table = opt._tables.all[0].table
+    table = opt._preparation.tables.all[0].table
     opt.param_groups[0][option] = after
     for changed in (opt.sync_groups, opt.step):
         with pytest.raises(RuntimeError, match="decides which states a parameter has"):
             changed()
-        assert opt._tables.all[0].table is table
+        assert opt._preparation.tables.all[0].table is table
     opt.forget_graphs()
     opt.step()
     assert opt.schedule_buffer.step.item() == 3

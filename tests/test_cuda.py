@@ -188,7 +188,7 @@ def test_a_step_counts_once_and_leaves_the_ticket_at_zero(row):
     for k in range(1, 6):
         twins.step(skip=[3] if k > 2 else [])
         assert opt.schedule_buffer.step.item() == k
-        assert not opt._tables.all[0].table._ticket.any()
+        assert not opt._preparation.tables.all[0].table._ticket.any()
     if row.name != "SGD":  # it keeps no count
         counts = {p: int(state["step"]) for p, state in opt.state.items()}
         assert counts.pop(skipped) == 2

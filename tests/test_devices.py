@@ -315,7 +315,7 @@ def test_a_capture_of_several_devices_is_refused(devices, monkeypatch):
     twins = Twins(devices)
     twins.step()
     twins.set_gradients()
-    twins.opt._is_on_gpu = True
+    twins.opt._preparation._is_on_gpu = True
     before = [param.detach().clone() for param in twins.params]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"2 devices cannot be captured.*one optimizer per"):

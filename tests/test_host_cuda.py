@@ -115,7 +115,7 @@ class Twins:
         ours, theirs = map(self.tensors, self.opts)
         assert ours.keys() == theirs.keys()
         assert not [name for name in ours if not same_bits(ours[name], theirs[name])]
-        table = self.opts[0]._tables.all[0].table
+        table = self.opts[0]._preparation.tables.all[0].table
         assert table is None or not table._ticket.any()
 
     @staticmethod

@@ -133,14 +133,14 @@ def test_a_step_writes_nothing_to_the_group_table(monkeypatch):
         set_gradients(params_of(opt))
         opt.step()
         before, rows_before = (
-            opt._tables.all[0].groups.rows.clone(),
+            opt._preparation.tables.all[0].groups.rows.clone(),
             opt._numbers.hyper_schedules.rows(0),
         )
         with monkeypatch.context() as patch:
             patch.setattr(ops.GroupTable, "write", None)
             for _ in range(7):
                 opt.step()
-        assert torch.equal(opt._tables.all[0].groups.rows, before)
+        assert torch.equal(opt._preparation.tables.all[0].groups.rows, before)
         assert opt._numbers.hyper_schedules.rows(0) is rows_before
 
 
@@ -274,13 +274,13 @@ def test_sync_groups_writes_to_the_device_without_a_step(backend):
     opt = make_sgd(backend, weight_decay=0.125, lr=1.0)
     used_decay(opt)
     (param,) = params_of(opt)
-    groups = opt._tables.all[0].groups.rows.data_ptr()
+    groups = opt._preparation.tables.all[0].groups.rows.data_ptr()
 
     def replayed():
         param.data.fill_(1.0)
         param.grad.zero_()
-        opt._tables.all[0].table.refresh([[param]], opt.state)
-        opt._tables.all[0].table.run()
+        opt._preparation.tables.all[0].table.refresh([[param]], opt.state)
+        opt._preparation.tables.all[0].table.run()
         return 1.0 - param.item()
 
     group, step = opt.param_groups[0], opt.schedule_buffer.step
@@ -295,14 +295,14 @@ def test_sync_groups_writes_to_the_device_without_a_step(backend):
         group.update(change)
         opt.sync_groups()
         assert replayed() == expected
-    assert (opt._tables.all[0].groups.rows.data_ptr(), int(step)) == (groups, 6)
+    assert (opt._preparation.tables.all[0].groups.rows.data_ptr(), int(step)) == (groups, 6)
 
 
 def test_sync_groups_puts_all_numbers_into_the_table():
     opt = lrs_ext.Adam([torch.ones(3, requires_grad=True)], weight_decay=0.1)
     opt.param_groups[0].update(weight_decay=0.2, betas=(0.5, 0.6), eps=0.3, lr=0.4)
     opt.sync_groups()
-    numbers = opt._tables.all[0].groups.rows[0].view(torch.float64).tolist()
+    numbers = opt._preparation.tables.all[0].groups.rows[0].view(torch.float64).tolist()
     assert numbers[3:9] == [0.2, 0.0, 0.5, 0.6, 0.3, 0.0]
     assert opt.schedule_buffer.values[0, 0].item() == float(np.float32(0.4))
     assert not opt.state

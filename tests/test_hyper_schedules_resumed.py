@@ -117,14 +117,17 @@ def test_a_checkpoint_out_of_range_changes_nothing():
 
 def test_loading_reaches_the_device_at_once_and_keeps_the_rows(backend):
     opt = make_sgd(backend, weight_decay=LINEAR)
-    row, groups = opt._numbers.hyper_schedules.rows(0)["weight_decay"], opt._tables.all[0].groups
+    row, groups = (
+        opt._numbers.hyper_schedules.rows(0)["weight_decay"],
+        opt._preparation.tables.all[0].groups,
+    )
     checkpoint = opt.state_dict()
     opt.param_groups[0]["weight_decay"] = 0.25
     opt.sync_groups()
     opt.load_state_dict(checkpoint)
-    assert opt._tables.all[0].groups is groups
+    assert opt._preparation.tables.all[0].groups is groups
     assert opt._numbers.hyper_schedules.rows(0)["weight_decay"] is row
-    assert opt._tables.all[0]._written[0][2] == {"weight_decay": row}
+    assert opt._preparation.tables.all[0]._written[0][2] == {"weight_decay": row}
     assert used_decay(opt) == decays(LINEAR, [0])
 
 

@@ -90,7 +90,9 @@ def update(param, opt, steps=1):
 
 
 def is_known(opt):
-    return opt._tables.known_groups.are_unchanged(opt.param_groups, opt.schedule_buffer.schedules)
+    return opt._preparation.tables.known_groups.are_unchanged(
+        opt.param_groups, opt.schedule_buffer.schedules
+    )
 
 
 def test_the_groups_are_known_from_the_second_step_on():
@@ -169,7 +171,7 @@ def test_the_next_step_follows_what_was_put_there(intervene):
         intervene(opt)
         for _ in range(3):
             if not remembers:
-                opt._tables.known_groups.forget()
+                opt._preparation.tables.known_groups.forget()
             update(param, opt)
         results.append([param.tolist(), opt.param_groups[0]["lr"], opt.current_lr()])
     assert results[0] == results[1]
@@ -184,7 +186,7 @@ def test_what_may_change_in_its_place_is_looked_at_in_each_step(betas):
     opt.param_groups[0]["betas"] = betas
     update(param, opt, 3)
     assert not is_known(opt)
-    row = opt._tables.all[0].groups.rows
+    row = opt._preparation.tables.all[0].groups.rows
     before = row.clone()
     if isinstance(betas, list):
         betas[0] = 0.25

@@ -148,13 +148,13 @@ def test_its_memory_between_the_passes_is_reused(backend):
         pytest.skip("it has no table to keep")
     params = leaves(randn(7, 300), backend)
     opt = step(params, randn(7, 300), backend)
-    table = opt._tables.all[0].table
+    table = opt._preparation.tables.all[0].table
     squares = table._squares
     for _ in range(3):
         for param in params:
             param.grad = torch.randn_like(param)
         opt.step()
-    assert opt._tables.all[0].table is table
+    assert opt._preparation.tables.all[0].table is table
     assert table._squares is squares
 
 
