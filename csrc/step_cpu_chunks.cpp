@@ -1,4 +1,5 @@
 // The element loops of the CPU backend, compiled once for each instruction set (LRS_ISA).
+#include <cstring>
 #include <type_traits>
 
 #include "element_storage.h"
@@ -42,8 +43,7 @@ LRS_HOST_DEVICE void fill_random(uint32_t key, int64_t begin, int32_t count,
   uint32_t pair_key = key_from(key, begin);
   for (int32_t i = 0; i < count; i += 2, pair_key += kKeyStep) {
     const uint32_t bits = random_pair(pair_key, 0);
-    random[i] = static_cast<uint16_t>(bits);
-    random[i + 1] = static_cast<uint16_t>(bits >> 16);
+    std::memcpy(random + i, &bits, sizeof(bits));  // low half first, as memory has it
   }
 }
 

@@ -159,8 +159,13 @@ class Preparation:
 
     # All parameters
 
-    def launches(self, groups: list[Group], states: States, frozen: str | None) -> Launches:
-        """Returns the parts of a step that have gradients, with states for all that have one.
+    def current(self, groups: list[Group], states: States) -> Launches | None:
+        """Returns what a step launches, None if it has to be made up anew by `renewed`."""
+        return self.tables.current([group["params"] for group in groups], states)
+
+    @torch.no_grad()
+    def renewed(self, groups: list[Group], states: States, frozen: str | None) -> Launches:
+        """Returns what a step launches, with states for all parameters that have a gradient.
 
         Everything is checked before anything is changed.
 
@@ -171,14 +176,6 @@ class Preparation:
             RuntimeError: they do not serve, and says `frozen`; or a parameter or a gradient has a
                 dtype, layout or device that the kernels do not serve.
         """
-        param_lists = [group["params"] for group in groups]
-        launches = self.tables.current(param_lists, states)
-        if launches is None:
-            launches = self._renewed(groups, states, frozen)
-        return [[part for part in parts if part.has_gradients] for parts in launches]
-
-    @torch.no_grad()
-    def _renewed(self, groups: list[Group], states: States, frozen: str | None) -> Launches:
         for fixed in self._fixed(groups):
             check_params(fixed["params"], self._rule.name)
             self.check_storage(fixed)
@@ -252,7 +249,7 @@ class Preparation:
     def single(
         self, param: Tensor, groups: list[Group], states: States, frozen: str | None
     ) -> Table | LocalPart:
-        """Returns the table of one dense parameter with a gradient; see `launches`."""
+        """Returns the table of one dense parameter with a gradient; see `renewed`."""
         if device_of(param) not in self.backends:
             self._follow_params(groups, states, frozen)
         tables = self.tables.of(param)

@@ -438,8 +438,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if is_captured:
             self._preparation.check_capture(self.param_groups, self._released.is_in_force)
         self.sync_groups()
-        frozen = capture_checks.frozen(is_captured, self.was_captured)
-        return self._preparation.launches(self.param_groups, self.state, frozen)
+        launches = self._preparation.current(self.param_groups, self.state)
+        if launches is None:
+            frozen = capture_checks.frozen(is_captured, self.was_captured)
+            launches = self._preparation.renewed(self.param_groups, self.state, frozen)
+        return [[part for part in parts if part.has_gradients] for parts in launches]
 
     def _update_one(self, param: Tensor) -> None:
         """Updates one dense parameter from its gradient, without advancing the schedule."""
