@@ -103,7 +103,7 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
   };
   size_t position = 0;
   for (size_t group = 0; group < param_lists.size(); ++group) {
-    for (const py::handle& param : py::reinterpret_borrow<py::list>(param_lists[group])) {
+    for (const py::handle& param : py::reinterpret_borrow<py::iterable>(param_lists[group])) {
       const int64_t in_optimizer =
           positions.empty() ? static_cast<int64_t>(position) : positions.at(position);
       const py::object step = steps[position++];
@@ -187,11 +187,14 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
 
 bool StepTensors::same_params(const py::list& param_lists) const {
   size_t position = 0;
-  for (const py::handle& params : param_lists) {
-    const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
+  for (const py::handle& group : param_lists) {
+    // A list or a tuple as it is, whatever else can be iterated over as a list.
+    const auto params = py::reinterpret_steal<py::object>(PySequence_Fast(group.ptr(), "params"));
+    if (!params) throw py::error_already_set();
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
     for (Py_ssize_t i = 0; i < size; ++i, ++position) {
       if (position == params_.size()) return false;
-      if (PyList_GET_ITEM(params.ptr(), i) != params_[position].tensor.ptr()) return false;
+      if (PySequence_Fast_GET_ITEM(params.ptr(), i) != params_[position].tensor.ptr()) return false;
     }
   }
   return position == params_.size();

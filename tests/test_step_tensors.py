@@ -158,6 +158,19 @@ def test_a_parameter_transposed_in_its_memory_is_followed(name):
     torch.testing.assert_close(train(lrs_ext), train(torch.optim))
 
 
+def test_parameters_may_be_in_a_tuple(access):
+    params = [leaf(3), leaf(2)]
+    opt = lrs_ext.SGD(params, lr=1.0)
+    opt.param_groups[0]["params"] = tuple(params)
+    before = [param.detach().clone() for param in params]
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+    for param, old in zip(params, before, strict=True):
+        assert torch.equal(param, old - 2.0)
+
+
 GRADIENTS = {
     "dtype": lambda: torch.randn(4, 5, dtype=torch.bfloat16),
     "shape": lambda: torch.randn(4, 4),
