@@ -1,5 +1,6 @@
 #include "step_tensors.h"
 
+#include <algorithm>
 #include <exception>
 #include <stdexcept>
 #include <utility>
@@ -70,6 +71,24 @@ void* states(StateType type, const dlpack::Tensor& tensor, const dlpack::Device&
       break;
   }
   return floats(tensor, device, count);
+}
+
+// Throws if memory belongs to two parameters, which one launch would update at the same time.
+void check_apart(const std::vector<TensorEntry>& entries) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  for (const TensorEntry& entry : entries) {
+    if (entry.numel == 0) continue;
+    const char* begin = static_cast<const char*>(entry.param);
+    ranges.emplace_back(begin, begin + entry.numel * (entry.dtype == DType::kFloat32 ? 4 : 2));
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].first < ranges[i - 1].second) {
+      throw std::invalid_argument(
+          "two parameters share memory, which one step would update twice at once: tie them by "
+          "making both the same Parameter, as in `decoder.weight = encoder.weight`");
+    }
+  }
 }
 
 void prefetch_ends(Implementation implementation) {
@@ -159,6 +178,7 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       entries_.push_back(entry);
     }
   }
+  check_apart(entries_);
   state_versions_.add(state.ptr());
   for (const auto& item : state) {
     const size_t first = state_values_.size();

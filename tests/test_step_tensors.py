@@ -171,6 +171,29 @@ def test_parameters_may_be_in_a_tuple(access):
         assert torch.equal(param, old - 2.0)
 
 
+@pytest.mark.parametrize("begin", [0, 5, 7])
+def test_parameters_that_share_memory_are_refused(begin):
+    memory = torch.zeros(12)
+    params = [leaf(3), torch.nn.Parameter(memory[begin:]), torch.nn.Parameter(memory[:8])]
+    opt = lrs_ext.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=1.0)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="two parameters share memory"):
+        opt.step()
+    assert torch.equal(memory, torch.zeros(12))
+
+
+def test_parameters_may_be_parts_of_one_memory():
+    memory = torch.zeros(12)
+    parts = [memory[8:], memory[3:8], memory[3:3], memory[:3]]
+    params = [torch.nn.Parameter(part) for part in parts]
+    opt = lrs_ext.SGD(params, lr=1.0)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    assert torch.equal(memory, -torch.ones(12))
+
+
 GRADIENTS = {
     "dtype": lambda: torch.randn(4, 5, dtype=torch.bfloat16),
     "shape": lambda: torch.randn(4, 4),
