@@ -73,7 +73,9 @@ struct Powers {
 // take the time of one.
 LRS_HOST_DEVICE Powers integer_powers(double first, double second, double exponent) {
   Powers powers{1.0, 1.0};
-  for (auto bits = static_cast<uint32_t>(exponent); bits != 0; bits >>= 1) {
+  constexpr double kMost = 4294967295.0;  // a count that was loaded may be more
+  const auto count = static_cast<uint32_t>(exponent < kMost ? exponent : kMost);
+  for (uint32_t bits = count; bits != 0; bits >>= 1) {
     if (bits & 1u) {
       powers.first *= first;
       powers.second *= second;

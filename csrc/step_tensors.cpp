@@ -1,5 +1,6 @@
 #include "step_tensors.h"
 
+#include <algorithm>
 #include <exception>
 #include <stdexcept>
 #include <utility>
@@ -72,6 +73,24 @@ void* states(StateType type, const dlpack::Tensor& tensor, const dlpack::Device&
   return floats(tensor, device, count);
 }
 
+// Throws if memory belongs to two parameters, which one launch would update at the same time.
+void check_apart(const std::vector<TensorEntry>& entries) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  for (const TensorEntry& entry : entries) {
+    if (entry.numel == 0) continue;
+    const char* begin = static_cast<const char*>(entry.param);
+    ranges.emplace_back(begin, begin + entry.numel * (entry.dtype == DType::kFloat32 ? 4 : 2));
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].first < ranges[i - 1].second) {
+      throw std::invalid_argument(
+          "two parameters share memory, which one step would update twice at once: tie them by "
+          "making both the same Parameter, as in `decoder.weight = encoder.weight`");
+    }
+  }
+}
+
 void prefetch_ends(Implementation implementation) {
   __builtin_prefetch(implementation);
   __builtin_prefetch(static_cast<const char*>(implementation) + 160);
@@ -103,7 +122,7 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
   };
   size_t position = 0;
   for (size_t group = 0; group < param_lists.size(); ++group) {
-    for (const py::handle& param : py::reinterpret_borrow<py::list>(param_lists[group])) {
+    for (const py::handle& param : py::reinterpret_borrow<py::iterable>(param_lists[group])) {
       const int64_t in_optimizer =
           positions.empty() ? static_cast<int64_t>(position) : positions.at(position);
       const py::object step = steps[position++];
@@ -159,6 +178,7 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       entries_.push_back(entry);
     }
   }
+  check_apart(entries_);
   state_versions_.add(state.ptr());
   for (const auto& item : state) {
     const size_t first = state_values_.size();
@@ -187,11 +207,14 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
 
 bool StepTensors::same_params(const py::list& param_lists) const {
   size_t position = 0;
-  for (const py::handle& params : param_lists) {
-    const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
+  for (const py::handle& group : param_lists) {
+    // A list or a tuple as it is, whatever else can be iterated over as a list.
+    const auto params = py::reinterpret_steal<py::object>(PySequence_Fast(group.ptr(), "params"));
+    if (!params) throw py::error_already_set();
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
     for (Py_ssize_t i = 0; i < size; ++i, ++position) {
       if (position == params_.size()) return false;
-      if (PyList_GET_ITEM(params.ptr(), i) != params_[position].tensor.ptr()) return false;
+      if (PySequence_Fast_GET_ITEM(params.ptr(), i) != params_[position].tensor.ptr()) return false;
     }
   }
   return position == params_.size();
@@ -251,6 +274,14 @@ TensorPointer StepTensors::tensor_at(size_t address) const {
   return access_.direct ? &addresses_[address].implementation : handles_[address].pointer();
 }
 
+// Whether a parameter itself is as it was: a view of its memory may have taken its place.
+bool StepTensors::keeps_layout(const Param& param) const {
+  if (!access_.direct) return same_layout(param, read(access_, param.tensor));
+  dlpack::Tensor tensor;
+  return access_.direct->read_layout(tensor_at(param.addresses_begin), &tensor) &&
+         same_layout(param, tensor);
+}
+
 bool StepTensors::same_addresses(const Param& param) const {
   for (size_t i = param.addresses_begin; i < param.addresses_end; ++i) {
     if (!access_.is_at(tensor_at(i), addresses_[i].address)) return false;
@@ -296,7 +327,7 @@ void StepTensors::note(const Param& param, const void* address) {
 
 // Takes a gradient of the parameter's dtype and device; false if it is laid out otherwise.
 bool StepTensors::take(const Param& param, const dlpack::Tensor& gradient) {
-  if (!same_layout(param, gradient)) return false;
+  if (!same_layout(param, gradient) || !keeps_layout(param)) return false;
   if (gradient.data != nullptr) {
     note(param, static_cast<char*>(gradient.data) + gradient.byte_offset);
     return true;

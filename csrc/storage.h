@@ -70,13 +70,15 @@ LRS_HOST_DEVICE float load(float value) { return value; }
 
 LRS_HOST_DEVICE float load(BFloat16 value) { return from_bits(uint32_t{value.bits} << 16); }
 
-// Branch-free, so that compilers vectorise it on every instruction set. The 15 magnitude bits
-// become a float32 that is 2^112 too small; the product is exact, subnormals included. Infinity and
-// nan, whose exponent a product cannot carry over, get it set by hand.
+// Branch-free, so that compilers vectorise it on every instruction set. No number on the way is a
+// subnormal float32, which a thread may flush to 0: a subnormal float16 gets the exponent of 2^-14
+// and an implicit bit, which is taken away again. Infinity and nan get their exponent by hand.
 LRS_HOST_DEVICE float load(Float16 value) {
   const uint32_t sign = (uint32_t{value.bits} & 0x8000u) << 16;
   const uint32_t magnitude = (uint32_t{value.bits} & 0x7fffu) << 13;
-  const uint32_t finite = to_bits(from_bits(magnitude) * 0x1p112f);
+  const uint32_t normal = magnitude + 0x38000000u;
+  const uint32_t subnormal = to_bits(from_bits(magnitude + 0x38800000u) - 0x1p-14f);
+  const uint32_t finite = magnitude < 0x00800000u ? subnormal : normal;
   const uint32_t special = magnitude | 0x7f800000u;
   return from_bits(sign | (magnitude >= 0x0f800000u ? special : finite));
 }

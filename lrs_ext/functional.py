@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lrs_ext import ops
 from lrs_ext.backends import select_backend
+from lrs_ext.layout import is_dense, same_layout
 from lrs_ext.state_storage import Storage
 from lrs_ext.tensor_checks import check_numbers, check_params
 
@@ -97,6 +98,7 @@ def step(
     numbers = dict(zip(hyper_names, hyper, strict=True))
     check_numbers(numbers)
     check_params(params, "lrs_ext.functional.step")
+    _check_memory(params, states, kept, position.device)
     if position.dtype != torch.int64 or position.dim() != 0:
         raise RuntimeError(
             f"position must be int64 and 0-d, got {position.dtype} of shape {tuple(position.shape)}"
@@ -139,6 +141,28 @@ def step(
             "parameters are the same tensor"
         )
     table.run()
+
+
+def _check_memory(
+    params: list[Tensor], states: list[Tensor], kept: int, device: torch.device
+) -> None:
+    """Raises RuntimeError unless the kernels can walk all arrays in the order of memory."""
+    for index, param in enumerate(params):
+        if param.device != device:
+            raise RuntimeError(
+                f"parameters must be on the device of position, {device}, got {param.device}"
+            )
+        if not is_dense(param):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} has gaps "
+                "between its elements: make it with .contiguous()"
+            )
+        for state in states[kept * index : kept * (index + 1)]:
+            if not same_layout(state, param):
+                raise RuntimeError(
+                    f"a state has shape {tuple(state.shape)}, strides {state.stride()}, its "
+                    f"parameter {tuple(param.shape)}, {param.stride()}: make it with zeros_like"
+                )
 
 
 @step.register_fake

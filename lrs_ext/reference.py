@@ -170,8 +170,6 @@ class ReferenceTable:
         label: of the step, in a profile.
     """
 
-    has_gradients = True
-
     def __init__(
         self,
         algorithm: str,
@@ -189,6 +187,10 @@ class ReferenceTable:
         self._storage = storage
         self._updates = updates
         self._step = step
+
+    @property
+    def has_gradients(self) -> bool:
+        return bool(self._updates)
 
     def refresh(self, *_: object) -> bool:
         return False

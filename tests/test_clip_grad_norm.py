@@ -165,6 +165,18 @@ def test_squares_neither_overflow_nor_vanish(backend):
         assert lrs_ext.clip_grad_norm_(opt, 1.0).item() == pytest.approx(5 * size, rel=1e-6)
 
 
+def test_only_parameters_with_gaps_may_have_gradients(backend):
+    dense = leaf(torch.ones(3), backend)
+    gaps = torch.ones(2, 4, device=backend.device)[:, ::2].requires_grad_()
+    opt = make(SGD, [dense, gaps], backend)
+    gaps.grad = torch.ones_like(gaps)
+    assert lrs_ext.clip_grad_norm_(opt, 1.0).item() == 2.0
+    opt.step()
+    assert torch.equal(dense, torch.ones_like(dense))
+    torch.testing.assert_close(gaps.detach(), torch.full_like(gaps, 0.75))
+    assert opt.schedule_buffer.step.item() == 1
+
+
 def test_without_gradients_the_norm_is_zero(backend):
     param = leaf(torch.ones(2), backend)
     opt = make(SGD, [param], backend)

@@ -167,6 +167,10 @@ def call(**changes):
     return params
 
 
+GAPS = [torch.zeros(5, 6)[:, ::2], torch.zeros(()), torch.zeros(300)]
+TRANSPOSED = [torch.zeros(3, 5).t(), torch.zeros(()), torch.zeros(300)]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -181,6 +185,9 @@ def call(**changes):
         ({"position": torch.tensor(0).int()}, RuntimeError, "position must be int64 and 0-d"),
         ({"position": torch.zeros(2).long()}, RuntimeError, "position must be int64 and 0-d"),
         ({"grads": [torch.ones(3)] * 3}, RuntimeError, "a gradient differs"),
+        ({"params": GAPS, "grads": GAPS}, RuntimeError, "has gaps between its elements"),
+        ({"states": GAPS}, RuntimeError, "a state has shape \\(5, 3\\), strides \\(6, 2\\)"),
+        ({"states": TRANSPOSED}, RuntimeError, "a state has shape \\(5, 3\\), strides \\(1, 5\\)"),
     ],
 )
 def test_the_operator_refuses_what_does_not_fit(changes, error, message):

@@ -372,3 +372,16 @@ def test_a_parameter_with_a_master_may_become_float32(backend):
                 param.grad = None
     for param, old in zip(module.parameters(), before, strict=True):
         assert torch.equal(param, old - 0.5)
+
+
+@pytest.mark.parametrize("name", ["Adam", "LAMB"])
+def test_a_count_of_more_than_32_bits_is_a_large_one(backend, name):
+    def step_at(count):
+        param = torch.nn.Parameter(torch.ones(5, device=backend.device))
+        opt = getattr(lrs_ext, name)([param], lr=0.1, backend=backend.name)
+        update(param, opt)
+        opt.state[param]["step"] = torch.tensor(count)
+        update(param, opt)
+        return param.detach()
+
+    assert torch.equal(step_at(2.0**33), step_at(2.0**24))

@@ -41,6 +41,7 @@ STALE = {
     "group added": lambda t, p: t.param_lists.append([leaf(2)]),
     "parameter's data swapped": lambda t, p: put(p, p.data.clone(), torch.randn(4, 5)),
     "parameter shortened": lambda t, p: put(p, p.data[:2], torch.randn(2, 5)),
+    "parameter seen in another shape": lambda t, p: setattr(p, "data", p.data.view(5, 4)),
     "parameter transposed": lambda t, p: put(p, p.data.t(), torch.randn(5, 4)),
     "state replaced": lambda t, p: t.state[p].update(exp_avg=torch.zeros(4, 5)),
     "state's data swapped": lambda t, p: put(t.state[p]["exp_avg_sq"], torch.zeros(4, 5), None),
@@ -139,6 +140,58 @@ def test_a_changed_dtype_in_the_same_memory_makes_the_table_stale(access):
     assert tensors.refresh()  # without a gradient it takes no part
     param.grad = torch.randn_like(param)
     assert not tensors.refresh()
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_parameter_transposed_in_its_memory_is_followed(name):
+    def train(module):
+        param = leaf(3, 3)
+        opt = getattr(module, name)([param], lr=0.5)
+        param.data.copy_(torch.eye(3))
+        param.grad = torch.zeros(3, 3)
+        for k in range(3):
+            param.grad.copy_(torch.arange(9.0).view(3, 3) - k)
+            opt.step()
+            param.data = param.data.t()
+        return param.detach()
+
+    torch.testing.assert_close(train(lrs_ext), train(torch.optim))
+
+
+def test_parameters_may_be_in_a_tuple(access):
+    params = [leaf(3), leaf(2)]
+    opt = lrs_ext.SGD(params, lr=1.0)
+    opt.param_groups[0]["params"] = tuple(params)
+    before = [param.detach().clone() for param in params]
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+    for param, old in zip(params, before, strict=True):
+        assert torch.equal(param, old - 2.0)
+
+
+@pytest.mark.parametrize("begin", [0, 5, 7])
+def test_parameters_that_share_memory_are_refused(begin):
+    memory = torch.zeros(12)
+    params = [leaf(3), torch.nn.Parameter(memory[begin:]), torch.nn.Parameter(memory[:8])]
+    opt = lrs_ext.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=1.0)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="two parameters share memory"):
+        opt.step()
+    assert torch.equal(memory, torch.zeros(12))
+
+
+def test_parameters_may_be_parts_of_one_memory():
+    memory = torch.zeros(12)
+    parts = [memory[8:], memory[3:8], memory[3:3], memory[:3]]
+    params = [torch.nn.Parameter(part) for part in parts]
+    opt = lrs_ext.SGD(params, lr=1.0)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    assert torch.equal(memory, -torch.ones(12))
 
 
 GRADIENTS = {

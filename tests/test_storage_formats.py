@@ -48,6 +48,24 @@ def test_a_split_parameter_shows_nan(backend):
         assert param[2].item() == -torch.inf
 
 
+# float16.
+
+
+def test_float16_keeps_its_subnormals_where_those_of_float32_are_flushed():
+    numbers = torch.tensor([3e-5, 6e-8, -6e-8, 6.2e-5, 0.0, 1.0, torch.inf]).half()
+    param = torch.zeros_like(numbers, requires_grad=True)
+    opt = lrs_ext.SGD([param], lr=1.0, maximize=True)
+    param.grad = numbers.clone()
+    is_possible = torch.set_flush_denormal(True)
+    try:
+        opt.step()
+    finally:
+        torch.set_flush_denormal(False)
+    if not is_possible:
+        pytest.skip("this CPU flushes nothing")
+    assert torch.equal(param.view(torch.int16), numbers.view(torch.int16))
+
+
 # Blocks.
 
 
