@@ -289,6 +289,7 @@ class StepTable:
             )
             self._addresses = self._native.gradient_addresses
             self._gradients = _to_device(self._addresses, device)
+            self._captured_addresses: list[Tensor] = []
 
     def refresh(
         self,
@@ -398,10 +399,17 @@ class StepTable:
 
     def _device_gradients(self) -> Tensor:
         addresses = self._native.gradient_addresses
+        if self._is_being_captured():
+            # Each replay copies from the same host memory, which must not become anyone else's.
+            self._captured_addresses.append(torch.from_numpy(addresses))
+            return self._captured_addresses[-1].to(self.step.device, non_blocking=True)
         if not np.array_equal(addresses, self._addresses):
             self._addresses = addresses
             self._gradients = _to_device(addresses, self.step.device)
         return self._gradients
+
+    def _is_being_captured(self) -> bool:
+        return self.step.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _run_triton(self, commits_step: bool) -> None:
         from lrs_ext import triton_kernels, triton_lamb

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import lrs_ext
+from lrs_ext.backends import unavailable_reason
 
 optimizers = pytest.mark.parametrize("name", cases.OPTIMIZERS)
 
@@ -258,3 +259,25 @@ def test_there_are_no_new_groups_after_a_capture(capture):
     opt.forget_graphs()
     opt.add_param_group({"params": [new]})
     assert len(opt.param_groups) == 2
+
+
+def test_a_graph_of_triton_kernels_keeps_the_addresses_that_it_copies(capture, monkeypatch):
+    if unavailable_reason("triton", "cpu") is not None:
+        pytest.skip("needs Triton's interpreter")
+    params, opt = make("SGD", backend="triton")
+    table = opt._preparation.tables.all[0].table
+    capture(opt)
+    monkeypatch.setattr(table, "_is_being_captured", lambda: True)
+    set_gradients(params)
+    opt.step()
+    [captured] = table._captured_addresses
+    assert captured.tolist() == [param.grad.data_ptr() for param in params]
+    expected = captured.clone()
+    monkeypatch.setattr(table, "_is_being_captured", lambda: False)
+    capture.end()
+    kept = [param.grad for param in params]  # or their memory would be used again
+    set_gradients(params)
+    opt.step()
+    assert torch.equal(captured, expected)
+    assert table._gradients.tolist() == [param.grad.data_ptr() for param in params]
+    assert kept[0] is not params[0].grad

@@ -321,6 +321,42 @@ class Captured:
         return [*self.params, *(tensor for state in states for tensor in state.values())]
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_graph_with_the_backward_pass_reads_its_own_gradients(backend):
+    reason = unavailable_reason(backend, "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    param, factor = (
+        torch.ones(1000, device="cuda", requires_grad=True),
+        torch.ones((), device="cuda"),
+    )
+    opt = lrs_ext.SGD([param], lr=1.0, backend=backend)
+
+    def train():
+        opt.zero_grad()
+        (param * factor).sum().backward()
+        opt.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        train()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    captured = param.grad
+    param.grad = None
+    train()  # with a gradient elsewhere
+    others = [torch.zeros(8, dtype=torch.int64).pin_memory() for _ in range(64)]
+    factor.fill_(2.0)
+    for _ in range(3):
+        graph.replay()
+    assert torch.equal(param, torch.full_like(param, 1.0 - 1.0 - 1.0 - 3 * 2.0))
+    assert torch.equal(captured, torch.full_like(captured, 2.0))
+    assert not any(other.any() for other in others)
+
+
 def test_the_operator_refuses_to_be_captured():
     weight, gradient, lr = (torch.ones(3, device="cuda") for _ in range(3))
     count, position = torch.zeros((), device="cuda"), torch.tensor(0, device="cuda")
