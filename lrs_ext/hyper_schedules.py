@@ -228,7 +228,7 @@ class HyperSchedules:
         return HyperSchedules(self._numbers, groups, devices, step)
 
     def save(self, index: int, saved_group: Group, shown: Group) -> dict[str, Any]:
-        """Returns what a checkpoint needs for `resume`: plain numbers, strings, lists, dicts.
+        """Returns what a checkpoint needs for `resume`: plain numbers, strings, dicts, schedules.
 
         Args:
             shown: the group before the host has asked the device.
@@ -239,7 +239,7 @@ class HyperSchedules:
             saved[number.name] = {
                 "value": value,
                 "shown": before if isinstance(before, float) else value,
-                "schedule": in_charge[number.name].to_dict(),
+                "schedule": in_charge[number.name],
             }
         return saved
 
@@ -255,7 +255,7 @@ class HyperSchedules:
         for number in self._numbers:
             saved = position.numbers.get(number.name)
             if saved is not None and number.of(group) in (saved["value"], saved["shown"]):
-                number.put(group, Schedule.from_dict(saved["schedule"]))
+                number.put(group, saved["schedule"])
 
     def load(self, groups: list[Group], step: int) -> None:
         """Takes over other groups, as many; rows that are long enough keep their place."""
