@@ -355,7 +355,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._numbers.follow_device(self.param_groups, self._check)
         state_dict = super().state_dict()
         for index, param in enumerate(_all_params(self.param_groups)):
-            if is_dtensor(param) and index in state_dict["state"]:
+            if index in state_dict["state"]:
                 saved = self.saved_state(param, state_dict["state"][index])
                 state_dict["state"][index] = saved
         self._numbers.save(state_dict["param_groups"], last_step(state_dict["state"]), shown)
