@@ -60,6 +60,9 @@ NUMBERS = (
 )
 
 
+_FIXED = ("betas", "eps", "dampening")  # what no schedule moves, but for betas[0]
+
+
 def numbers_of(defaults: Group) -> tuple[Number, ...]:
     """Returns the numbers that groups with these keys have."""
     return tuple(number for number in NUMBERS if number.key in defaults)
@@ -71,6 +74,7 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
     Whether there is a momentum at all, and what torch checks once, is a matter of that value.
 
     Raises:
+        TypeError: another number is a schedule.
         ValueError: a value of a schedule is out of range.
     """
     for number in numbers:
@@ -78,6 +82,15 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
         if isinstance(value, Schedule):
             group = dict(group)
             number.put(group, number.peak(value))
+    for key in _FIXED:
+        value = group.get(key)
+        if isinstance(value, Schedule) or (
+            isinstance(value, (tuple, list)) and any(isinstance(v, Schedule) for v in value)
+        ):
+            raise TypeError(
+                f"{key} cannot be {value!r}: of the numbers of a group, only lr, weight_decay, "
+                "momentum and betas[0] follow schedules"
+            )
     return group
 
 
