@@ -10,7 +10,7 @@ from torch import Tensor
 from lrs_ext.layout import same_layout
 from lrs_ext.param_devices import read_all
 from lrs_ext.shards import is_dtensor, local
-from lrs_ext.state_storage import Storage
+from lrs_ext.state_storage import Storage, flattened
 from lrs_ext.tensor_checks import step_counter
 
 
@@ -43,7 +43,7 @@ def unwrap_state(param: Any, saved: Any, storage: Storage) -> Any:
     """
     if not isinstance(param, Tensor) or not isinstance(saved, dict):
         return saved
-    unwrapped = {n: v.tensor if isinstance(v, Wrapped) else v for n, v in saved.items()}
+    unwrapped = {n: v.tensor if isinstance(v, Wrapped) else v for n, v in flattened(saved).items()}
     state, arrays = {}, {}
     for name, value in unwrapped.items():
         if name == "step":
@@ -94,4 +94,6 @@ def _are_alike(present: Tensor, value: Tensor) -> bool:
 
 
 def _wrap(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _wrap(part) for name, part in value.items()}
     return Wrapped(value) if isinstance(value, Tensor) else value

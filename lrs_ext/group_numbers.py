@@ -148,9 +148,10 @@ class GroupNumbers:
             updates: the largest step count of the states.
             shown: the groups before `follow_device`.
         """
+        tables: dict[bytes, str] = {}
         for index, (group, note) in enumerate(zip(saved_groups, self._notes, strict=True)):
             numbers = self.hyper_schedules.save(index, group, shown[index])
-            self.rates.save(index, group, updates, numbers, shown[index]["lr"])
+            self.rates.save(index, group, updates, numbers, shown[index]["lr"], tables)
             note[POSITION] = group["schedule"]
 
     def resume(
@@ -164,7 +165,8 @@ class GroupNumbers:
         Raises:
             ValueError: a learning rate or a schedule is not valid.
         """
-        positions = [saved_position(group, updates, in_place) for group in groups]
+        tables: dict[str, Schedule] = {}
+        positions = [saved_position(group, updates, in_place, tables) for group in groups]
         for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
             self.hyper_schedules.resume(index, group, position)
         return positions

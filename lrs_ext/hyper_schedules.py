@@ -60,6 +60,9 @@ NUMBERS = (
 )
 
 
+_FIXED = ("betas", "eps", "dampening")  # what no schedule moves, but for betas[0]
+
+
 def numbers_of(defaults: Group) -> tuple[Number, ...]:
     """Returns the numbers that groups with these keys have."""
     return tuple(number for number in NUMBERS if number.key in defaults)
@@ -71,6 +74,7 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
     Whether there is a momentum at all, and what torch checks once, is a matter of that value.
 
     Raises:
+        TypeError: another number is a schedule.
         ValueError: a value of a schedule is out of range.
     """
     for number in numbers:
@@ -78,6 +82,15 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
         if isinstance(value, Schedule):
             group = dict(group)
             number.put(group, number.peak(value))
+    for key in _FIXED:
+        value = group.get(key)
+        if isinstance(value, Schedule) or (
+            isinstance(value, (tuple, list)) and any(isinstance(v, Schedule) for v in value)
+        ):
+            raise TypeError(
+                f"{key} cannot be {value!r}: of the numbers of a group, only lr, weight_decay, "
+                "momentum and betas[0] follow schedules"
+            )
     return group
 
 
@@ -228,7 +241,7 @@ class HyperSchedules:
         return HyperSchedules(self._numbers, groups, devices, step)
 
     def save(self, index: int, saved_group: Group, shown: Group) -> dict[str, Any]:
-        """Returns what a checkpoint needs for `resume`: plain numbers, strings, lists, dicts.
+        """Returns what a checkpoint needs for `resume`: plain numbers, strings, dicts, schedules.
 
         Args:
             shown: the group before the host has asked the device.
@@ -239,7 +252,7 @@ class HyperSchedules:
             saved[number.name] = {
                 "value": value,
                 "shown": before if isinstance(before, float) else value,
-                "schedule": in_charge[number.name].to_dict(),
+                "schedule": in_charge[number.name],
             }
         return saved
 
@@ -255,7 +268,7 @@ class HyperSchedules:
         for number in self._numbers:
             saved = position.numbers.get(number.name)
             if saved is not None and number.of(group) in (saved["value"], saved["shown"]):
-                number.put(group, Schedule.from_dict(saved["schedule"]))
+                number.put(group, saved["schedule"])
 
     def load(self, groups: list[Group], step: int) -> None:
         """Takes over other groups, as many; rows that are long enough keep their place."""

@@ -266,16 +266,18 @@ class LearningRates:
         updates: int | None,
         numbers: Mapping[str, Any],
         shown: Any,
+        tables: dict[bytes, str],
     ) -> None:
         """Adds to a group of a checkpoint what it takes to resume; see `saved_position`.
 
         Args:
             numbers: what `HyperSchedules.save` has of it.
             shown: the learning rate of the group before the host has asked the device.
+            tables: what the groups share; see `put_position`.
         """
         saved_group["lr"] = float(saved_group["lr"])
         position = Position(self.schedule(index), self.step, numbers)
-        put_position(saved_group, position, updates, shown)
+        put_position(saved_group, position, updates, shown, tables)
 
     def loaded(
         self, groups: list[Group], positions: list[Position | None], updates: int | None

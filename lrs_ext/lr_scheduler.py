@@ -79,11 +79,13 @@ class ScheduleLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position and, to compare with, the schedules: plain numbers and strings."""
+        # Equal ones are one object, which `torch.save` writes once.
+        described = {schedule: schedule.to_dict() for schedule in set(self.schedules)}
         return {
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
             "in_charge": self._is_in_charge(),
-            "schedules": [schedule.to_dict() for schedule in self.schedules],
+            "schedules": [described[schedule] for schedule in self.schedules],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

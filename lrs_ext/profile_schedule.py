@@ -138,13 +138,10 @@ class ProfileSchedule(Schedule):
     def with_total_steps(self, total_steps: int) -> Schedule:
         return dataclasses.replace(self, total_steps=total_steps)
 
-    def to_dict(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
         fields.update(fields.pop("parameters"))
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in fields.items()
-        }
+        return fields
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> ProfileSchedule:

@@ -131,9 +131,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         A schedule is a function of the absolute step: ``rex(3e-4, total_steps=20_000)`` set at
         step 5,000 goes on with its value at 5,000, which is how a run gets a longer budget. A group
-        with ``lr_scale`` gets it scaled. Rows
-        are rewritten in place, also under a captured CUDA graph; where they are too short, the
-        buffer is replaced by a longer one.
+        with ``lr_scale`` gets it scaled; groups added later get what all have been given. Rows are
+        rewritten in place, also under a captured CUDA graph; where they are too short, the buffer
+        is replaced by a longer one.
 
         Raises:
             TypeError: it is no schedule.
@@ -159,6 +159,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             scaled = at_height_of(self.param_groups[index], schedule)
             numbers.rates.withdraw(index, self.param_groups[index])
             self.schedule_buffer.fill_(index, scaled)
+        if group is None:
+            self.defaults["lr"] = schedule  # of groups to come
         self.sync_groups()
 
     def sync_groups(self) -> None:
@@ -324,7 +326,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._numbers.follow_device(self.param_groups, self._check)
         state_dict = super().state_dict()
         for index, param in enumerate(params_of(self.param_groups)):
-            if is_dtensor(param) and index in state_dict["state"]:
+            if index in state_dict["state"]:
                 saved = self.saved_state(param, state_dict["state"][index])
                 state_dict["state"][index] = saved
         self._numbers.save(state_dict["param_groups"], last_step(state_dict["state"]), shown)

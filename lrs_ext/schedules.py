@@ -101,6 +101,10 @@ class Schedule:
         ...     "min_lr": 0.0, "sampling": 1}
         True
         """
+        return {name: _plain(value) for name, value in self.fields().items()}
+
+    def fields(self) -> dict[str, Any]:
+        """Returns what `to_dict` does, but parts as schedules and a table as float64 bytes."""
         raise NotImplementedError
 
     @staticmethod
@@ -135,6 +139,14 @@ class Schedule:
 
     def _values(self, start: int, stop: int) -> NDArray[np.float64]:
         raise NotImplementedError
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        return value.to_dict()
+    if isinstance(value, bytes):
+        return np.frombuffer(value).tolist()
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def checked_keys(

@@ -103,6 +103,10 @@ class Storage:
         Raises:
             RuntimeError: a state has another shape than its parameter.
         """
+        if any(isinstance(value, dict) for value in state.values()):  # a wrapper has put them there
+            flat = flattened(state)
+            state.clear()
+            state.update(flat)
         if is_dtensor(param):
             wholes = {n: v for n, v in state.items() if _is_array(n, v)}
             parts = {n: part_of(param, with_shape_of(param, n, v)) for n, v in wholes.items()}
@@ -164,12 +168,15 @@ class Storage:
     def saved(self, param: Tensor, state: State) -> State:
         """Returns the state of a parameter for a checkpoint.
 
+        8-bit codes and their scales become a dict under the name of the state, with which any
+        optimizer that takes codes for numbers fails.
+
         8-bit blocks of a DTensor are cut from this rank's part, so that no others could read them:
         they become float32 DTensors, and their scales empty. Loading them into equal parts gives
         back the same blocks. Low halves become int32, which ranks can exchange; int16 they cannot.
         """
         if not is_dtensor(param):
-            return state
+            return _nested(state)
         saved = dict(state)
         for name, value in state.items():
             scale = state.get(name + _SCALE_SUFFIX)
@@ -275,6 +282,27 @@ def _saved_arrays(
             )
         # Numbers may come with empty scales: see `Storage.saved`.
         yield name, value, saved.get(name + _SCALE_SUFFIX) if value.dtype == torch.uint8 else None
+
+
+def _nested(state: State) -> State:
+    scales = {name: state.get(name + _SCALE_SUFFIX) for name in state}
+    coded = [name for name, scale in scales.items() if scale is not None]
+    others = {n: v for n, v in state.items() if n.removesuffix(_SCALE_SUFFIX) not in coded}
+    return others | {name: {"codes": state[name], "scale": scales[name]} for name in coded}
+
+
+def flattened(saved: Mapping[str, Any]) -> State:
+    """Returns a state that was saved for a checkpoint with each scale beside its codes.
+
+    Flat distributed checkpoints make an empty dict of a scale that has no entry of its own.
+    """
+    state: State = {}
+    for name, value in saved.items():
+        if not isinstance(value, dict):
+            state[name] = value
+        elif value:
+            state[name], state[name + _SCALE_SUFFIX] = value["codes"], value["scale"]
+    return state
 
 
 def _is_array(name: str, value: Any) -> bool:

@@ -75,8 +75,8 @@ class TableSchedule(Schedule):
         present = len(self._array) - 1
         return TableSchedule.of(self._array[np.arange(total_steps + 1) * present // total_steps])
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"profile": "table", "values": self._array.tolist()}
+    def fields(self) -> dict[str, Any]:
+        return {"profile": "table", "values": self.table}
 
     def __repr__(self) -> str:
         shown = np.array2string(self._array[:-1], threshold=6, separator=", ")
@@ -142,9 +142,13 @@ class JoinedSchedule(Schedule):
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> JoinedSchedule:
-        """Returns the schedule that `to_dict` described."""
+        """Returns the schedule that `to_dict` or `fields` described."""
         fields = checked_keys(fields, {"schedules", "boundaries"})
-        return cls.of(tuple(map(Schedule.from_dict, fields["schedules"])), fields["boundaries"])
+        schedules = tuple(
+            part if isinstance(part, Schedule) else Schedule.from_dict(part)
+            for part in fields["schedules"]
+        )
+        return cls.of(schedules, fields["boundaries"])
 
     @property
     def capacity(self) -> int:
@@ -178,9 +182,8 @@ class JoinedSchedule(Schedule):
         last = self.schedules[-1].with_total_steps(total_steps - start)
         return JoinedSchedule.of((*self.schedules[:-1], last), self.boundaries)
 
-    def to_dict(self) -> dict[str, Any]:
-        schedules = [schedule.to_dict() for schedule in self.schedules]
-        return {"profile": "join", "schedules": schedules, "boundaries": list(self.boundaries)}
+    def fields(self) -> dict[str, Any]:
+        return {"profile": "join", "schedules": self.schedules, "boundaries": self.boundaries}
 
     def __repr__(self) -> str:
         return f"join({list(self.schedules)}, boundaries={list(self.boundaries)})"

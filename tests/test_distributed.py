@@ -171,7 +171,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_any_number(engine, name, storage, 
 def test_blocks_of_parts_are_not_taken_for_those_of_a_whole(tmp_path):
     saved = (str(tmp_path), "AdamW", "blocks", 3)
     ranks.ranks(2).call("rank_checks_checkpoints:save", *saved)
-    with pytest.raises(ranks.RankError, match=r"Size mismatch.*exp_avg_scale"):
+    with pytest.raises(ranks.RankError, match=r"Missing key.*exp_avg\.codes"):
         ranks.ranks(1).call("rank_checks_checkpoints:load", *saved, False)
 
 

@@ -380,3 +380,19 @@ def test_nesterov_needs_a_momentum_somewhere_only():
         update(params_of(opt), opt, k)
         opt.param_groups[0]["weight_decay"] = lrs_ext.constant(0.1 + k)  # checks all again
     assert opt.param_groups[0]["momentum"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "name"),
+    [
+        (lrs_ext.AdamW, {"betas": (0.9, LINEAR)}, "betas"),
+        (lrs_ext.AdamW, {"eps": LINEAR}, "eps"),
+        (lrs_ext.SGD, {"momentum": 0.9, "dampening": LINEAR}, "dampening"),
+    ],
+)
+def test_other_numbers_follow_no_schedule(cls, options, name):
+    params = [torch.zeros(2, requires_grad=True)]
+    with pytest.raises(TypeError, match=f"{name} cannot be .* only lr, weight_decay"):
+        cls(params, lr=0.1, **options)
+    with pytest.raises(TypeError, match=f"{name} cannot be .* only lr, weight_decay"):
+        cls([{"params": params, **options}], lr=0.1)

@@ -37,6 +37,15 @@ def test_one_group_is_left_to_itself(probe):
     assert p.used() == [float32(REX(1)), 0.25]
 
 
+def test_groups_added_later_follow_what_was_set_in_all(probe):
+    p = probe(REX)
+    p.used()
+    p.opt.set_schedule(LONGER)
+    p.opt.set_schedule(LINEAR, group=0)
+    p.opt.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    assert [group["lr"] for group in p.opt.param_groups] == [LINEAR(1), LONGER(1)]
+
+
 def test_a_schedule_that_fits_is_written_in_place_without_a_wait(probe, backend):
     p = probe(REX, LINEAR)
     p.used()
