@@ -60,6 +60,9 @@ NUMBERS = (
 )
 
 
+UNSCHEDULED = ("betas", "eps", "dampening")  # once the schedule of betas[0] is replaced
+
+
 def numbers_of(defaults: Group) -> tuple[Number, ...]:
     """Returns the numbers that groups with these keys have."""
     return tuple(number for number in NUMBERS if number.key in defaults)
@@ -71,6 +74,7 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
     Whether there is a momentum at all, and what torch checks once, is a matter of that value.
 
     Raises:
+        TypeError: a number that cannot follow a schedule is one.
         ValueError: a value of a schedule is out of range.
     """
     for number in numbers:
@@ -78,6 +82,15 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
         if isinstance(value, Schedule):
             group = dict(group)
             number.put(group, number.peak(value))
+    for key in UNSCHEDULED:
+        value = group.get(key)
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        for part in parts:
+            if isinstance(part, Schedule):
+                raise TypeError(
+                    f"{key} cannot follow a schedule, got {part!r}: lr, weight_decay, and momentum "
+                    "or betas[0] can"
+                )
     return group
 
 

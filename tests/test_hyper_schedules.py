@@ -380,3 +380,23 @@ def test_nesterov_needs_a_momentum_somewhere_only():
         update(params_of(opt), opt, k)
         opt.param_groups[0]["weight_decay"] = lrs_ext.constant(0.1 + k)  # checks all again
     assert opt.param_groups[0]["momentum"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "put"),
+    [
+        ("AdamW", "betas", lambda schedule: {"betas": (0.9, schedule)}),
+        ("AdamW", "eps", lambda schedule: {"eps": schedule}),
+        ("Lion", "betas", lambda schedule: {"betas": (schedule, schedule)}),
+        ("SGD", "dampening", lambda schedule: {"momentum": 0.9, "dampening": schedule}),
+    ],
+)
+def test_other_numbers_cannot_follow_a_schedule(name, key, put):
+    options = put(lrs_ext.linear(0.5, total_steps=10))
+    message = rf"{key} cannot follow a schedule, got linear\(.*: lr, weight_decay, and momentum or"
+    with pytest.raises(TypeError, match=message):
+        getattr(lrs_ext, name)([torch.zeros(2, requires_grad=True)], lr=0.1, **options)
+    optimizer = getattr(lrs_ext, name)([torch.zeros(2, requires_grad=True)], lr=0.1)
+    with pytest.raises(TypeError, match=message):
+        optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)], **options})
+    assert len(optimizer.param_groups) == 1
