@@ -217,6 +217,13 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return list({job_of(row).key: row for row in read_lines(paths)}.values())
 
 
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers such as 500,1000, got {text}") from None
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -225,7 +232,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=names, help=f"some of {','.join(TASKS)} (all)")
     parser.add_argument(
         "--budgets",
-        type=lambda value: [int(part) for part in value.split(",")],
+        type=whole_numbers,
         help="updates, such as 500,1000 (500,1000,3000, and 10000,20000 for some runs)",
     )
     parser.add_argument("--seeds", type=int, help=f"how many ({SEEDS})")

@@ -270,7 +270,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help=f"exit with 1 if a count is more than {MAX_RISE:.0%} above the baseline",
+        help=f"exit with 1 if a count is more than {MAX_RISE:.0%}% above the baseline",
     )
     parser.add_argument("--update", action="store_true", help="store the numbers as baseline")
     parser.add_argument(

@@ -22,6 +22,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["digits", "text", "photos"])
@@ -160,7 +161,24 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--trial-steps", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the single runs to a file")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    for name, least in (("ranks", 1), ("seeds", 1), ("trials", 3), ("trial_steps", 1)):
+        value = getattr(options, name)
+        if value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    search = options.trials * options.trial_steps
+    if options.steps <= 2 * search:
+        parser.error(
+            f"{options.trials} trials of {options.trial_steps} updates need --steps above "
+            f"{2 * search}, got {options.steps}"
+        )
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}: create it")
+    return options
+
+
+def main() -> None:
+    options = parse_args()
     os.environ.update(ONE_THREAD)  # read when a process starts
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (folder, options), nprocs=options.ranks)

@@ -306,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in CHECKS:
             parser.error(f"there is no check {name!r}: it must be one of {', '.join(CHECKS)}")
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("cuda is not here (CUDA devices: 0): use --device cpu")
     missing = unavailable(device)
     backends = [name for name in BACKENDS[device.type] if name not in missing]
     for name, why in missing.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import sys
 from typing import Any
@@ -41,6 +42,7 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "LRS_EXT_BACKEND": os.environ.get("LRS_EXT_BACKEND") or None,
         "build": ops.build_info(),
         "devices": devices,
         "backends": backends,
@@ -110,6 +112,10 @@ def _print_info() -> None:
     report = info()
     for name in ("lrs_ext", "python", "torch", "triton"):
         print(f"{name:<9} {report[name] or 'not installed'}")
+    asked = report["LRS_EXT_BACKEND"]
+    if asked is not None:
+        hint = "" if asked in BACKENDS else f", which is not one of {', '.join(BACKENDS)}"
+        print(f"LRS_EXT_BACKEND      {asked}{hint}")
     for name, value in report["build"].items():
         print(f"{name:<20} {value}")
     for name, value in report["devices"].items():

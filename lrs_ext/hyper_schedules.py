@@ -60,7 +60,7 @@ NUMBERS = (
 )
 
 
-_FIXED = ("betas", "eps", "dampening")  # what no schedule moves, but for betas[0]
+_UNSCHEDULED = ("betas", "eps", "dampening")  # once the schedule of betas[0] is replaced
 
 
 def numbers_of(defaults: Group) -> tuple[Number, ...]:
@@ -74,7 +74,7 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
     Whether there is a momentum at all, and what torch checks once, is a matter of that value.
 
     Raises:
-        TypeError: another number is a schedule.
+        TypeError: a number that cannot follow a schedule is one.
         ValueError: a value of a schedule is out of range.
     """
     for number in numbers:
@@ -82,15 +82,15 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
         if isinstance(value, Schedule):
             group = dict(group)
             number.put(group, number.peak(value))
-    for key in _FIXED:
+    for key in _UNSCHEDULED:
         value = group.get(key)
-        if isinstance(value, Schedule) or (
-            isinstance(value, (tuple, list)) and any(isinstance(v, Schedule) for v in value)
-        ):
-            raise TypeError(
-                f"{key} cannot be {value!r}: of the numbers of a group, only lr, weight_decay, "
-                "momentum and betas[0] follow schedules"
-            )
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        for part in parts:
+            if isinstance(part, Schedule):
+                raise TypeError(
+                    f"{key} cannot follow a schedule, got {part!r}: lr, weight_decay, and momentum "
+                    "or betas[0] can"
+                )
     return group
 
 

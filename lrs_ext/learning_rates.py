@@ -386,6 +386,11 @@ def check_learning_rate(lr: float | Tensor | Schedule) -> None:
     """Raises TypeError or ValueError if `lr` is no learning rate; waits for a device tensor."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    if callable(lr) and not isinstance(lr, (Schedule, Tensor)):
+        raise TypeError(
+            f"lr must be a number, a tensor of one element or a Schedule, got {lr!r}: "
+            "lrs_ext.from_function(f, total_steps) makes a schedule of a function of the step"
+        )
     if not isinstance(lr, Schedule):
         checked_learning_rate(float(lr) if isinstance(lr, Tensor) else lr)
 

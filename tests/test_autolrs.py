@@ -318,6 +318,7 @@ def controller(**options):
         ({**PAPER, "trial_steps": 3}, ValueError, "at least 4 updates to forecast"),
         ({"snapshot": "disk"}, ValueError, "snapshot|placement"),
         ({"extra_state": [object()]}, TypeError, "state_dict"),
+        ({"extra_state": torch.amp.GradScaler("cpu")}, TypeError, r"got GradScaler: pass \[it\]"),
     ],
 )
 def test_bad_arguments(options, error, message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lrs_ext import ops
+from lrs_ext.__main__ import main
 from lrs_ext.backends import select_backend
 
 
@@ -57,3 +58,13 @@ def test_a_gpu_needs_code_of_its_own_whatever_the_others_are(monkeypatch, device
     monkeypatch.setattr(torch.cuda, "get_device_capability", CAPABILITIES.__getitem__)
     found = ops.cuda_unavailable_reason.__wrapped__(device)
     assert found is None if reason is None else re.search(reason, found)
+
+
+def test_info_says_what_the_environment_asks_for(monkeypatch, capsys):
+    assert main(["info"]) == 0
+    assert "LRS_EXT_BACKEND" not in capsys.readouterr().out
+    monkeypatch.setenv("LRS_EXT_BACKEND", "tpu")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"LRS_EXT_BACKEND +tpu, which is not one of cuda, triton, cpu, ref", out)
+    assert "parameters on cpu: no kernel" in out

@@ -192,6 +192,7 @@ def test_results_resume_and_half_lines_are_ignored(tmp_path, capsys):
         (["--contestants", "magic"], "no contestant 'magic'"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--budgets", "500,0"], "--budgets must be positive, got 0"),
+        (["--budgets", "1e3"], "--budgets: must be integers such as 500,1000, got 1e3"),
     ],
 )
 def test_arguments_are_checked(words, message, capsys):

@@ -158,6 +158,12 @@ def test_the_stored_baseline_has_every_case():
         assert ours == [(name, kind) for name in names for kind in bench_host_path.GRADIENTS]
 
 
+def test_help_has_the_limit_of_check(capsys):
+    with pytest.raises(SystemExit):
+        bench_host_path.main(["--help"])
+    assert "more than 3% above" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

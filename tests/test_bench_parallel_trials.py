@@ -39,6 +39,22 @@ def test_a_line_for_each_task():
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ranks 0", "--ranks must be at least 1, got 0"),
+        ("--trials 2", "--trials must be at least 3, got 2"),
+        ("--trial-steps 0", "--trial-steps must be at least 1, got 0"),
+        ("--steps 160", "8 trials of 10 updates need --steps above 160, got 160"),
+        ("--json nowhere/x.json", "there is no folder nowhere"),
+    ],
+)
+def test_arguments_are_checked(options, message, capsys):
+    with pytest.raises(SystemExit):
+        bench_parallel_trials.parse_args(options.split())
+    assert message in capsys.readouterr().err
+
+
 def test_a_small_run(tmp_path):
     path = tmp_path / "waves.json"
     command = [sys.executable, "bench_parallel_trials.py", "--tasks", "photos", "--seeds", "1"]

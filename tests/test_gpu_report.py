@@ -205,3 +205,10 @@ def test_a_wrong_feature_fails_and_stops_no_other(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == ["wrong, cpu: FAILED", "right, cpu: fine"]
     with pytest.raises(SystemExit):
         gpu_features.main(["unknown", "--device", "cpu"])
+
+
+def test_features_on_a_gpu_need_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_features.main([])
+    assert "cuda is not here" in capsys.readouterr().err

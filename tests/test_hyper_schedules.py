@@ -383,16 +383,20 @@ def test_nesterov_needs_a_momentum_somewhere_only():
 
 
 @pytest.mark.parametrize(
-    ("cls", "options", "name"),
+    ("name", "key", "put"),
     [
-        (lrs_ext.AdamW, {"betas": (0.9, LINEAR)}, "betas"),
-        (lrs_ext.AdamW, {"eps": LINEAR}, "eps"),
-        (lrs_ext.SGD, {"momentum": 0.9, "dampening": LINEAR}, "dampening"),
+        ("AdamW", "betas", lambda schedule: {"betas": (0.9, schedule)}),
+        ("AdamW", "eps", lambda schedule: {"eps": schedule}),
+        ("Lion", "betas", lambda schedule: {"betas": (schedule, schedule)}),
+        ("SGD", "dampening", lambda schedule: {"momentum": 0.9, "dampening": schedule}),
     ],
 )
-def test_other_numbers_follow_no_schedule(cls, options, name):
-    params = [torch.zeros(2, requires_grad=True)]
-    with pytest.raises(TypeError, match=f"{name} cannot be .* only lr, weight_decay"):
-        cls(params, lr=0.1, **options)
-    with pytest.raises(TypeError, match=f"{name} cannot be .* only lr, weight_decay"):
-        cls([{"params": params, **options}], lr=0.1)
+def test_other_numbers_cannot_follow_a_schedule(name, key, put):
+    options = put(lrs_ext.linear(0.5, total_steps=10))
+    message = rf"{key} cannot follow a schedule, got linear\(.*: lr, weight_decay, and momentum or"
+    with pytest.raises(TypeError, match=message):
+        getattr(lrs_ext, name)([torch.zeros(2, requires_grad=True)], lr=0.1, **options)
+    optimizer = getattr(lrs_ext, name)([torch.zeros(2, requires_grad=True)], lr=0.1)
+    with pytest.raises(TypeError, match=message):
+        optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)], **options})
+    assert len(optimizer.param_groups) == 1

@@ -83,6 +83,12 @@ def test_learning_rates_must_be_numbers(name):
         getattr(lrs_ext, name)([leaf()], lr="0.1")
 
 
+@optimizers
+def test_a_function_is_no_learning_rate_but_can_become_a_schedule(name):
+    with pytest.raises(TypeError, match=r"or a Schedule, got <function .*from_function\(f, "):
+        getattr(lrs_ext, name)([leaf()], lr=lambda step: 0.1)
+
+
 @pytest.mark.parametrize("option", ["momentum", "weight_decay"])
 def test_options_of_sgd_that_are_nan_are_refused(option):
     with pytest.raises(ValueError, match=f"Invalid {option} value: nan"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,18 @@ def check_loss(loss: Tensor, what: str) -> None:
             f"{what} must be a 0-d floating tensor, got {loss.dtype} of shape "
             f"{tuple(loss.shape)}: take its mean"
         )
+
+
+def checked_extras(extra_state: Iterable[Any]) -> tuple[Any, ...]:
+    """Returns `extra_state` as a tuple.
+
+    Raises:
+        TypeError: it cannot be iterated: an object where a list of objects belongs.
+    """
+    if not isinstance(extra_state, Iterable):
+        name = type(extra_state).__name__
+        raise TypeError(f"extra_state must be a sequence of objects, got {name}: pass [it]")
+    return tuple(extra_state)
 
 
 def check_plan(saved: dict[str, Any], plan: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.batches import Tape
-from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds
+from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds, checked_extras
 from lrs_ext.autolrs.guard import has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
 from lrs_ext.autolrs.live_state import is_scaler
@@ -123,7 +123,7 @@ class AutoLRS:
             warmup_steps = usual_warmup(schedule, train) if preset == "peak" else 0
         check_free(optimizer)
         self.preset, self.optimizer = preset, optimizer
-        self._extra_state = tuple(extra_state)
+        self._extra_state = checked_extras(extra_state)
         device = first_device(optimizer)
         self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
         ratios = group_ratios(optimizer.param_groups)
