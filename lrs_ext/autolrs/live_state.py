@@ -55,10 +55,16 @@ class LiveState:
         self._extra_state = {i: kept for i, kept in self._extra_state.items() if kept is not extra}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns everything that is copied in place; parameters on several ranks as DTensors."""
+        """Returns everything that is copied in place; parameters on several ranks as DTensors.
+
+        Raises:
+            ValueError: a tensor is sparse.
+        """
         for module in self._modules().values():
             reshard(module)
-        return {name: tensor.detach() for name, tensor in self._named().items()}
+        tensors = {name: tensor.detach() for name, tensor in self._named().items()}
+        check_dense(tensors)
+        return tensors
 
     def trained(self) -> set[str]:
         """Returns the names of the optimizer's parameters."""
@@ -189,6 +195,24 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             stacklevel=4,
         )
     return dict(state_entries(twin, True))
+
+
+def check_dense(tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError if a tensor is sparse, which cannot be put back into the same memory."""
+    ways_out = {
+        "buffer": "keep a constant one as a plain attribute of its module, not as a buffer, or "
+        "register its indices and values as buffers of their own",
+        "parameter": "make it dense",
+        "state": "make the gradients dense (sparse=False in an embedding), or take an optimizer "
+        "whose state is dense, such as torch.optim.SparseAdam",
+    }
+    ways_out["cache"] = ways_out["buffer"]
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"{name} has layout {tensor.layout}, AutoLRS can roll back dense tensors only: "
+                f"{ways_out[kind(name)]}"
+            )
 
 
 def module_tensors(module: nn.Module, owner: str) -> Iterator[tuple[str, Tensor]]:
