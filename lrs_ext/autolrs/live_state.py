@@ -267,14 +267,18 @@ def access(extra: Any) -> Access:
     if not is_scaler(extra):
         return extra.state_dict, extra.load_state_dict
 
+    names = ("scale", "growth_tracker")  # None until the scaler is used; it starts from init_...
+
     def get_state() -> dict[str, Any]:
-        return {"scale": extra._scale, "growth_tracker": extra._growth_tracker}
+        return {name: getattr(extra, f"_{name}") for n in names for name in (n, f"init_{n}")}
 
     def set_state(state: dict[str, Any]) -> None:
         for name, saved in state.items():
             live = getattr(extra, f"_{name}")
             if isinstance(live, Tensor) and isinstance(saved, Tensor):
                 live.copy_(saved, non_blocking=True)
+            elif isinstance(live, Tensor):
+                live.fill_(state[f"init_{name}"])
             else:
                 moved = saved.to(extra._device) if isinstance(saved, Tensor) else saved
                 setattr(extra, f"_{name}", moved)
