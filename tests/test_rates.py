@@ -136,6 +136,29 @@ def test_a_skipped_update_counts():
     assert d.update() == expected(0.5, 2)
 
 
+def test_an_update_that_may_have_been_skipped_costs_no_new_row(monkeypatch):
+    """A flag on the device decides on updates 1 to 3, and skips 1 and 3."""
+    d = Driven()
+    d.write(0.5)
+    puts = []
+    monkeypatch.setattr(d.rates, "_put", lambda: puts.append(True))
+    flags = {1: 1.0, 2: 0.0, 3: 1.0}
+    for update in range(6):
+        if update in flags:
+            d.opt.found_inf = torch.tensor(flags[update])
+        elif update - 1 in flags:
+            del d.opt.found_inf
+        used = [0.0, 0.0] if flags.get(update) else expected(0.5, update)
+        assert d.update() == used
+        assert d.shown == pytest.approx(expected(0.5, update + 1))
+        assert d.opt.current_lr() == expected(0.5, update + 1)
+    assert not puts
+    monkeypatch.undo()
+    d.write(0.25)
+    assert [d.update() for _ in range(5)] == [expected(0.25, k) for k in range(5)]
+    assert not d.rates._is_ahead
+
+
 @both_kinds
 def test_nothing_reads_from_the_device(kind):
     d = Driven(kind)

@@ -234,6 +234,7 @@ class BufferRates(Rates):
         self._value: Callable[[int], float] | None = None
         self._shown: float | None = None  # by the first group; None while the device alone knows
         self._steps_seen = optimizer.committed_steps
+        self._is_ahead = False  # whether the rows may be ahead of the run, but for the next update
         optimizer.reserve_(self._capacity)
         optimizer.drive_(self._refill)
         self._positions = self._all_positions()
@@ -285,10 +286,14 @@ class BufferRates(Rates):
         optimizer = self._buffered
         steps, self._steps_seen = self._steps_seen, optimizer.committed_steps
         missed = self._steps_seen - steps - 1
-        if optimizer.may_have_skipped or (missed and not optimizer.was_captured):
+        has_missed = missed != 0 and not optimizer.was_captured
+        if optimizer.may_have_skipped or self._is_ahead or has_missed:
             # A skipped update counts, as it does in the rest of the run, but not on the device.
             self._start.copy_(optimizer.schedule_buffer.step - self.updates)
-            self._put()
+            if has_missed:
+                self._put()
+            else:
+                self._put_next()
         self._show_now()
 
     def _show_now(self) -> None:
@@ -317,6 +322,14 @@ class BufferRates(Rates):
             values = on_device(values, device)
             for index in driven:
                 buffer.rows[index].copy_(values[index])
+        self._is_ahead = False
+
+    def _put_next(self) -> None:
+        """Writes what the next update reads: nobody knows yet where those after it will read."""
+        values = self.rate * self._ratio_tensor * self._shape[min(self.updates, len(self._shape) - 1)]
+        for index in self._buffered.driven_groups():
+            self._buffered.schedule_buffer.write_(index, values[index], steps=1)
+        self._is_ahead = True
 
     def _all_positions(self) -> Tensor:
         return torch.arange(self._buffered.schedule_buffer.capacity, device=self._device)
