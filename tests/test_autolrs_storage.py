@@ -106,9 +106,7 @@ def test_runs_with_every_storage_search_and_train(storage, preset):
 class Scaled:
     """A run of AutoLRS under a GradScaler, in which given updates overflow."""
 
-    def __init__(
-        self, overflows, name="adamw", storage=cases.STORAGES[0], is_used=True, **options
-    ):
+    def __init__(self, overflows, name="adamw", storage=cases.STORAGES[0], is_used=True, **options):
         torch.manual_seed(0)
         self.model, self.overflows, self.scales = make_model(), overflows, []
         self.optimizer = OPTIMIZERS[name](self.model.parameters(), **storage.options)

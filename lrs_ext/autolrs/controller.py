@@ -21,6 +21,7 @@ from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
 from lrs_ext.autolrs.rates import check_optimizer, check_ratios, group_ratios, rates_of
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
+from lrs_ext.autolrs.scheduler_watch import SchedulerWatch
 from lrs_ext.autolrs.shapes import Shapes, usual_warmup
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
@@ -150,6 +151,7 @@ class AutoLRS:
         self._open: Literal["", "update", "segment"] = ""  # what `_finish` still has to follow
         has_scaler = any(map(is_scaler, self._extra_state))
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
+        self._scheduler_watch = SchedulerWatch(optimizer, self._rates)
         self._known: HostCopy | None = None
         self._plan: dict[str, Any] = {
             "preset": preset,
@@ -251,7 +253,7 @@ class AutoLRS:
         Raises:
             TypeError, ValueError: it is no such tensor; or see `batches`.
             RuntimeError: the optimizer has not stepped since the last call, or the budget is used
-                up.
+                up; or a scheduler of torch has written a learning rate.
         """
         if self._open:
             self._finish()
@@ -271,6 +273,7 @@ class AutoLRS:
             )
         self._watch.check()
         self._rates.check_groups()
+        self._scheduler_watch.check()
         self._watch.follow()
         segment = self._segment
         self._measured.add_loss(segment, self._updates, loss)

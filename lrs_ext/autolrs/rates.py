@@ -196,6 +196,10 @@ class Rates:
                 f"{len(self._ratios)} when AutoLRS was made: make AutoLRS after add_param_group"
             )
 
+    def written_by_others(self) -> set[int]:
+        """Returns the groups whose learning rate somebody else has written, as the host sees it."""
+        return set(self._others())
+
     def _others(self) -> dict[int, Any]:
         """Returns what the host has put into the groups that it has taken over."""
         raise NotImplementedError
@@ -326,7 +330,9 @@ class BufferRates(Rates):
 
     def _put_next(self) -> None:
         """Writes what the next update reads: nobody knows yet where those after it will read."""
-        values = self.rate * self._ratio_tensor * self._shape[min(self.updates, len(self._shape) - 1)]
+        values = (
+            self.rate * self._ratio_tensor * self._shape[min(self.updates, len(self._shape) - 1)]
+        )
         for index in self._buffered.driven_groups():
             self._buffered.schedule_buffer.write_(index, values[index], steps=1)
         self._is_ahead = True
@@ -348,7 +354,12 @@ class TensorRates(Rates):
         self._lrs: list[Tensor] = []
         for group in optimizer.param_groups:
             self._lrs.append(usable_lr(group, self._device, self._lrs))
+        self._versions = [lr._version for lr in self._lrs]  # grow when somebody writes in place
         self._claim()
+
+    def written_by_others(self) -> set[int]:
+        pairs = enumerate(zip(self._lrs, self._versions, strict=True))
+        return super().written_by_others() | {i for i, (lr, v) in pairs if lr._version != v}
 
     def _others(self) -> dict[int, Any]:
         pairs = enumerate(zip(self._groups, self._lrs, strict=True))
@@ -366,6 +377,7 @@ class TensorRates(Rates):
         for group, lr, ratio in zip(self._groups, self._lrs, self._ratios, strict=True):
             if group["lr"] is lr:
                 lr.copy_(now * ratio, non_blocking=True)
+        self._versions = [lr._version for lr in self._lrs]
 
 
 def usable_lr(group: Group, device: torch.device, used: list[Tensor]) -> Tensor:
