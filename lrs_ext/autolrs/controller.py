@@ -52,7 +52,7 @@ class AutoLRS:
         optimizer: of `lrs_ext`, or of torch with support for a tensor learning rate, or a
             framework's wrapper around it. Its learning rates must be positive, unless a state is
             loaded before the next update: their ratios between groups are kept.
-        model: the module that is trained.
+        model: the module that is trained; what is frozen in it is not copied, see `Snapshot`.
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
         preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
@@ -67,7 +67,7 @@ class AutoLRS:
             then, or 0 for "one_cycle", which rises by itself; in "paper" before it, up to the
             optimizer's own learning rate, None is 0.
         val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
-        extra_state: what else to roll back: scaler, EMA, loader, ...
+        extra_state: what else to roll back: scaler, EMA, target network, loader, ...
         snapshot: where the copy of the state is: "device" or "pinned" host memory.
         process_group: the ranks that train this model; None takes all there are.
         parallel_trials: whether ranks try different learning rates at the same time, each on its

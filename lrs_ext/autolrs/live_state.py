@@ -71,6 +71,19 @@ class LiveState:
         params = set(self.params)
         return {name for name, tensor in self._named().items() if tensor in params}
 
+    def frozen(self) -> set[str]:
+        """Returns the names of parameters that the optimizer cannot change, nor any other.
+
+        They require no gradient. Those of modules in `extra_state` are named there to be copied.
+        """
+        extra = (e for e in self._extra_state.values() if isinstance(e, nn.Module))
+        changing = {*self.params, *(param for module in extra for param in module.parameters())}
+        return {
+            name
+            for name, tensor in self._named().items()
+            if kind(name) == "parameter" and not tensor.requires_grad and tensor not in changing
+        }
+
     def local_tensors(self) -> dict[str, Tensor]:
         """Returns this rank's part of `tensors`."""
         return {name: local(tensor) for name, tensor in self.tensors().items()}
