@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import numpy as np
@@ -360,6 +361,16 @@ def test_a_new_driver_takes_what_the_host_has_written():
     d.rates = rates_of(d.opt, group_ratios(d.groups), BUDGET)
     d.write(0.25)
     assert d.update() == expected(0.25, 0)
+
+
+@both_kinds
+def test_a_copy_that_would_drive_the_same_optimizer_is_refused(kind):
+    d = Driven(kind)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"neither copied nor pickled.*state_dict"):
+            copied([d.rates])
+    if kind == "lrs_ext":  # copies of the optimizer are nobody's
+        copy.deepcopy(d.opt)
 
 
 # Who keeps whom alive

@@ -6,7 +6,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -115,6 +115,12 @@ class Rates:
         self._taken_over: dict[int, Any] = {}  # in a loaded state, until the next update
         self.rate = torch.ones((), dtype=torch.float64, device=self._device)
         self.updates = 0
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "AutoLRS can be neither copied nor pickled, as the copy would drive the optimizer of "
+            "the original: save auto.state_dict(), and load it into an AutoLRS made anew"
+        )
 
     def write(self, rate: Tensor, shape: Tensor) -> None:
         """Makes the next updates follow ``rate * shape``; the last entry of `shape` holds.
