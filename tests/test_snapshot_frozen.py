@@ -118,7 +118,7 @@ def test_a_parameter_that_is_thawed_is_in_the_next_copy(kind):
     assert all(map(torch.equal, before, model.parameters()))
     copied.capture()
     follow(model, "through data")
-    with pytest.raises(RuntimeError, match="has changed in training"):
+    with pytest.raises(RuntimeError, match="has changed since"):
         copied.restore()
 
 

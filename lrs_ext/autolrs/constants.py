@@ -56,9 +56,10 @@ class Constants:
             index = int(found.read())
             if index < len(names):
                 raise RuntimeError(
-                    f"{names[index]} has changed in training. It requires no gradient and is in no "
-                    "parameter group, so AutoLRS has no copy to roll back to: pass the module that "
-                    "it is in, such as a target network, in extra_state"
+                    f"{names[index]} has changed since the training state was copied. It requires "
+                    "no gradient and is in no parameter group, so AutoLRS has no copy to roll "
+                    "back to: pass the module that it is in, such as a target network, in "
+                    "extra_state, or, if a checkpoint was loaded, make AutoLRS after that"
                 )
 
 
