@@ -106,12 +106,13 @@ def test_runs_with_every_storage_search_and_train(storage, preset):
 class Scaled:
     """A run of AutoLRS under a GradScaler, in which given updates overflow."""
 
-    def __init__(self, overflows, name="adamw", storage=cases.STORAGES[0], **options):
+    def __init__(self, overflows, name="adamw", storage=cases.STORAGES[0], is_used=True, **options):
         torch.manual_seed(0)
         self.model, self.overflows, self.scales = make_model(), overflows, []
         self.optimizer = OPTIMIZERS[name](self.model.parameters(), **storage.options)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=3)
-        self.scaler.scale(torch.ones(()))
+        if is_used:
+            self.scaler.scale(torch.ones(()))
         options = PEAK | options
         extra = [self.scaler]
         self.auto = lrs_ext.AutoLRS(
@@ -123,8 +124,8 @@ class Scaled:
         inputs, targets = next(self.stream)
         loss = nn.functional.mse_loss(self.model(inputs), targets)
         factor = math.inf if index in self.overflows else 1.0
-        self.scales.append(self.scaler._scale.clone())
         self.scaler.scale(loss * factor).backward()
+        self.scales.append(self.scaler._scale.clone())
         self.scaler.step(self.optimizer)
         self.optimizer.zero_grad()
         return loss.detach()
@@ -150,6 +151,25 @@ def test_trials_with_overflows_are_paired(name):
         assert run.scales[trial.start : trial.start + 4] == run.scales[:4]
     assert run.auto.done
     assert all(param.isfinite().all() for param in run.model.parameters())
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_run_resumed_in_a_trial_forgets_the_loss_scale_of_its_overflows(is_used):
+    def updates(run, indices):
+        for index in indices:
+            loss = run.update(index)
+            run.scaler.update()
+            run.auto.step(loss)
+        return [scale.item() for scale in run.scales]
+
+    whole, first, second = (Scaled(OVERFLOWS, is_used=is_used) for _ in range(3))
+    scales = updates(whole, range(20))
+    updates(first, range(4))
+    for part in ("model", "optimizer", "scaler", "auto"):
+        getattr(second, part).load_state_dict(getattr(first, part).state_dict())
+    second.stream = second.auto.batches(list_of_batches())
+    assert updates(second, range(4, 20)) == scales[4:]
+    assert scales[8:12] == scales[:4] == [16.0, 16.0, 16.0, 8.0]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

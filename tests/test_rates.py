@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import numpy as np
@@ -134,6 +135,29 @@ def test_a_skipped_update_counts():
     d.rates.advance()  # a GradScaler has left out the step
     assert d.shown == pytest.approx(expected(0.5, 2))
     assert d.update() == expected(0.5, 2)
+
+
+def test_an_update_that_may_have_been_skipped_costs_no_new_row(monkeypatch):
+    """A flag on the device decides on updates 1 to 3, and skips 1 and 3."""
+    d = Driven()
+    d.write(0.5)
+    puts = []
+    monkeypatch.setattr(d.rates, "_put", lambda: puts.append(True))
+    flags = {1: 1.0, 2: 0.0, 3: 1.0}
+    for update in range(6):
+        if update in flags:
+            d.opt.found_inf = torch.tensor(flags[update])
+        elif update - 1 in flags:
+            del d.opt.found_inf
+        used = [0.0, 0.0] if flags.get(update) else expected(0.5, update)
+        assert d.update() == used
+        assert d.shown == pytest.approx(expected(0.5, update + 1))
+        assert d.opt.current_lr() == expected(0.5, update + 1)
+    assert not puts
+    monkeypatch.undo()
+    d.write(0.25)
+    assert [d.update() for _ in range(5)] == [expected(0.25, k) for k in range(5)]
+    assert not d.rates._is_ahead
 
 
 @both_kinds
@@ -337,6 +361,16 @@ def test_a_new_driver_takes_what_the_host_has_written():
     d.rates = rates_of(d.opt, group_ratios(d.groups), BUDGET)
     d.write(0.25)
     assert d.update() == expected(0.25, 0)
+
+
+@both_kinds
+def test_a_copy_that_would_drive_the_same_optimizer_is_refused(kind):
+    d = Driven(kind)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"neither copied nor pickled.*state_dict"):
+            copied([d.rates])
+    if kind == "lrs_ext":  # copies of the optimizer are nobody's
+        copy.deepcopy(d.opt)
 
 
 # Who keeps whom alive

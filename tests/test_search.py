@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lrs_ext.autolrs import search
+from lrs_ext.autolrs.presets import PeakSearch
+from lrs_ext.autolrs.timetable import search_then_train
 
 GRID = search.candidates((1e-4, 1e0), torch.device("cpu"))
 
@@ -122,3 +124,18 @@ def test_the_next_by_a_bound_goes_where_little_is_known():
 
 def test_rates_are_powers_of_ten():
     assert search.rate_at(values(-3.0)[0]).item() == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    "hardness", [(1, 1, 1, 1, 1, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 1, 1, 1, 2, 2)]
+)
+def test_hard_batches_at_the_end_do_not_make_all_trials_equally_bad(hardness):
+    """Trials lose a share of the loss in each update, by far the most at a rate of 0.01."""
+    timetable = search_then_train(1000, 0.1, 8, 10)
+    found = PeakSearch(timetable, (1e-4, 1.0), torch.device("cpu"), 0, lambda value: value)
+    for trial in range(8):
+        found.propose(0, trial)
+        share = 0.01 * torch.exp(-((found.positions[0, trial] + 2.0) ** 2))
+        progress = (1.0 - share) ** torch.arange(10, dtype=torch.float64)
+        found.record(0, trial, values(*hardness) * progress, 1000.0)
+    assert -3.5 < found.choose(0).log10().item() < -2.0

@@ -330,3 +330,28 @@ def test_an_expanded_buffer_is_refused():
         Snapshot(model, optimizer, ())
     model.mask = model.mask.clone()
     Snapshot(model, optimizer, ())
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_sparse_buffer_is_refused_unless_it_is_an_attribute(layout):
+    model = make_model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    graph = torch.eye(3).to_sparse(layout=layout)
+    model.register_buffer("graph", graph)
+    with pytest.raises(ValueError, match=rf"buffer graph has layout {layout}.*plain attribute"):
+        Snapshot(model, optimizer, ())
+    del model.graph
+    model.graph = graph
+    Snapshot(model, optimizer, ())
+
+
+def test_a_sparse_state_of_the_optimizer_is_refused_as_soon_as_it_is_there():
+    model = nn.Embedding(3, 2, sparse=True)
+    optimizer = OPTIMIZERS["torch sgd"](model.parameters())
+    copied = Snapshot(model, optimizer, ())
+    copied.capture()
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"state 0 momentum_buffer has layout .*sparse=False"):
+        copied.restore()

@@ -21,6 +21,7 @@ from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
 from lrs_ext.autolrs.rates import check_optimizer, check_ratios, group_ratios, rates_of
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
+from lrs_ext.autolrs.scheduler_watch import SchedulerWatch
 from lrs_ext.autolrs.shapes import Shapes, usual_warmup
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
@@ -51,7 +52,7 @@ class AutoLRS:
         optimizer: of `lrs_ext`, or of torch with support for a tensor learning rate, or a
             framework's wrapper around it. Its learning rates must be positive, unless a state is
             loaded before the next update: their ratios between groups are kept.
-        model: the module that is trained.
+        model: the module that is trained; what is frozen in it is not copied, see `Snapshot`.
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
         preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
@@ -66,7 +67,7 @@ class AutoLRS:
             then, or 0 for "one_cycle", which rises by itself; in "paper" before it, up to the
             optimizer's own learning rate, None is 0.
         val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
-        extra_state: what else to roll back: scaler, EMA, loader, ...
+        extra_state: what else to roll back: scaler, EMA, target network, loader, ...
         snapshot: where the copy of the state is: "device" or "pinned" host memory.
         process_group: the ranks that train this model; None takes all there are.
         parallel_trials: whether ranks try different learning rates at the same time, each on its
@@ -150,6 +151,7 @@ class AutoLRS:
         self._open: Literal["", "update", "segment"] = ""  # what `_finish` still has to follow
         has_scaler = any(map(is_scaler, self._extra_state))
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
+        self._scheduler_watch = SchedulerWatch(optimizer, self._rates)
         self._known: HostCopy | None = None
         self._plan: dict[str, Any] = {
             "preset": preset,
@@ -251,7 +253,7 @@ class AutoLRS:
         Raises:
             TypeError, ValueError: it is no such tensor; or see `batches`.
             RuntimeError: the optimizer has not stepped since the last call, or the budget is used
-                up.
+                up; or a scheduler of torch has written a learning rate.
         """
         if self._open:
             self._finish()
@@ -271,6 +273,7 @@ class AutoLRS:
             )
         self._watch.check()
         self._rates.check_groups()
+        self._scheduler_watch.check()
         self._watch.follow()
         segment = self._segment
         self._measured.add_loss(segment, self._updates, loss)

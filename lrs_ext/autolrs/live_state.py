@@ -55,15 +55,34 @@ class LiveState:
         self._extra_state = {i: kept for i, kept in self._extra_state.items() if kept is not extra}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns everything that is copied in place; parameters on several ranks as DTensors."""
+        """Returns everything that is copied in place; parameters on several ranks as DTensors.
+
+        Raises:
+            ValueError: a tensor is sparse.
+        """
         for module in self._modules().values():
             reshard(module)
-        return {name: tensor.detach() for name, tensor in self._named().items()}
+        tensors = {name: tensor.detach() for name, tensor in self._named().items()}
+        check_dense(tensors)
+        return tensors
 
     def trained(self) -> set[str]:
         """Returns the names of the optimizer's parameters."""
         params = set(self.params)
         return {name for name, tensor in self._named().items() if tensor in params}
+
+    def frozen(self) -> set[str]:
+        """Returns the names of parameters that the optimizer cannot change, nor any other.
+
+        They require no gradient. Those of modules in `extra_state` are named there to be copied.
+        """
+        extra = (e for e in self._extra_state.values() if isinstance(e, nn.Module))
+        changing = {*self.params, *(param for module in extra for param in module.parameters())}
+        return {
+            name
+            for name, tensor in self._named().items()
+            if kind(name) == "parameter" and not tensor.requires_grad and tensor not in changing
+        }
 
     def local_tensors(self) -> dict[str, Tensor]:
         """Returns this rank's part of `tensors`."""
@@ -191,6 +210,24 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return dict(state_entries(twin, True))
 
 
+def check_dense(tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError if a tensor is sparse, which cannot be put back into the same memory."""
+    ways_out = {
+        "buffer": "keep a constant one as a plain attribute of its module, not as a buffer, or "
+        "register its indices and values as buffers of their own",
+        "parameter": "make it dense",
+        "state": "make the gradients dense (sparse=False in an embedding), or take an optimizer "
+        "whose state is dense, such as torch.optim.SparseAdam",
+    }
+    ways_out["cache"] = ways_out["buffer"]
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"{name} has layout {tensor.layout}, AutoLRS can roll back dense tensors only: "
+                f"{ways_out[kind(name)]}"
+            )
+
+
 def module_tensors(module: nn.Module, owner: str) -> Iterator[tuple[str, Tensor]]:
     for name, param in module.named_parameters():
         yield f"parameter {owner}{name}", param
@@ -243,14 +280,18 @@ def access(extra: Any) -> Access:
     if not is_scaler(extra):
         return extra.state_dict, extra.load_state_dict
 
+    names = ("scale", "growth_tracker")  # None until the scaler is used; it starts from init_...
+
     def get_state() -> dict[str, Any]:
-        return {"scale": extra._scale, "growth_tracker": extra._growth_tracker}
+        return {name: getattr(extra, f"_{name}") for n in names for name in (n, f"init_{n}")}
 
     def set_state(state: dict[str, Any]) -> None:
         for name, saved in state.items():
             live = getattr(extra, f"_{name}")
             if isinstance(live, Tensor) and isinstance(saved, Tensor):
                 live.copy_(saved, non_blocking=True)
+            elif isinstance(live, Tensor):
+                live.fill_(state[f"init_{name}"])
             else:
                 moved = saved.to(extra._device) if isinstance(saved, Tensor) else saved
                 setattr(extra, f"_{name}", moved)

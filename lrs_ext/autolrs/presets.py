@@ -168,7 +168,8 @@ class PeakSearch(Search):
 
     def starting_loss(self, losses: Tensor) -> Tensor:
         # The first trial has the lowest rate there is, with which next to nothing happens.
-        idle = losses.mean()
+        # Its last batches, which all trials are judged by, may be harder than the others.
+        idle = losses.mean().maximum(search.tail_mean(losses, search.JUDGED_PERCENT))
         return torch.where(idle.isfinite(), idle, losses[0]).maximum(losses[0])
 
     def _choice(self, stage: int) -> Tensor:

@@ -6,7 +6,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -116,6 +116,12 @@ class Rates:
         self.rate = torch.ones((), dtype=torch.float64, device=self._device)
         self.updates = 0
 
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "AutoLRS can be neither copied nor pickled, as the copy would drive the optimizer of "
+            "the original: save auto.state_dict(), and load it into an AutoLRS made anew"
+        )
+
     def write(self, rate: Tensor, shape: Tensor) -> None:
         """Makes the next updates follow ``rate * shape``; the last entry of `shape` holds.
 
@@ -196,6 +202,10 @@ class Rates:
                 f"{len(self._ratios)} when AutoLRS was made: make AutoLRS after add_param_group"
             )
 
+    def written_by_others(self) -> set[int]:
+        """Returns the groups whose learning rate somebody else has written, as the host sees it."""
+        return set(self._others())
+
     def _others(self) -> dict[int, Any]:
         """Returns what the host has put into the groups that it has taken over."""
         raise NotImplementedError
@@ -234,6 +244,7 @@ class BufferRates(Rates):
         self._value: Callable[[int], float] | None = None
         self._shown: float | None = None  # by the first group; None while the device alone knows
         self._steps_seen = optimizer.committed_steps
+        self._is_ahead = False  # whether the rows may be ahead of the run, but for the next update
         optimizer.reserve_(self._capacity)
         optimizer.drive_(self._refill)
         self._positions = self._all_positions()
@@ -285,10 +296,14 @@ class BufferRates(Rates):
         optimizer = self._buffered
         steps, self._steps_seen = self._steps_seen, optimizer.committed_steps
         missed = self._steps_seen - steps - 1
-        if optimizer.may_have_skipped or (missed and not optimizer.was_captured):
+        has_missed = missed != 0 and not optimizer.was_captured
+        if optimizer.may_have_skipped or self._is_ahead or has_missed:
             # A skipped update counts, as it does in the rest of the run, but not on the device.
             self._start.copy_(optimizer.schedule_buffer.step - self.updates)
-            self._put()
+            if has_missed:
+                self._put()
+            else:
+                self._put_next()
         self._show_now()
 
     def _show_now(self) -> None:
@@ -317,6 +332,16 @@ class BufferRates(Rates):
             values = on_device(values, device)
             for index in driven:
                 buffer.rows[index].copy_(values[index])
+        self._is_ahead = False
+
+    def _put_next(self) -> None:
+        """Writes what the next update reads: nobody knows yet where those after it will read."""
+        values = (
+            self.rate * self._ratio_tensor * self._shape[min(self.updates, len(self._shape) - 1)]
+        )
+        for index in self._buffered.driven_groups():
+            self._buffered.schedule_buffer.write_(index, values[index], steps=1)
+        self._is_ahead = True
 
     def _all_positions(self) -> Tensor:
         return torch.arange(self._buffered.schedule_buffer.capacity, device=self._device)
@@ -335,7 +360,12 @@ class TensorRates(Rates):
         self._lrs: list[Tensor] = []
         for group in optimizer.param_groups:
             self._lrs.append(usable_lr(group, self._device, self._lrs))
+        self._versions = [lr._version for lr in self._lrs]  # grow when somebody writes in place
         self._claim()
+
+    def written_by_others(self) -> set[int]:
+        pairs = enumerate(zip(self._lrs, self._versions, strict=True))
+        return super().written_by_others() | {i for i, (lr, v) in pairs if lr._version != v}
 
     def _others(self) -> dict[int, Any]:
         pairs = enumerate(zip(self._groups, self._lrs, strict=True))
@@ -353,6 +383,7 @@ class TensorRates(Rates):
         for group, lr, ratio in zip(self._groups, self._lrs, self._ratios, strict=True):
             if group["lr"] is lr:
                 lr.copy_(now * ratio, non_blocking=True)
+        self._versions = [lr._version for lr in self._lrs]
 
 
 def usable_lr(group: Group, device: torch.device, used: list[Tensor]) -> Tensor:

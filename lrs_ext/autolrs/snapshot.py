@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrs_ext.autolrs.constants import Constants
 from lrs_ext.autolrs.copy_memory import CopyMemory
 from lrs_ext.autolrs.live_state import (
     SCHEDULE_STEP,
@@ -45,6 +46,10 @@ class Snapshot:
     gone, it is put back as a new tensor. A buffer that was not there when the state was copied is
     taken for a cache, which follows from the rest, and stays.
 
+    A frozen parameter, which requires no gradient and is in no parameter group, is not copied but
+    watched: if training changes it, such as a target network, this is an error as soon as the host
+    knows. With its module in `extra_state` it is copied, in the model too. Buffers always are.
+
     Reading a GradScaler or a module in `extra_state` never waits; other objects, and modules with
     ``get_extra_state``, are asked for their state.
 
@@ -53,7 +58,8 @@ class Snapshot:
         placement: of the copies; see `CopyMemory`.
 
     Raises:
-        ValueError: there is no such placement, or several elements of a tensor share memory.
+        ValueError: there is no such placement, several elements of a tensor share memory, or one is
+            sparse.
         TypeError: an extra object has no ``state_dict`` or ``load_state_dict``.
         RuntimeError: the copy does not fit into memory; the message says how many bytes it takes.
     """
@@ -68,10 +74,12 @@ class Snapshot:
         self._memory = CopyMemory(placement)
         self._live, self._optimizer = LiveState(model, optimizer, extra_state), optimizer
         self._captured: set[str] = set()
+        self._constants = Constants()
         self._numbers: dict[str, Any] = {}  # entries of the optimizer's state that are no tensors
         self._random: dict[str, Any] = {}
         self._mark = Mark(0)  # of an optimizer of `lrs_ext`, on the host
-        live, to_come = self._live.local_tensors(), state_to_come(optimizer)
+        live = _without(self._live.local_tensors(), self._live.frozen())
+        to_come = state_to_come(optimizer)
         # What every run with this model and optimizer has, whenever it is saved.
         self._foretold = {name for name in (*to_come, *live) if kind(name) != "counter"}
         homes = self._live.homes(to_come)
@@ -90,11 +98,13 @@ class Snapshot:
     @torch.no_grad()
     def capture(self) -> None:
         """Copies the present state."""
-        live = self._live.local_tensors()
+        everything, frozen = self._live.local_tensors(), self._live.frozen()
+        live = _without(everything, frozen)
         self._memory.extra.clear()
         self._memory.reserve(live, _devices(live), self._live.extra_states())
         _copy_all((self._memory.tensors[name], tensor) for name, tensor in live.items())
         self._captured = set(live)
+        self._constants.note({name: everything[name] for name in sorted(frozen)})
         if isinstance(self._optimizer, ScheduledOptimizer):
             self._mark = self._optimizer.mark()
         self._numbers = {
@@ -114,9 +124,13 @@ class Snapshot:
 
         Raises:
             ValueError: a parameter is new, gone or of another shape; nothing has been changed.
+            RuntimeError: a frozen parameter has changed.
         """
         live, copies = self._live.local_tensors(), self._memory.tensors
-        check_fit({name: copies[name] for name in self._captured}, live, ("parameter",))
+        self._constants.check(live)
+        constants = (self._constants.names | self._live.frozen()) - self._captured
+        known = {name: copies[name] for name in self._captured}
+        check_fit(known, _without(live, constants), ("parameter",))
         changed = {
             name
             for name in self._captured
@@ -126,8 +140,8 @@ class Snapshot:
         # The buffers, for which it may fail, before the states.
         for owner, entry, name in self._live.places(sorted(changed)):
             owner[entry] = self._memory.at_home(name)
-        known = self._captured - changed
-        _copy_all((tensor, copies[name]) for name, tensor in live.items() if name in known)
+        alike = known.keys() - changed
+        _copy_all((tensor, copies[name]) for name, tensor in live.items() if name in alike)
         if isinstance(self._optimizer, ScheduledOptimizer):
             self._optimizer.roll_back_(self._mark)
             for name in live.keys() - self._captured:
@@ -149,8 +163,13 @@ class Snapshot:
         Optimizer state that is younger than the copy becomes zero, where it starts in torch too;
         only numbers other than the step, such as NAdam's product of momenta, which starts at one,
         stay. A buffer that is younger or has changed its shape stays.
+
+        Raises:
+            RuntimeError: a frozen parameter has changed.
         """
-        for name, tensor in self._live.local_tensors().items():
+        live = self._live.local_tensors()
+        self._constants.check(live)
+        for name, tensor in live.items():
             before = self._before(name, tensor)
             if before is not None:
                 before = before.to(tensor.device, non_blocking=True)
@@ -221,13 +240,14 @@ class Snapshot:
         saved = {name: tensors[name] for name in state["captured"]}
         saved |= converted_states(self._optimizer, saved, ScheduledOptimizer.loaded_state)
         saved = {name: local(tensor) for name, tensor in saved.items()}
-        live = self._live.local_tensors()
+        live = _without(self._live.local_tensors(), self._live.frozen() - saved.keys())
         check_fit(saved, live, ("parameter", "buffer"))
         homes = self._live.homes(saved) | self._memory.homes | _devices(live)
         self._memory.reserve(saved, homes, {})
         for name, tensor in saved.items():
             self._memory.tensors[name].copy_(tensor)
         self._captured = set(saved)
+        self._constants.forget()  # the model may load its parameters now or later
         if SCHEDULE_STEP in saved:
             self._mark = Mark(int(saved[SCHEDULE_STEP]))
         self._numbers = copy.deepcopy(dict(state["numbers"]))
@@ -263,6 +283,10 @@ class Snapshot:
                     state[key] = copy.deepcopy(self._numbers[name])
             if not state:
                 self._optimizer.state.pop(param, None)
+
+
+def _without(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 def _devices(tensors: dict[str, Tensor]) -> dict[str, torch.device]:

@@ -37,6 +37,8 @@ class OwnSchedule(LRScheduler):
     [0.2]
     """
 
+    writes_learning_rates = False
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         # The base's constructor would put "initial_lr" into the groups and wrap the optimizer's
         # step: both are for schedulers that set learning rates.
