@@ -12,7 +12,8 @@ import torch
 from test_no_sync import NoReadingMethods, NoReadingOps
 
 import lrs_ext
-from lrs_ext.autolrs.rates import group_ratios, rates_of
+from lrs_ext.autolrs.rates import rates_of
+from lrs_ext.autolrs.ratios import group_ratios
 
 KINDS = {"lrs_ext": lrs_ext.SGD, "torch": torch.optim.SGD}
 SHAPE = [1.0, 0.75, 0.5, 0.25]

@@ -5,7 +5,8 @@ import torch
 from test_rates import BUDGET, Driven, expected
 
 from lrs_ext.autolrs import rates as rates_module
-from lrs_ext.autolrs.rates import check_optimizer, group_ratios, rates_of
+from lrs_ext.autolrs.rates import check_optimizer, rates_of
+from lrs_ext.autolrs.ratios import group_ratios
 
 # Optimizers of torch
 

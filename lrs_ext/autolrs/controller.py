@@ -19,7 +19,8 @@ from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_inte
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
-from lrs_ext.autolrs.rates import check_optimizer, check_ratios, group_ratios, rates_of
+from lrs_ext.autolrs.rates import check_optimizer, rates_of
+from lrs_ext.autolrs.ratios import check_ratios, group_ratios
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
 from lrs_ext.autolrs.scheduler_watch import SchedulerWatch
 from lrs_ext.autolrs.shapes import Shapes, usual_warmup
