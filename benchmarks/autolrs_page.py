@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import machines
 import numpy as np
-import timing
 import torch
 from autolrs_contestants import CONTESTANTS, DECADES, GRID, GRIDDED
 from autolrs_tasks import TASKS
@@ -212,7 +212,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
             columns = {name: [rounded(run.get(name)) for run in runs] for name in kept}
             place = {"task": task, "total_steps": budget, "contestant": contestant}
             cells.append(place | {"options": json.loads(options)} | columns)
-    return {"machine": timing.machine(CPU), "runs": cells}
+    return {"machine": machines.machine(CPU), "runs": cells}
 
 
 def rounded(value: Any) -> Any:
@@ -223,7 +223,7 @@ def render(rows: Sequence[Row]) -> str:
     """Returns the page in Markdown."""
     places = by_task_and_budget(rows)
     good = [row for row in rows if "error" not in row]
-    machine = timing.machine(CPU)
+    machine = machines.machine(CPU)
     parts = [
         "# AutoLRS against schedules with a tuned peak, and against other methods",
         INTRODUCTION.format(

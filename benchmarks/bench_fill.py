@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import timing
+import machines
 import torch
 from torch.optim import lr_scheduler
 
 import lrs_ext
-from lrs_ext import Schedule
+from lrs_ext import Schedule, timing
 
 STEPS = 10_000_000
 ROUNDS = 7
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     measured = timing.host_seconds(calls, options.rounds, row.device)
     limit = MAX_SECONDS * options.steps / STEPS
-    facts = timing.machine(row.device)
+    facts = machines.machine(row.device)
     print(f"{options.steps:,} steps on {facts['device']}, {facts['threads']} threads")
     print(f"{'schedule':<24}{'median':>10}{'quartiles':>20}{'torch':>10}  {limit * 1e3:g} ms")
     met = True

@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import machines
 import numpy as np
-import timing
 import torch
 from numpy.typing import NDArray
 from scipy.interpolate import UnivariateSpline
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = rows(*measure(QUICK_SERIES if args.quick else SERIES))
     finally:
         torch.set_num_threads(threads)
-    machine, verdicts = timing.machine(torch.device("cpu")), checks(found[-1])
+    machine, verdicts = machines.machine(torch.device("cpu")), checks(found[-1])
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(f"\n{table(found)}\n")
     print("\n".join(f"{'PASS' if passed else 'FAIL'} {what}" for what, passed in verdicts))

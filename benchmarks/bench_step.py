@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import machines
 import results_page
-import timing
 import torch
 from step_cases import Case, cases
 from step_contenders import BACKENDS, Contender, contenders, missing_peers, unavailable
 from torch import Tensor
+
+from lrs_ext import timing
 
 WARMUP = 3
 HOST_BOUND_ELEMENTS = 2**15  # on a CPU, a step over fewer than these is all overhead
@@ -167,7 +169,7 @@ def run_case(case: Case, device: torch.device, result: dict[str, Any]) -> None:
             row["difference"] = difference(entrants[name].params, baseline.params, initial)
     if on_gpu and case.counts_launches:
         for name, row in rows.items():
-            row["launches"] = timing.launches(entrants[name].step)
+            row["launches"] = machines.launches(entrants[name].step)
     result["rows"] = list(rows.values())
 
 
@@ -289,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(device)
     started = time.monotonic()
     bench: dict[str, Any] = {
-        "machine": timing.machine(device),
+        "machine": machines.machine(device),
         "copy_bytes_per_second": timing.copy_bandwidth(device, 2**24 if args.quick else None),
         "unavailable": unavailable(device),
         "missing_peers": missing_peers(),
@@ -309,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "bench": bench,
         }
         document = {"machine": bench["machine"], "stages": {"step benchmark": stage}}
-        name = f"cpu-{results_page.slug(bench['machine']['device'])}"
+        name = results_page.cpu_page(bench["machine"])
         print("\nwritten: " + ", ".join(map(str, results_page.write(document, args.report, name))))
     return 1 if args.check and not all_passed else 0
 

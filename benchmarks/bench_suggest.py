@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import timing
+import machines
 import torch
 from torch import Tensor
 
+from lrs_ext import timing
 from lrs_ext.autolrs.acquisition import expected_improvement
 from lrs_ext.autolrs.surrogate import gp_posterior
 
@@ -170,7 +171,7 @@ def measure(device: torch.device, rounds: int, opponents: dict[str, Peer]) -> di
         for name, call in calls.items():
             rows[name]["host"] = dataclasses.asdict(host[name])
             rows[name]["device"] = dataclasses.asdict(busy[name])
-            rows[name]["launches"] = timing.launches(call)
+            rows[name]["launches"] = machines.launches(call)
     for name, opponent in opponents.items():
         opponent.prepare()
         rows[name]["suggested_lr"] = opponent.suggest()
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(args.device.index or 0)
     opponents, missing = peers()
     with one_thread():
-        bench: dict[str, Any] = {"machine": timing.machine(args.device)}
+        bench: dict[str, Any] = {"machine": machines.machine(args.device)}
         bench |= measure(args.device, args.rounds, opponents)
     bench["missing"] |= missing
     bench["checks"] = checks(bench, args.device)

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_features
+import machines
 import results_page
-import timing
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"gpu_report.py: error: {reason}", file=sys.stderr)
         return 2
-    machine = timing.machine(torch.device("cuda", 0))
+    machine = machines.machine(torch.device("cuda", 0))
     document: dict[str, Any] = {"machine": machine, "stages": {}}
     name = results_page.slug(machine["device"])
     save = functools.partial(results_page.write_json, document, args.out, name)

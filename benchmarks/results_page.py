@@ -50,6 +50,11 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+def cpu_page(machine: dict[str, str]) -> str:
+    """Returns the name of a CPU's page: models that are called alike differ by instruction set."""
+    return f"cpu-{slug(machine['device'])}-{slug(machine['CPU instruction set'])}"
+
+
 def render(document: dict[str, Any]) -> str:
     """Returns the page in Markdown."""
     machine, stages = document["machine"], document["stages"]

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import machines
 import rex_paper
 import rex_plot
 import rex_tables
-import timing
 import torch
 from results_page import FOLDER, bullets, table
 from rex_outcome import Outcome, seven
@@ -81,7 +81,7 @@ def write(
 ) -> list[Path]:
     """Writes rex.json, rex.md and rex.png; returns their paths."""
     used = [results[job] for job in used_jobs(outcome, results)]
-    machine = timing.machine(CPU)
+    machine = machines.machine(CPU)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"rex.{ending}" for ending in ("json", "md", "png")]
     paths[0].write_text(in_lines(document(outcome, used, speed, machine)), encoding="utf-8")

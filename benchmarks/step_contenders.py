@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timing
 import torch
 from step_cases import Case
 from storages import KINDS, StorageKind
 from torch import Tensor
 
 import lrs_ext
+from lrs_ext import timing
 from lrs_ext.backends import unavailable_reason
 
 # What torch lacks, as its users have it; the same that the tests compare with.

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import machines
 import numpy as np
 import results_page
-import timing
 import torch
 from storages import KINDS
 
@@ -142,7 +142,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 def write(rows: Sequence[Row], config: dict[str, Any], folder: Path) -> list[Path]:
     """Writes storage.json, storage.md and storage.png; returns their paths."""
-    machine = timing.machine(torch.device("cpu"))
+    machine = machines.machine(torch.device("cpu"))
     document = {"machine": machine, "config": config, "summary": summary(rows), "runs": list(rows)}
     numbers = results_page.write_json(document, folder, "storage")
     page, picture = folder / "storage.md", folder / "storage.png"

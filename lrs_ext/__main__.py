@@ -1,8 +1,9 @@
-"""Commands: ``python -m lrs_ext info``, ``selfcheck`` and ``plot``."""
+"""Commands: ``python -m lrs_ext info``, ``selfcheck``, ``plot`` and ``bench``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lrs_ext
-from lrs_ext import ops
+from lrs_ext import bench, ops
 from lrs_ext.backends import BACKENDS, select_backend, unavailable_reason
 
 # Largest |difference| / max(1, |value|) after one step: about two units in the last place.
@@ -149,6 +150,30 @@ def _plot(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("python -m lrs_ext bench: torch sees no GPU: take --device cpu", file=sys.stderr)
+        return 1
+    rows = []
+    for tensors, elements in bench.TENSORS:
+        rows.append(bench.measure(options.optimizer, device, tensors, elements, options.rounds))
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return 0
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}"
+    print(f"One step of {options.optimizer} and its schedule, float32, {name}, ", end="")
+    print(f"backend {rows[0].backend}; medians of {options.rounds} rounds, in turns")
+    print(bench.table(rows))
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m lrs_ext", description=__doc__)
@@ -166,6 +191,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     plot_parser.add_argument("--steps", type=int, default=1000, help="the budget (default 1000)")
     plot_parser.add_argument("--out", required=True, metavar="FILE", help="lr.png, lr.svg, ...")
+    bench_parser = commands.add_parser("bench", help="steps here against torch's fused optimizer")
+    bench_parser.add_argument("--optimizer", choices=bench.OPTIMIZERS, default="AdamW")
+    bench_parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default %(default)s)",
+    )
+    bench_parser.add_argument(
+        "--rounds", type=_positive, default=21, help="of which the median counts (default 21)"
+    )
+    bench_parser.add_argument("--json", action="store_true", help="print one JSON array")
     options = parser.parse_args(arguments)
     if options.command == "info" and options.json:
         print(json.dumps(info(), indent=2))
@@ -173,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
         _print_info()
     elif options.command == "plot":
         return _plot(options)
+    elif options.command == "bench":
+        return _bench(options)
     else:
         return 0 if _print_selfcheck() else 1
     return 0

@@ -89,6 +89,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     # What users see
 
+    def __repr__(self) -> str:
+        """Returns what torch does, with the schedules that are in charge of each group."""
+        lines = [f"{type(self).__name__} ("]
+        for index, group in enumerate(self.param_groups):
+            shown = {**group, "schedule": self._numbers.schedules(index)}
+            lines.append(f"Parameter Group {index}")
+            lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
+        return "\n".join([*lines, ")"])
+
     @property
     def backend(self) -> str:
         """The name of the backend in use on the first parameter's device."""

@@ -326,6 +326,13 @@ def test_bad_arguments(options, error, message):
         controller(**options)
 
 
+def test_the_optimizer_comes_first():
+    model = torch.nn.Linear(2, 1)
+    optimizer = lrs_ext.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="first argument must be an optimizer, got Linear"):
+        lrs_ext.AutoLRS(model, optimizer, (1e-3, 1.0), 100)
+
+
 @pytest.mark.parametrize(
     ("loss", "error"),
     [

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrs_ext import timing
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_step
+import machines
 import results_page
 import step_cases
 import step_contenders
 import step_plot
-import timing
 from storages import KINDS
 
 CPU = torch.device("cpu")
@@ -106,7 +108,7 @@ def test_medians_and_quartiles(monkeypatch):
 
 def test_copy_bandwidth_and_the_machine():
     assert 1e6 < timing.copy_bandwidth(CPU, 2**16, rounds=3) < 1e15
-    facts = timing.machine(CPU)
+    facts = machines.machine(CPU)
     assert next(iter(facts)) == "device"
     assert facts["torch"] == torch.__version__
     assert all(isinstance(value, str) for value in facts.values())
@@ -132,7 +134,7 @@ def test_bench_step_end_to_end(tmp_path, capsys):
         for measured in case["rows"]:
             assert measured["step"]["median"] > 0
             assert measured["tolerance"] is None or measured["difference"] <= measured["tolerance"]
-    name = f"cpu-{results_page.slug(bench['machine']['device'])}"
+    name = results_page.cpu_page(bench["machine"])
     page = (tmp_path / f"{name}.md").read_text()
     assert results_page.bench_tables(bench) in page.replace(
         f"{results_page.PLOT_PLACE}\n\n![Share of the copy rate]({name}.png)",

@@ -152,3 +152,16 @@ def test_replays_of_a_captured_step_follow_what_is_set():
     assert used == [float32(value) for value in expected]
     with pytest.raises(RuntimeError, match="a CUDA graph reads"):
         opt.set_schedule(lrs_ext.rex(0.1, 100))
+
+
+def test_a_printed_optimizer_shows_what_is_in_charge():
+    params = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.5}]
+    opt = lrs_ext.SGD(groups, lr=lrs_ext.rex(0.3, total_steps=100))
+    theirs = torch.optim.SGD(groups, lr=0.3)
+    shown = {line for line in repr(opt).splitlines() if "schedule" in line}
+    rex = repr(lrs_ext.rex(0.3, total_steps=100))
+    assert shown == {f"    schedule: {{'lr': {rex}}}", "    schedule: {}"}
+    assert repr(opt).splitlines()[:2] == repr(theirs).splitlines()[:2]
+    opt.set_schedule(lrs_ext.linear(0.2, total_steps=10), group=1)
+    assert "schedule: {'lr': linear(lr=0.2" in repr(opt)

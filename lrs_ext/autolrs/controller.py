@@ -106,6 +106,7 @@ class AutoLRS:
         seed: int = 0,
     ) -> None:
         optimizer = unwrapped(optimizer)
+        check_optimizer(optimizer)
         bounds = checked_bounds(lr_bounds)
         self._ranks = Ranks(process_group)
         if parallel_trials:
@@ -130,7 +131,6 @@ class AutoLRS:
         self._shapes = Shapes(schedule, self._timetable, warmup_steps, device)
         ratios = group_ratios(optimizer.param_groups)
         self._base_lr = float(optimizer.param_groups[0]["lr"])
-        check_optimizer(optimizer)
         self._snapshot = Snapshot(model, optimizer, self._extra_state, placement=snapshot)
         self._rates = rates_of(optimizer, ratios, self.total_steps + 1)
         kind = PeakSearch if preset == "peak" else PaperSearch

@@ -21,12 +21,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Checks that `optimizer` can follow a learning rate that only the device knows.
 
     Raises:
-        TypeError: its `step` needs a closure: it is many evaluations, not one update.
+        TypeError: it is no optimizer, or its `step` needs a closure: that is many evaluations, not
+            one update.
         ValueError: ``foreach=True``, which torch serves with a number from the host only.
     """
     if isinstance(optimizer, ScheduledOptimizer):
         return
     name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"the first argument must be an optimizer, got {name}")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(

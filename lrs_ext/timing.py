@@ -1,18 +1,13 @@
-"""Measuring: callables in turn within one process, the device's copy bandwidth, the machine."""
+"""Measuring: callables in turn within one process, and the device's copy bandwidth."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 
 Call = Callable[[], object]
 
@@ -68,19 +63,27 @@ def device_seconds(
         host: what `host_seconds` returned for the same calls.
     """
     longest = max(spread.upper for spread in host.values())
-    spin = int(SPIN_CYCLES_PER_SECOND * min(2 * longest + 5e-5, 0.1))
+    cycles = int(SPIN_CYCLES_PER_SECOND * min(2 * longest + 5e-5, 0.1))
 
     def measure(call: Call) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = _event(), _event()
         synchronize(device)
-        torch.cuda._sleep(spin)  # the host enqueues the whole call in the meantime
+        _spin(cycles)  # the host enqueues the whole call in the meantime
         start.record()
         call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
     return _in_turn(calls, rounds, measure, None)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _spin(cycles: int) -> None:
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
 
 
 def _in_turn(
@@ -104,24 +107,6 @@ def _in_turn(
     return {name: Spread.of(values) for name, values in samples.items()}
 
 
-def launches(call: Call) -> int | None:
-    """Counts the kernels and copies that one call puts on the GPU; None if they cannot be seen."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    try:
-        for _ in range(2):  # the first one also sets the profiler up
-            with torch.profiler.profile(activities=activities) as profiler:
-                call()
-                torch.cuda.synchronize()
-    except RuntimeError:
-        return None
-    # torch also shows the span of an annotated range, such as Optimizer.step, on the device.
-    count = sum(
-        event.device_type == DeviceType.CUDA and not event.is_user_annotation
-        for event in profiler.events()
-    )
-    return count or None
-
-
 def copy_bandwidth(device: torch.device, size: int | None = None, rounds: int = 10) -> float:
     """Measures a copy within the memory of `device`: bytes read and written per second.
 
@@ -142,43 +127,3 @@ def copy_bandwidth(device: torch.device, size: int | None = None, rounds: int = 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Describes where the numbers come from; the first entry names the device."""
-    cpu = _cpu_model()
-    facts = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "measured on": time.strftime("%Y-%m-%d"),
-        "CPU": f"{cpu}, {os.cpu_count()} cores",
-        "CPU instruction set": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "load average before": f"{os.getloadavg()[0]:.1f}",
-        "Python": platform.python_version(),
-        "lrs_ext": _version("lrs_ext"),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-    }
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        memory = torch.cuda.get_device_properties(device).total_memory
-        facts["compute capability"] = f"{major}.{minor}"
-        facts["GPU memory"] = f"{memory / 2**30:.0f} GiB"
-        facts["CUDA of torch"] = str(torch.version.cuda)
-    return facts
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
