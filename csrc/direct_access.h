@@ -57,16 +57,11 @@ struct DirectAccess {
     if (dtype(tensor, &value) != 0 || value != expected.dtype) return false;
     if (device_type(tensor, &value) != 0 || value != expected.device_type) return false;
     if (device_index(tensor, &value) != 0 || value != expected.device_index) return false;
-    out->byte_offset = 0;
-    return read_layout(tensor, out) && data_pointer(tensor, &out->data) == 0;
-  }
-
-  // Reads how a strided tensor is laid out.
-  bool read_layout(TensorPointer tensor, dlpack::Tensor* out) const {
     int64_t ndim;
     if (dim(tensor, &ndim) != 0 || sizes(tensor, &out->shape) != 0) return false;
-    if (strides(tensor, &out->strides) != 0) return false;
+    if (strides(tensor, &out->strides) != 0 || data_pointer(tensor, &out->data) != 0) return false;
     out->ndim = static_cast<int32_t>(ndim);
+    out->byte_offset = 0;
     return true;
   }
 };

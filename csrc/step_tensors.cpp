@@ -274,14 +274,6 @@ TensorPointer StepTensors::tensor_at(size_t address) const {
   return access_.direct ? &addresses_[address].implementation : handles_[address].pointer();
 }
 
-// Whether a parameter itself is as it was: a view of its memory may have taken its place.
-bool StepTensors::keeps_layout(const Param& param) const {
-  if (!access_.direct) return same_layout(param, read(access_, param.tensor));
-  dlpack::Tensor tensor;
-  return access_.direct->read_layout(tensor_at(param.addresses_begin), &tensor) &&
-         same_layout(param, tensor);
-}
-
 bool StepTensors::same_addresses(const Param& param) const {
   for (size_t i = param.addresses_begin; i < param.addresses_end; ++i) {
     if (!access_.is_at(tensor_at(i), addresses_[i].address)) return false;
@@ -327,7 +319,7 @@ void StepTensors::note(const Param& param, const void* address) {
 
 // Takes a gradient of the parameter's dtype and device; false if it is laid out otherwise.
 bool StepTensors::take(const Param& param, const dlpack::Tensor& gradient) {
-  if (!same_layout(param, gradient) || !keeps_layout(param)) return false;
+  if (!same_layout(param, gradient)) return false;
   if (gradient.data != nullptr) {
     note(param, static_cast<char*>(gradient.data) + gradient.byte_offset);
     return true;

@@ -82,7 +82,6 @@ class StepTensors {
   bool same_states(const py::dict& state);
   bool same_entries() const;
   bool same_layout(const Param& param, const dlpack::Tensor& tensor) const;
-  bool keeps_layout(const Param& param) const;
   TensorPointer tensor_at(size_t address) const;
   bool same_addresses(const Param& param) const;
   void prefetch(size_t position, bool reads_directly) const;

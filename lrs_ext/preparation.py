@@ -159,15 +159,12 @@ class Preparation:
 
     # All parameters
 
-    def current(self, groups: list[Group], states: States) -> Launches | None:
-        """Returns what a step launches, None if it has to be made up anew by `renewed`."""
-        return self.tables.current([group["params"] for group in groups], states)
-
     @torch.no_grad()
     def renewed(self, groups: list[Group], states: States, frozen: str | None) -> Launches:
-        """Returns what a step launches, with states for all parameters that have a gradient.
+        """Returns what a step launches, where `tables` have nothing that is current.
 
-        Everything is checked before anything is changed.
+        All parameters that have a gradient then have states. Everything is checked before anything
+        is changed.
 
         Args:
             frozen: why tables and states must stay as they are, None if they need not.

@@ -449,7 +449,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if is_captured:
             self._preparation.check_capture(self.param_groups, self._released.is_in_force)
         self.sync_groups()
-        launches = self._preparation.current(self.param_groups, self.state)
+        param_lists = [group["params"] for group in self.param_groups]
+        launches = self._preparation.tables.current(param_lists, self.state)
         if launches is None:
             frozen = capture_checks.frozen(is_captured, self.was_captured)
             launches = self._preparation.renewed(self.param_groups, self.state, frozen)
