@@ -175,7 +175,7 @@ class Preparation:
         """
         for fixed in self._fixed(groups):
             check_params(fixed["params"], self._rule.name)
-            self.check_storage(fixed)
+            self._storage.check(fixed["params"], self._rule.state_names(fixed))
         params = params_of(groups)
         gradients = [checked_gradient(param, self._rule.name) for param in params]
         if all(gradient is None for gradient in gradients):
@@ -194,10 +194,6 @@ class Preparation:
         param_lists = [group["params"] for group in groups]
         every = Selection(param_lists, list(range(len(params))), states, steps, gradients)
         return self.tables.renewed(every, frozen)
-
-    def check_storage(self, group: Group) -> None:
-        """Raises ValueError if the parameters of a group cannot be kept as asked for."""
-        self._storage.check(group["params"], self._rule.state_names(group))
 
     def keep_only(self, params: list[Tensor]) -> None:
         """Lets go of parameters that have left the groups."""

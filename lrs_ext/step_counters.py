@@ -19,15 +19,12 @@ class StepCounters:
     Args:
         in_state: whether a parameter's state keeps its count, under "step"; else this does.
         own: the counts that this keeps, by parameter.
-        loaded_count: of a parameter whose state was loaded without a count: 0, or 1 for any.
     """
 
-    def __init__(
-        self, in_state: bool, own: dict[Tensor, Tensor] | None = None, loaded_count: float = 1.0
-    ) -> None:
+    def __init__(self, in_state: bool, own: dict[Tensor, Tensor] | None = None) -> None:
         self._in_state = in_state
         self.own = {} if own is None else own
-        self.loaded_count = loaded_count
+        self._loaded_count = 1.0
 
     def has(self, param: Tensor, states: States) -> bool:
         """Returns whether there is a count of a parameter's updates."""
@@ -45,7 +42,7 @@ class StepCounters:
             return counter
         # All that matters is whether the state has had its first gradient: a loaded one has.
         if is_new or param not in self.own:
-            self.own[param] = step_counter(param, 0.0 if is_new else self.loaded_count)
+            self.own[param] = step_counter(param, 0.0 if is_new else self._loaded_count)
         self.own[param] = self.own[param].to(param.device)
         return self.own[param]
 
@@ -58,8 +55,12 @@ class StepCounters:
         self.own = {param: count.to(param.device) for param, count in self.own.items()}
 
     def load(self, states: Container[Tensor], loaded_count: float) -> None:
-        """Takes over what has been loaded: states without counts."""
-        self.loaded_count = loaded_count
+        """Takes over states that have been loaded without counts.
+
+        Args:
+            loaded_count: of their parameters: 0, or 1 for any.
+        """
+        self._loaded_count = loaded_count
         for counter in self.own.values():
             counter.fill_(loaded_count)
         self.keep_only(states)
