@@ -1,6 +1,7 @@
 // The element loops of LAMB on the CPU, compiled once for each instruction set (LRS_ISA).
 #include <algorithm>
 
+#include "float16_pieces.h"
 #include "lamb.h"
 #include "step_cpu.h"
 
@@ -67,6 +68,18 @@ Squares move_moments(const LAMB& update, const TensorEntry& entry, const void* g
   return {params.total(), directions.total()};
 }
 
+Squares move_float16_moments(const LAMB& update, const TensorEntry& entry, const void* gradient,
+                             Range range) {
+  Squares total{};
+  const auto move_piece = [&](const TensorEntry& piece, const void* grad_piece, Range piece_range) {
+    const Squares squares = move_moments<float>(update, piece, grad_piece, piece_range);
+    total.param += squares.param;
+    total.direction += squares.direction;
+  };
+  visit_as_float32<false>(entry, gradient, range, move_piece);
+  return total;
+}
+
 template <typename Param>
 void move_params(const LAMB& update, float step_size, const TensorEntry& entry, Range range) {
   Param* __restrict__ param = static_cast<Param*>(entry.param);
@@ -87,7 +100,7 @@ Squares move_moments_of(const LAMB& update, const TensorEntry& entry, const void
     case DType::kBFloat16:
       return move_moments<BFloat16>(update, entry, gradient, range);
     case DType::kFloat16:
-      return move_moments<Float16>(update, entry, gradient, range);
+      return move_float16_moments(update, entry, gradient, range);
   }
   return {};
 }
@@ -99,7 +112,10 @@ void move_params_of(const LAMB& update, float step_size, const TensorEntry& entr
     case DType::kBFloat16:
       return move_params<BFloat16>(update, step_size, entry, range);
     case DType::kFloat16:
-      return move_params<Float16>(update, step_size, entry, range);
+      return visit_as_float32<true>(entry, nullptr, range,
+                                    [&](const TensorEntry& piece, const void*, Range piece_range) {
+                                      move_params<float>(update, step_size, piece, piece_range);
+                                    });
   }
 }
 

@@ -1,4 +1,5 @@
 // The sums of squares of the CPU backend, compiled once for each instruction set (LRS_ISA).
+#include "float16_pieces.h"
 #include "step_cpu.h"
 
 namespace lrs {
@@ -30,6 +31,17 @@ double sum_of_squares(const void* gradient, Range range) {
   return sums[0];
 }
 
+double sum_of_float16_squares(const void* gradient, Range range) {
+  double sum = 0.0;
+  for (int64_t begin = range.begin; begin < range.end; begin += kFloat16Piece) {
+    const int64_t count = std::min(kFloat16Piece, range.end - begin);
+    float piece[kFloat16Piece];
+    widen(static_cast<const Float16*>(gradient) + begin, count, piece);
+    sum += sum_of_squares<float>(piece, {0, count});
+  }
+  return sum;
+}
+
 double sum_of_squares(DType dtype, const void* gradient, Range range) {
   switch (dtype) {
     case DType::kFloat32:
@@ -37,7 +49,7 @@ double sum_of_squares(DType dtype, const void* gradient, Range range) {
     case DType::kBFloat16:
       return sum_of_squares<BFloat16>(gradient, range);
     case DType::kFloat16:
-      return sum_of_squares<Float16>(gradient, range);
+      return sum_of_float16_squares(gradient, range);
   }
   return 0.0;
 }

@@ -22,11 +22,12 @@ InstructionSet best_instruction_set() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("fma")) {
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return {"avx512", avx512::step_chunks, avx512::lamb_moments, avx512::lamb_params,
             avx512::square_chunks};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     return {"avx2", avx2::step_chunks, avx2::lamb_moments, avx2::lamb_params, avx2::square_chunks};
   }
 #endif

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "element_storage.h"
+#include "float16_pieces.h"
 #include "step_cpu.h"
 
 namespace lrs {
@@ -82,7 +83,7 @@ LRS_HOST_DEVICE void update_elements(const Update& update, const Elements& eleme
 }
 
 template <typename Update, int kNumStates, typename Param, typename State>
-void update_all(const Update& update, const Elements& elements) {
+void update_all(const Update update, const Elements& elements) {
   const Range range = elements.range;
   if constexpr (kRoundsAtRandom<kNumStates, Param, State>) {
     alignas(64) uint16_t random[kBatch];
@@ -209,7 +210,13 @@ void update_params(const Update& update, const Elements& elements, bool rounds_s
       if (rounds_stochastically) return run(StochasticParam());
       return run(NearestParam<BFloat16>());
     case DType::kFloat16:
-      if constexpr (State::kType == StateType::kFloat32) return run(NearestParam<Float16>());
+      if constexpr (State::kType == StateType::kFloat32) {
+        const auto update_piece = [&](const TensorEntry& entry, const void* gradient, Range range) {
+          update_all<Update, kNumStates, NearestParam<float>, State>(
+              update, {&entry, gradient, range, elements.random_key});
+        };
+        visit_as_float32<true>(*elements.entry, elements.gradient, elements.range, update_piece);
+      }
   }
 }
 

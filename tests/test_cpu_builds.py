@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 15 * ops.QUANT_BLOCK
 
 DRIVER = """
+#include "float16_pieces.h"
 #include "step_cpu.h"
 using namespace lrs;
 template <typename From, typename To>
@@ -34,9 +35,9 @@ void convert(const From* source, To* target, int64_t count) {
 }
 extern "C" {
 void load_bfloat16(const BFloat16* s, float* t, int64_t n) { convert(s, t, n); }
-void load_float16(const Float16* s, float* t, int64_t n) { convert(s, t, n); }
+void load_float16(const Float16* s, float* t, int64_t n) { widen(s, n, t); }
 void store_bfloat16(const float* s, BFloat16* t, int64_t n) { convert(s, t, n); }
-void store_float16(const float* s, Float16* t, int64_t n) { convert(s, t, n); }
+void store_float16(const float* s, Float16* t, int64_t n) { narrow(s, n, t); }
 void step(Algorithm algorithm, StateType state_type, bool stochastic, const TensorEntry* tensors,
           const Group* groups, const Chunk* chunks, int64_t num_chunks, int64_t chunk_elements,
           int64_t* step, const void* const* gradients, Squares* chunk_squares,
@@ -75,8 +76,8 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 VECTOR_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64} if IS_X86 else {"baseline": 16}
 REQUIRED_FLAGS = {
     "baseline": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
 }
 
 
@@ -321,6 +322,14 @@ def test_the_loops_of_adam_take_roots_and_divide_in_vectors(builds, isa, instruc
 @pytest.mark.parametrize("source", [NORM, LAMB])
 def test_the_loops_of_the_norms_square_in_vectors(builds, isa, source):
     assert count_in_vectors(builds, isa, source, "mulpd") >= len(cases.DTYPES)
+
+
+@pytest.mark.skipif(not IS_X86, reason="reads x86 assembly")
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("source", [STEP, NORM, LAMB])
+def test_float16_is_converted_by_instructions_of_the_cpu(builds, isa, source):
+    assert count_in_vectors(builds, isa, source, "cvtph2ps") >= 1
+    assert count_in_vectors(builds, isa, source, "cvtps2ph") >= (source != NORM)
 
 
 def test_the_compiler_vectorises_every_copy_of_the_element_loop(builds, isa):
