@@ -5,8 +5,8 @@
     python benchmarks/bench_storage.py --report    # writes benchmarks/results/storage.*
 
 Every run trains the GPT of the main job with AdamW and REX, on one thread; only the storage
-differs. Parameters in bfloat16 are cast to float32 for the forward and backward pass: their
-gradients are rounded to bfloat16, but a CPU's slow bfloat16 arithmetic plays no role. A result is
+differs. Parameters of 16 bits are cast to float32 for the forward and backward pass: their
+gradients are rounded to the same type, but a CPU's slow arithmetic on it plays no role. A result is
 appended to a file at once; what is there already is not run again.
 """
 

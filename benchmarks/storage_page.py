@@ -27,15 +27,20 @@ BASELINE = "float32"
 CONTROL = "float32, weights rounded once"
 # Standard errors: 95 % for ten comparisons at once, of about 20 degrees of freedom.
 SIGNIFICANT = 3.2
-COLORS = {"float32": "#0b6bcb", "bf16 nearest": "#d9480f", "bf16 stochastic": "#2b8a3e"}
-COLORS |= {"bf16 split": "#862e9c"}
+COLORS = {
+    "float32": "#0b6bcb",
+    "fp16 nearest": "#868e96",
+    "bf16 nearest": "#d9480f",
+    "bf16 stochastic": "#2b8a3e",
+    "bf16 split": "#862e9c",
+}
 MARKERS = {"float32 states": "o", "bf16 states": "s", "8-bit states": "^"}
 INTRODUCTION = """\
 {runs} runs on {device}, torch {torch}, one thread each; written by
 `python benchmarks/bench_storage.py` and `--report`. Each trains the GPT of the main job ({layers}
 blocks of width {width}, {context} bytes a sequence, {batch_size} sequences an update) with AdamW
 and REX (peak {lr:g}, {warmup_steps} updates of warm-up) for {steps:,} updates, gradients clipped at
-norm 1. Parameters in bfloat16 are cast to float32 for the forward and backward pass, so that
+norm 1. Parameters of 16 bits are cast to float32 for the forward and backward pass, so that
 nothing but the storage differs: weights, gradients (of the parameters' dtype) and states.
 
 - **loss**: validation loss at the end in nats per byte, mean over {seeds} seeds; **+-** is its

@@ -64,11 +64,12 @@ def _named(*kinds: StorageKind) -> dict[str, StorageKind]:
     return {kind.name: kind for kind in kinds}
 
 
-BF16, UINT8 = torch.bfloat16, torch.uint8
+BF16, FP16, UINT8 = torch.bfloat16, torch.float16, torch.uint8
 KINDS = _named(
     StorageKind("float32"),
     StorageKind("float32, bf16 states", state_dtype=BF16),
     StorageKind("float32, 8-bit states", state_dtype=UINT8),
+    StorageKind("fp16 nearest", FP16),
     StorageKind("bf16 nearest", BF16),
     StorageKind("bf16 stochastic", BF16, stochastic_rounding=True),
     StorageKind("bf16 stochastic, bf16 states", BF16, BF16, stochastic_rounding=True),

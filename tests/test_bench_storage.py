@@ -73,6 +73,7 @@ def test_bytes_of_adamw():
         "float32": (12, 28),
         "float32, bf16 states": (8, 20),
         "float32, 8-bit states": (6.0625, 16.125),
+        "fp16 nearest": (10, 22),
         "bf16 nearest": (10, 22),
         "bf16 stochastic": (10, 22),
         "bf16 stochastic, bf16 states": (6, 14),
