@@ -44,7 +44,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if type(self) is Schedule:
-            raise TypeError("make a schedule by a constructor, such as lrs_ext.rex(lr, total_steps)")
+            raise TypeError("make a schedule by a constructor, as lrs_ext.rex(lr, total_steps)")
 
     def __call__(self, step: int) -> float:
         """Returns the learning rate of update `step` (from 0) as a Python float."""

@@ -333,7 +333,7 @@ def test_bad_arguments_are_refused_by_name_and_value(name, error, message, args,
 
 
 def test_a_schedule_is_made_by_a_constructor():
-    with pytest.raises(TypeError, match=r"by a constructor, such as lrs_ext.rex"):
+    with pytest.raises(TypeError, match=r"by a constructor, as lrs_ext.rex"):
         lrs_ext.Schedule(lr=0.1, total_steps=10)
 
 
