@@ -53,6 +53,19 @@ class StepWatch:
                 "it, make AutoLRS before the capture"
             )
 
+    def check_followed(self) -> None:
+        """Checks that at most one update waits for `follow`.
+
+        Raises:
+            RuntimeError: there are more: a loop without `auto.step` would never end.
+        """
+        waiting = self._updates - self._followed
+        if waiting > 1:
+            raise RuntimeError(
+                f"the optimizer has made {waiting} updates since the last auto.step(loss): call it "
+                "after each optimizer.step()"
+            )
+
     @property
     def _updates(self) -> int:
         optimizer = self._optimizer
