@@ -275,7 +275,7 @@ def inverse_sqrt(
     min_lr: float = 0.0,
     sampling: int = 1,
 ) -> Schedule:
-    """Returns f(k) = sqrt(warmup_steps / (k + 1)) at update k after the warm-up, without an end.
+    """Returns ``lr * sqrt(warmup_steps / (k + 1))`` at update k, after a warm-up, without an end.
 
     Args:
         warmup_steps: positive.
