@@ -48,9 +48,9 @@ class StepWatch:
         """
         if self._updates == self._followed and not (self._may_skip or self._is_replayed):
             raise RuntimeError(
-                "auto.step() follows one optimizer.step(), and there was none since the last call; "
-                "if a GradScaler skipped it, pass the scaler in extra_state; if a CUDA graph makes "
-                "it, make AutoLRS before the capture"
+                "auto.step() follows one optimizer.step(), and there was none since the last call: "
+                "without any gradient it makes no update; if a GradScaler skipped it, pass the "
+                "scaler in extra_state; if a CUDA graph makes it, make AutoLRS before the capture"
             )
 
     def check_followed(self) -> None:
