@@ -340,6 +340,28 @@ def test_bad_arguments(options, error, message):
         controller(**options)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_validation_leaves_the_modes_of_the_modules_alone(preset):
+    model = make_model()
+    model[1].eval()  # a frozen normalisation
+    optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3)
+    before = [module.training for module in model.modules()]
+
+    def validate():
+        model.eval()
+        return model(torch.ones(8, 4)).square().mean()
+
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), val_loss=validate, **PRESETS[preset])
+    for inputs, targets in auto.batches(list_of_batches()):
+        assert [module.training for module in model.modules()] == before
+        loss = (model(inputs) - targets).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        auto.step(loss.detach())
+    assert auto.phase == "train"
+
+
 def test_integers_may_be_those_of_numpy():
     options = {"total_steps": 150, "trial_steps": 5, "warmup_steps": 9, "seed": 1}
     auto = controller(**{name: np.int64(value) for name, value in options.items()})

@@ -23,7 +23,12 @@ from lrs_ext.autolrs.checks import (
 from lrs_ext.autolrs.guard import has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
 from lrs_ext.autolrs.live_state import is_scaler
-from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
+from lrs_ext.autolrs.measurements import (
+    Measurements,
+    keeping_modes,
+    paper_interval,
+    peak_interval,
+)
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
@@ -76,7 +81,9 @@ class AutoLRS:
         warmup_steps: of linear warm-up: in "peak" after the search, None is a tenth of what remains
             then, or 0 for "one_cycle", which rises by itself; in "paper" before it, up to the
             optimizer's own learning rate, None is 0.
-        val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
+        val_loss: returns a 0-d loss to judge trials by; None judges by the training loss. It runs
+            under `torch.no_grad`, first when the controller is made; the modules of `model` that
+            it puts into evaluation mode are put back.
         extra_state: what else to roll back: scaler, EMA, target network, loader, ...
         snapshot: where the copy of the state is: "device" or "pinned" host memory.
         process_group: the ranks that train this model; None takes all there are.
@@ -152,7 +159,11 @@ class AutoLRS:
             self._replicas = Replicas(self._ranks, model, self._timetable.at_once, device)
         interval = peak_interval if preset == "peak" else paper_interval
         self._measured = Measurements(
-            self._timetable, (self._ranks, self._replicas), val_loss, interval, device
+            self._timetable,
+            (self._ranks, self._replicas),
+            None if val_loss is None else keeping_modes(model, val_loss),
+            interval,
+            device,
         )
         self._scales = torch.ones(
             len(self._timetable.segments), LOOKS, dtype=torch.float64, device=device
