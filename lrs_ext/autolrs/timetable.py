@@ -180,7 +180,7 @@ def search_then_train(
     if 2 * search >= total_steps:
         raise ValueError(
             f"{len(waves)} trials of {trial_steps} updates need total_steps > {2 * search}, got "
-            f"{total_steps}: lower num_trials or trial_steps"
+            f"{total_steps}: raise it, or lower num_trials or trial_steps"
         )
     parts = _stages([(trial_steps, total_steps - search)], waves)
     return Timetable(_in_order(parts), spread + downhill, downhill, at_once)
