@@ -176,7 +176,8 @@ def _positive(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lrs_ext", description=__doc__)
+    description = "What lrs_ext is and does on this machine. Each command has a --help of its own."
+    parser = argparse.ArgumentParser(prog="python -m lrs_ext", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     info_parser = commands.add_parser("info", help="versions, devices and backends")
     info_parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -192,7 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     plot_parser.add_argument("--steps", type=int, default=1000, help="the budget (default 1000)")
     plot_parser.add_argument("--out", required=True, metavar="FILE", help="lr.png, lr.svg, ...")
     bench_parser = commands.add_parser("bench", help="steps here against torch's fused optimizer")
-    bench_parser.add_argument("--optimizer", choices=bench.OPTIMIZERS, default="AdamW")
+    bench_parser.add_argument(
+        "--optimizer", choices=bench.OPTIMIZERS, default="AdamW", help="(default AdamW)"
+    )
     bench_parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),

@@ -65,9 +65,12 @@ class ScheduleBuffer:
 
         Raises:
             IndexError: there is no such row.
+            TypeError: it is no schedule.
             ValueError: the row is too short to hold the schedule and the value after its end.
         """
         self._row(row)
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"fill_ takes a Schedule, got {schedule!r}")
         if schedule.capacity > self.capacity:
             raise ValueError(
                 f"a schedule of total_steps={schedule.total_steps} needs a capacity of "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrs_ext import ops
+from lrs_ext.number_checks import checked_number
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.wrappers import unwrapped
 
@@ -43,14 +45,15 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float | Tensor) 
     optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, ScheduledOptimizer):
         raise TypeError(
-            f"clip_grad_norm_ serves the optimizers of lrs_ext, got {type(optimizer).__name__}: "
-            "use torch.nn.utils.clip_grad_norm_ for it"
+            f"clip_grad_norm_ takes an optimizer of lrs_ext, got {type(optimizer).__name__}: use "
+            "torch.nn.utils.clip_grad_norm_ for parameters, or for other optimizers"
         )
     if isinstance(max_norm, Tensor):
         if max_norm.numel() != 1:
             raise ValueError(f"max_norm must have one element, got shape {tuple(max_norm.shape)}")
-    elif isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
-        raise TypeError(f"max_norm must be a positive number, got {max_norm!r}")
-    elif not max_norm > 0.0:
-        raise ValueError(f"max_norm must be a positive number, got {max_norm!r}")
+        value = ops.host_value(max_norm)  # None on a device, for which nobody waits
+    else:
+        value = max_norm = checked_number("max_norm", max_norm)
+    if value is not None and not value > 0.0:
+        raise ValueError(f"max_norm must be positive, got {value}")
     return optimizer.clip_(max_norm)

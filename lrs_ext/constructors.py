@@ -5,13 +5,17 @@ Those with a budget share `warmup_steps`, `min_lr` and `sampling`, see `ProfileS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lrs_ext.number_checks import checked_learning_rate, checked_positive_count
+from lrs_ext.number_checks import (
+    checked_fractions,
+    checked_learning_rate,
+    checked_positive_count,
+)
 from lrs_ext.profile_schedule import ProfileSchedule, Sampling
 from lrs_ext.profiles import Parameter
 from lrs_ext.schedules import Schedule
@@ -138,7 +142,8 @@ def step_decay(
     >>> step_decay(0.1, 8).values(0, 8).round(6).tolist()
     [0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     """
-    own: dict[str, Parameter] = {"milestones": tuple(milestones), "gamma": gamma}
+    fractions = checked_fractions("milestones", milestones)
+    own: dict[str, Parameter] = {"milestones": fractions, "gamma": gamma}
     return _schedule("step_decay", lr, total_steps, warmup_steps, min_lr, sampling, **own)
 
 
@@ -270,7 +275,7 @@ def inverse_sqrt(
     min_lr: float = 0.0,
     sampling: int = 1,
 ) -> Schedule:
-    """Returns f(k) = sqrt(warmup_steps / (k + 1)) at update k after the warm-up, without an end.
+    """Returns ``lr * sqrt(warmup_steps / (k + 1))`` at update k, after a warm-up, without an end.
 
     Args:
         warmup_steps: positive.
@@ -319,7 +324,10 @@ def from_values(values: ArrayLike) -> Schedule:
     >>> from_values([0.3, 0.2, 0.1]).values(0, 5).tolist()
     [0.3, 0.2, 0.1, 0.1, 0.1]
     """
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, or a tensor NumPy cannot take
+        raise TypeError(f"values must be an array or a list of numbers: {error}") from None
     if array.ndim != 1 or not len(array):
         raise ValueError(f"values must be 1-d and not empty, got shape {array.shape}")
     return TableSchedule.of(np.append(array, array[-1:]))
@@ -335,12 +343,15 @@ def from_function(f: Callable[[int], float], total_steps: int) -> Schedule:
         total_steps: the budget in optimizer updates.
 
     Raises:
-        TypeError, ValueError: `total_steps` is not positive, or f returns no learning rate.
+        TypeError, ValueError: f is no function or returns no learning rate, or `total_steps` is not
+            positive.
 
     >>> from_function(lambda k: 0.5**k, total_steps=3).values(0, 5).tolist()
     [1.0, 0.5, 0.25, 0.125, 0.125]
     """
     total_steps = checked_positive_count("total_steps", total_steps)
+    if not callable(f):
+        raise TypeError(f"f must be a function of the step, got {f!r}")
     return TableSchedule.of(
         np.array([checked_learning_rate(f(k), f"f({k})") for k in range(total_steps + 1)])
     )
@@ -360,6 +371,8 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     >>> join([constant(1.0), linear(0.5, 2)], boundaries=[2]).values(0, 5).tolist()
     [1.0, 1.0, 0.5, 0.25, 0.0]
     """
+    if not isinstance(schedules, Iterable) or not isinstance(boundaries, Iterable):
+        raise TypeError(f"join takes two lists, got {schedules!r} and {boundaries!r}")
     return JoinedSchedule.of(tuple(schedules), boundaries)
 
 

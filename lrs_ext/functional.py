@@ -56,7 +56,8 @@ def step(
     read on the device, so that one graph serves a whole schedule.
 
     Args:
-        algorithm: "sgd", "adam", "lion" or "lamb", which takes two launches.
+        algorithm: "sgd", "adam" (AdamW with a decoupled_weight_decay of 1), "lion" or "lamb", which
+            takes two launches.
         params, grads: float32, bfloat16 or float16, dense; a gradient for each parameter.
         states: the arrays of the first parameter, then of the next: float32, laid out as it, in the
             order of `STATE_NAMES`; for "sgd" none or one each, for "adam" two, or three for

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrs_ext.number_checks import checked_number
 from lrs_ext.positions import Group, Position
 from lrs_ext.schedules import Schedule
 
@@ -33,7 +34,11 @@ class Number:
 
     def of(self, group: Group) -> Any:
         value = group[self.key]
-        return value[0] if self.key == "betas" else value
+        if self.key != "betas":
+            return value
+        if not isinstance(value, (tuple, list, np.ndarray)) or len(value) != 2:
+            raise TypeError(f"betas must be a pair (beta1, beta2), got {value!r}")
+        return value[0]
 
     def put(self, group: Group, value: Any) -> None:
         group[self.key] = (value, *group["betas"][1:]) if self.key == "betas" else value
@@ -60,9 +65,6 @@ NUMBERS = (
 )
 
 
-_UNSCHEDULED = ("betas", "eps", "dampening")  # once the schedule of betas[0] is replaced
-
-
 def numbers_of(defaults: Group) -> tuple[Number, ...]:
     """Returns the numbers that groups with these keys have."""
     return tuple(number for number in NUMBERS if number.key in defaults)
@@ -74,7 +76,7 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
     Whether there is a momentum at all, and what torch checks once, is a matter of that value.
 
     Raises:
-        TypeError: a number that cannot follow a schedule is one.
+        TypeError: a number is none, or cannot follow a schedule and is one.
         ValueError: a value of a schedule is out of range.
     """
     for number in numbers:
@@ -82,15 +84,16 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
         if isinstance(value, Schedule):
             group = dict(group)
             number.put(group, number.peak(value))
-    for key in _UNSCHEDULED:
-        value = group.get(key)
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        for part in parts:
+    for key in ("weight_decay", "momentum", "dampening", "betas", "eps"):
+        value = group.get(key, 0.0)
+        for part in value if key == "betas" and key in group else (value,):
             if isinstance(part, Schedule):
                 raise TypeError(
                     f"{key} cannot follow a schedule, got {part!r}: lr, weight_decay, and momentum "
                     "or betas[0] can"
                 )
+            if not isinstance(part, (bool, Tensor)):
+                checked_number(key, part)
     return group
 
 

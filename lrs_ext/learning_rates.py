@@ -185,9 +185,9 @@ class LearningRates:
                 lr.detach() if is_float32 and lr.device == row.device else row for row in rows
             ]
         else:
-            value = checked_learning_rate(lr)
+            check_learning_rate(lr)
             for row in rows:
-                row.fill_(value)
+                row.fill_(float(lr))
             source.rows = rows
         source.seen = lr
 
@@ -388,8 +388,9 @@ def check_learning_rate(lr: float | Tensor | Schedule) -> None:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     if callable(lr) and not isinstance(lr, (Schedule, Tensor)):
         raise TypeError(
-            f"lr must be a number, a tensor of one element or a Schedule, got {lr!r}: "
-            "lrs_ext.from_function(f, total_steps) makes a schedule of a function of the step"
+            f"lr must be a number, a tensor of one element or a Schedule, got {lr!r}: call a "
+            "constructor, as lrs_ext.rex(lr, total_steps); lrs_ext.from_function(f, total_steps) "
+            "makes a schedule of a function of the step"
         )
     if not isinstance(lr, Schedule):
         checked_learning_rate(float(lr) if isinstance(lr, Tensor) else lr)

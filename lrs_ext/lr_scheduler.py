@@ -91,8 +91,9 @@ class ScheduleLR(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a saved position, with the schedules that this object was made with.
 
-        A run that is resumed with a longer budget makes its `ScheduleLR` with the longer schedule.
-        The learning rates of the optimizer follow at once, whichever of the two is loaded first.
+        The learning rates of the optimizer follow at once. A run that is resumed with a longer
+        budget makes its `ScheduleLR` with the longer schedule, and loads the optimizer first: its
+        checkpoint has the learning rates of the shorter one.
         """
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict["step_count"]

@@ -14,17 +14,29 @@ from typing import Any
 import numpy as np
 
 
+def checked_number(name: str, value: Any) -> float:
+    """Returns `value` as a float, which may be NaN or infinite."""
+    try:
+        if isinstance(value, (bool, np.bool_, str, np.complexfloating)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        way_out = ": convert it by float()" if isinstance(value, str) else ""
+        raise TypeError(f"{name} must be a number, got {value!r}{way_out}") from None
+
+
 def checked_learning_rate(value: Any, name: str = "lr") -> float:
     """Returns `value` as a float that is finite and not negative."""
-    number = _float(name, value)
+    number = checked_number(name, value)
     if not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"Invalid learning rate: {number}; it must be finite and not negative")
+        found = f"{number}" if name == "lr" else f"{number} in {name}"
+        raise ValueError(f"Invalid learning rate: {found}; it must be finite and not negative")
     return number
 
 
 def checked_real(name: str, value: Any) -> float:
     """Returns `value` as a finite float."""
-    number = _float(name, value)
+    number = checked_number(name, value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
@@ -36,7 +48,9 @@ def checked_integer(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        is_convertible = isinstance(value, str) or (isinstance(value, float) and value % 1.0 == 0.0)
+        way_out = ": convert it by int()" if is_convertible else ""
+        raise TypeError(f"{name} must be an integer, got {value!r}{way_out}") from None
 
 
 def checked_count(name: str, value: Any) -> int:
@@ -56,7 +70,7 @@ def checked_positive_count(name: str, value: Any) -> int:
 
 def checked_fractions(name: str, values: Any) -> tuple[float, ...]:
     """Returns `values`, shares of the budget, as increasing floats in (0, 1)."""
-    if not isinstance(values, Sequence) or isinstance(values, str):
+    if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
         raise TypeError(f"{name} must be a sequence of fractions, got {values!r}")
     fractions = tuple(checked_real(name, fraction) for fraction in values)
     if not fractions:
@@ -66,12 +80,3 @@ def checked_fractions(name: str, values: Any) -> tuple[float, ...]:
     if any(a >= b for a, b in itertools.pairwise(fractions)):
         raise ValueError(f"{name} fractions must increase, got {fractions}")
     return fractions
-
-
-def _float(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (bool, np.bool_, str, np.complexfloating)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from lrs_ext.drivers import check_free, register
-from lrs_ext.number_checks import checked_count, checked_learning_rate, checked_real
+from lrs_ext.number_checks import (
+    checked_count,
+    checked_learning_rate,
+    checked_number,
+    checked_real,
+)
 from lrs_ext.plateau_groups import groups_of
 from lrs_ext.wrappers import unwrapped
 
@@ -107,6 +112,7 @@ class ReduceOnPlateau:
             metric: a number or a one-element tensor. NaN is no improvement.
 
         Raises:
+            TypeError: it is no number.
             ValueError: it has more than one element, or a schedule is now in charge of a group.
             RuntimeError: the optimizer has other parameter groups than at the start.
 
@@ -119,7 +125,7 @@ class ReduceOnPlateau:
         [0.25]
         """
         if not isinstance(metric, Tensor):
-            metric = torch.tensor(metric, dtype=torch.float64)
+            metric = torch.tensor(checked_number("metric", metric), dtype=torch.float64)
         if metric.numel() != 1:
             raise ValueError(f"metric must have one element, got shape {tuple(metric.shape)}")
         lrs = self._groups.read()

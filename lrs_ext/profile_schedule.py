@@ -181,8 +181,14 @@ def _checked_sampling(value: Sampling, total_steps: int | None) -> int | tuple[f
         if value not in SAMPLING:
             raise ValueError(f"sampling must be one of {list(SAMPLING)}, got {value!r}")
         value = SAMPLING[value]
-    if not isinstance(value, (tuple, list)):
-        every = checked_integer("sampling", value)
+    if not isinstance(value, (tuple, list, np.ndarray)):
+        try:
+            every = checked_integer("sampling", value)
+        except TypeError:
+            raise TypeError(
+                "sampling must be an integer, increasing fractions or one of "
+                f"{list(SAMPLING)}, got {value!r}"
+            ) from None
         if every < 1:
             raise ValueError(f"sampling must be at least 1 update, got {every}")
         return every

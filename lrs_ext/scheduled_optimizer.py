@@ -120,7 +120,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         return dict(self._numbers.rates.buffers)
 
     def lr_tensor(self, group: int = 0) -> Tensor:
-        """Returns what the next update of a group will use: float32, 0-d, without a sync."""
+        """Returns what the next update of a group will use: float32, 0-d, without a sync.
+
+        Raises:
+            IndexError: there is no such group.
+        """
+        self._check_index(group)
         self._take_loaded_groups()
         self._numbers.rates.sync(group, self.param_groups[group])
         return self._numbers.rates.current(group)
@@ -157,9 +162,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         if not isinstance(schedule, Schedule):
             raise TypeError(f"set_schedule takes a Schedule, got {schedule!r}")
+        if group is not None:
+            self._check_index(group)
         indices = range(len(self.param_groups)) if group is None else [group]
-        if group is not None and not 0 <= group < len(self.param_groups):
-            raise IndexError(f"group {group} is not one of {len(self.param_groups)} groups")
         numbers, present = self._numbers, self._numbers.rates
         numbers.rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
         if numbers.rates is not present:
@@ -171,6 +176,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if group is None:
             self.defaults["lr"] = schedule  # of groups to come
         self.sync_groups()
+
+    def _check_index(self, group: int) -> None:
+        if group not in range(len(self.param_groups)):
+            raise IndexError(f"group {group} is not one of {len(self.param_groups)} groups")
 
     def sync_groups(self) -> None:
         """Writes what has changed in `param_groups` to the device, without waiting.

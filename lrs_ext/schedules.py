@@ -42,6 +42,10 @@ class Schedule:
     lr: float
     total_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        if type(self) is Schedule:
+            raise TypeError("make a schedule by a constructor, as lrs_ext.rex(lr, total_steps)")
+
     def __call__(self, step: int) -> float:
         """Returns the learning rate of update `step` (from 0) as a Python float."""
         return self._value(checked_count("step", step))
@@ -112,8 +116,11 @@ class Schedule:
         """Returns the schedule that `to_dict` described.
 
         Raises:
+            TypeError: it is no dict.
             ValueError: a key is unknown or missing.
         """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"from_dict takes what to_dict has returned, got {fields!r}")
         from lrs_ext.profile_schedule import ProfileSchedule
         from lrs_ext.table_schedules import JoinedSchedule, TableSchedule
 

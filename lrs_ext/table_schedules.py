@@ -48,10 +48,7 @@ class TableSchedule(Schedule):
         array = array.astype(np.float64)
         wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0.0)))
         if len(wrong):
-            raise ValueError(
-                f"Invalid learning rate: {array[wrong[0]]} in values[{wrong[0]}]; it must be "
-                "finite and not negative"
-            )
+            checked_learning_rate(array[wrong[0]], f"values[{wrong[0]}]")
         table = (array + 0.0).tobytes()  # -0.0 becomes 0.0: equal tables have equal bytes
         return cls(lr=float(array.max()), total_steps=len(array) - 1, table=table)
 

@@ -319,11 +319,67 @@ def controller(**options):
         ({"snapshot": "disk"}, ValueError, "snapshot|placement"),
         ({"extra_state": [object()]}, TypeError, "state_dict"),
         ({"extra_state": torch.amp.GradScaler("cpu")}, TypeError, r"got GradScaler: pass \[it\]"),
+        ({"extra_state": None}, TypeError, "got NoneType: leave it out"),
+        ({"search_fraction": "0.1"}, TypeError, "search_fraction must be a number, got '0.1'"),
+        ({"schedule": lrs_ext.rex}, TypeError, "must be a name, .* or a Schedule, got <function"),
+        ({"schedule": None}, TypeError, "must be a name, .* or a Schedule, got None"),
+        (
+            {"schedule": lrs_ext.inverse_sqrt(0.1, warmup_steps=5)},
+            ValueError,
+            "can be stretched to the budget, unlike .*got inverse_sqrt",
+        ),
+        ({"val_loss": torch.ones(())}, TypeError, "val_loss must be a function"),
+        ({"seed": None}, TypeError, "seed must be an integer, got None"),
+        ({**PAPER, "stage_steps": [30, "60"]}, TypeError, "stage_steps must be an integer"),
+        ({**PAPER, "stage_steps": 0}, ValueError, "stage_steps must be at least 1, got 0"),
+        ({**PAPER, "stage_steps": []}, ValueError, "stage_steps must have at least one entry"),
     ],
 )
 def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
         controller(**options)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_validation_leaves_the_modes_of_the_modules_alone(preset):
+    model = make_model()
+    model[1].eval()  # a frozen normalisation
+    optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3)
+    before = [module.training for module in model.modules()]
+
+    def validate():
+        model.eval()
+        return model(torch.ones(8, 4)).square().mean()
+
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), val_loss=validate, **PRESETS[preset])
+    for inputs, targets in auto.batches(list_of_batches()):
+        assert [module.training for module in model.modules()] == before
+        loss = (model(inputs) - targets).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        auto.step(loss.detach())
+    assert auto.phase == "train"
+
+
+def test_integers_may_be_those_of_numpy():
+    options = {"total_steps": 150, "trial_steps": 5, "warmup_steps": 9, "seed": 1}
+    auto = controller(**{name: np.int64(value) for name, value in options.items()})
+    plan = dict(auto.state_dict()["plan"])
+    assert {name: type(value) for name, value in plan.items() if name in options} == {
+        "total_steps": int,
+        "warmup_steps": int,
+        "seed": int,
+    }
+    auto.load_state_dict(controller(**options).state_dict())
+    assert controller(**{**PAPER, "stage_steps": np.int64(30)}).total_steps == 170
+
+
+@pytest.mark.parametrize("model", [None, make_model().parameters()])
+def test_the_model_comes_second(model):
+    opt = lrs_ext.AdamW(make_model().parameters(), lr=1e-3)
+    with pytest.raises(TypeError, match=r"must be the model, a torch.nn.Module, got"):
+        lrs_ext.AutoLRS(opt, model, (1e-4, 1e-1), **PEAK)
 
 
 def test_the_optimizer_comes_first():
@@ -360,6 +416,23 @@ def test_a_step_follows_one_update():
     assert same(run.weights(), Training().run().weights())
     with pytest.raises(RuntimeError, match="budget of 150 updates is used up"):
         run.auto.step(torch.ones(()))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "torch adam"])
+def test_a_loop_without_auto_step_ends(kind):
+    run = Training(kind).run(3)
+    with pytest.raises(RuntimeError, match=r"2 updates since the last auto.step\(loss\): call it"):  # noqa: PT012
+        for inputs, _ in run.stream:
+            run.model(inputs).square().mean().backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    assert run.auto.metrics()["autolrs/updates"] == 3
+
+
+def test_the_state_of_something_else_is_refused():
+    run = Training()
+    with pytest.raises(ValueError, match=r"not what AutoLRS.state_dict\(\) .*param_groups"):
+        run.auto.load_state_dict(run.optimizer.state_dict())
 
 
 def test_one_controller_an_optimizer():

@@ -294,8 +294,8 @@ def test_a_schedule_that_rises_by_itself_has_no_other_warmup(schedule):
     ("schedule", "message"),
     [
         ("sine", r"schedule must be one of \['constant', .*or a Schedule, got 'sine'"),
-        (lrs_ext.from_values([0.1, 0.2]), "not a table or a join: from_values"),
-        (lrs_ext.join([lrs_ext.constant(0.1)], []), "not a table or a join: join"),
+        (lrs_ext.from_values([0.1, 0.2]), "unlike a table, .*, got from_values"),
+        (lrs_ext.join([lrs_ext.constant(0.1)], []), "unlike a table, .*, got join"),
         (lrs_ext.constant(0.0), "must have a positive lr"),
     ],
 )

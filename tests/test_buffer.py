@@ -159,6 +159,14 @@ def test_fill_puts_another_schedule_in_charge_from_the_current_step(probe):
     assert p.groups[0]["lr"] == lrs_ext.cosine(0.5, 6)(9)
 
 
+@pytest.mark.parametrize("schedule", [lrs_ext.rex, 0.1, None])
+def test_fill_refuses_what_is_no_schedule(probe, schedule):
+    p = probe(REX)
+    with pytest.raises(TypeError, match="fill_ takes a Schedule, got"):
+        p.buffer.fill_(0, schedule)
+    assert p.used() == [float32(REX(0))]
+
+
 def test_fill_refuses_a_schedule_that_is_too_long(probe):
     p = probe(REX)
     with pytest.raises(ValueError, match="total_steps=1000"):

@@ -3,6 +3,7 @@
 import math
 
 import cases
+import numpy as np
 import pytest
 import torch
 from test_grad_scaling import backward, everything, make_params, make_scaler
@@ -260,12 +261,13 @@ def test_the_norm_is_the_same_for_every_number_of_threads():
 @pytest.mark.parametrize(
     ("max_norm", "error", "message"),
     [
-        (0.0, ValueError, "max_norm must be a positive number, got 0.0"),
-        (-1.0, ValueError, "max_norm must be a positive number, got -1.0"),
-        (math.nan, ValueError, "max_norm must be a positive number, got nan"),
-        (True, TypeError, "max_norm must be a positive number, got True"),
-        ("1", TypeError, "max_norm must be a positive number, got '1'"),
-        (None, TypeError, "max_norm must be a positive number, got None"),
+        (0.0, ValueError, "max_norm must be positive, got 0.0"),
+        (-1.0, ValueError, "max_norm must be positive, got -1.0"),
+        (math.nan, ValueError, "max_norm must be positive, got nan"),
+        (torch.tensor(-1.0), ValueError, "max_norm must be positive, got -1.0"),
+        (True, TypeError, "max_norm must be a number, got True"),
+        ("1", TypeError, r"max_norm must be a number, got '1': convert it by float\(\)"),
+        (None, TypeError, "max_norm must be a number, got None"),
         (torch.ones(2), ValueError, r"max_norm must have one element, got shape \(2,\)"),
     ],
 )
@@ -279,10 +281,21 @@ def test_a_limit_that_is_none_is_refused(max_norm, error, message):
     assert param.tolist() == [-3.0, -4.0]
 
 
-def test_optimizers_of_torch_are_refused():
-    opt = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
-    with pytest.raises(TypeError, match=r"got SGD: use torch\.nn\.utils\.clip_grad_norm_"):
-        lrs_ext.clip_grad_norm_(opt, 1.0)
+def test_a_limit_may_be_a_number_of_numpy():
+    param = torch.zeros(2, requires_grad=True)
+    opt = lrs_ext.SGD([param], lr=1.0)
+    param.grad = torch.tensor([3.0, 4.0])
+    lrs_ext.clip_grad_norm_(opt, np.float32(1.0))
+    opt.step()
+    assert param.tolist() == pytest.approx([-0.6, -0.8])
+
+
+@pytest.mark.parametrize("kind", ["SGD", "list"])
+def test_what_is_no_optimizer_of_ours_is_refused(kind):
+    params = [torch.zeros(2, requires_grad=True)]
+    given = params if kind == "list" else torch.optim.SGD(params, lr=0.1)
+    with pytest.raises(TypeError, match=rf"got {kind}: use torch\.nn\.utils\.clip_grad_norm_"):
+        lrs_ext.clip_grad_norm_(given, 1.0)
 
 
 def test_a_gradient_that_does_not_fit_is_refused_as_by_the_step():

@@ -395,6 +395,11 @@ def test_errors_say_the_way_out(case):
         forecast(losses, horizon)
 
 
+def test_losses_must_be_a_tensor():
+    with pytest.raises(TypeError, match=r"losses must be a tensor, got list: torch.as_tensor"):
+        forecast([1.0, 0.9, 0.8, 0.7], 10)
+
+
 def test_the_package_has_it():
     assert forecast_of_package is forecast
 

@@ -89,6 +89,53 @@ def test_a_function_is_no_learning_rate_but_can_become_a_schedule(name):
         getattr(lrs_ext, name)([leaf()], lr=lambda step: 0.1)
 
 
+@optimizers
+def test_a_constructor_of_schedules_is_to_be_called(name):
+    message = r"got <function rex .*: call a constructor, as lrs_ext.rex\(lr, total_steps\)"
+    with pytest.raises(TypeError, match=message):
+        getattr(lrs_ext, name)([leaf()], lr=lrs_ext.rex)
+    param = leaf()
+    opt = getattr(lrs_ext, name)([param], lr=0.5)
+    opt.param_groups[0]["lr"] = lrs_ext.rex
+    param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=message):
+        opt.step()
+    assert (param == 1).all()
+
+
+NO_NUMBERS = {
+    "weight_decay": ("0.1", None, lrs_ext.rex),
+    "eps": ("1e-8", None),
+    "momentum": ("0.9", (0.85, 0.95), lrs_ext.one_cycle),
+    "betas": (0.9, (0.9,), (0.9, 0.99, 0.999), "0.9,0.99", None, ("0.9", 0.99), (0.9, None)),
+}
+
+
+@optimizers
+def test_what_is_no_number_is_refused_by_name(name):
+    for option, values in NO_NUMBERS.items():
+        for value in values:
+            opt = getattr(lrs_ext, name)([leaf()], lr=0.1)
+            if option not in opt.defaults:
+                continue
+            with pytest.raises(TypeError, match=f"{option} must be a (number|pair)"):
+                getattr(lrs_ext, name)([leaf()], lr=0.1, **{option: value})
+            with pytest.raises(TypeError, match=f"{option} must be a (number|pair)"):
+                opt.add_param_group({"params": [leaf()], option: value})
+            assert len(opt.param_groups) == 1
+
+
+def test_betas_that_are_no_pair_change_nothing_at_a_step():
+    param = leaf()
+    opt = lrs_ext.AdamW([param], lr=0.5)
+    opt.param_groups[0]["betas"] = 0.9
+    param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=r"betas must be a pair \(beta1, beta2\), got 0.9"):
+        opt.step()
+    assert (param == 1).all()
+    assert int(opt.schedule_buffer.step) == 0
+
+
 @pytest.mark.parametrize("option", ["momentum", "weight_decay"])
 def test_options_of_sgd_that_are_nan_are_refused(option):
     with pytest.raises(ValueError, match=f"Invalid {option} value: nan"):

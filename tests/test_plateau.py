@@ -278,7 +278,7 @@ ERRORS = [
     ({"threshold": math.inf}, ValueError, "threshold must be finite, got inf"),
     ({"eps": math.nan}, ValueError, "eps must be finite, got nan"),
     ({"min_lr": [0.1]}, ValueError, "expected 2 min_lrs, got 1"),
-    ({"min_lr": -0.1}, ValueError, "Invalid learning rate: -0.1"),
+    ({"min_lr": -0.1}, ValueError, "Invalid learning rate: -0.1 in min_lr"),
 ]
 
 
@@ -292,6 +292,9 @@ def test_bad_arguments_are_refused(kind, options, error, message):
 def test_metrics_have_one_element():
     with pytest.raises(ValueError, match=r"metric must have one element, got shape \(2,\)"):
         Ours().plateau.step(torch.ones(2))
+    for metric in (None, "1.0"):
+        with pytest.raises(TypeError, match=f"metric must be a number, got {metric!r}"):
+            Ours().plateau.step(metric)
     with pytest.raises(TypeError, match="int is not an Optimizer"):
         lrs_ext.ReduceOnPlateau(3)
 

@@ -22,6 +22,8 @@ ERRORS = [
     ("step_decay", {"milestones": (0.0, 0.5)}, ValueError, r"milestones .*in \(0, 1\), got .*0.0"),
     ("step_decay", {"milestones": (0.5, 1.0)}, ValueError, r"milestones .*in \(0, 1\), got .*1.0"),
     ("step_decay", {"milestones": (30, 60)}, ValueError, r"milestones .*in \(0, 1\), got .*30"),
+    ("step_decay", {"milestones": 0.5}, TypeError, "milestones must be a sequence .*got 0.5"),
+    ("step_decay", {"milestones": "50-75"}, TypeError, "milestones must be a .*got '50-75'"),
     ("step_decay", {"milestones": ()}, ValueError, "milestones must have at least one"),
     ("step_decay", {"milestones": (0.5, NAN)}, ValueError, "milestones must be finite, got nan"),
     ("delayed_linear", {"delay": 1.0}, ValueError, r"delay must be in \[0, 1\), got 1.0"),
@@ -97,6 +99,12 @@ def test_dicts_of_before_there_were_parameters_can_be_read():
 )
 def test_dicts_of_no_schedule_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
+        lrs_ext.Schedule.from_dict(fields)
+
+
+@pytest.mark.parametrize("fields", [None, [], lrs_ext.rex(0.1, 10)])
+def test_what_is_no_dict_is_refused(fields):
+    with pytest.raises(TypeError, match="from_dict takes what to_dict has returned"):
         lrs_ext.Schedule.from_dict(fields)
 
 

@@ -195,6 +195,8 @@ def test_another_budget_is_checked(schedule, budget):
         ([0.1, None], TypeError, r"values\[1\] must be a number, got None"),
         ([True, False], TypeError, r"values\[0\] must be a number"),
         ([1j], TypeError, r"values\[0\] must be a number"),
+        ([0.1, [0.2]], TypeError, "values must be an array or a list of numbers: .*sequence"),
+        (torch.ones(2, dtype=torch.bfloat16), TypeError, "values must be an array .*BFloat16"),
     ],
 )
 def test_values_that_are_no_learning_rates(values, error, message):
@@ -220,8 +222,9 @@ def test_a_table_does_not_follow_its_source():
     [
         (lambda k: "0.1", TypeError, r"f\(0\) must be a number, got '0.1'"),
         (lambda k: None if k == 3 else 0.1, TypeError, r"f\(3\) must be a number, got None"),
-        (lambda k: float("nan"), ValueError, "Invalid learning rate: nan"),
-        (lambda k: 2.0 - k, ValueError, "Invalid learning rate: -1.0"),
+        (lambda k: float("nan"), ValueError, r"Invalid learning rate: nan in f\(0\)"),
+        (lambda k: 2.0 - k, ValueError, r"Invalid learning rate: -1.0 in f\(3\)"),
+        (None, TypeError, "f must be a function of the step, got None"),
         (lambda k: True, TypeError, r"f\(0\) must be a number, got True"),
     ],
 )
@@ -258,6 +261,8 @@ C = lrs_ext.constant(0.1)
         ([C, C], [-1], ValueError, r"positive and increase, got \(-1,\)"),
         ([C, C], [0.5], TypeError, "boundaries must be an integer, got 0.5"),
         ([C, 0.1], [5], TypeError, r"schedules\[1\] must be a Schedule, got 0.1"),
+        ([C, C], 5, TypeError, "join takes two lists, got .* and 5"),
+        (C, [5], TypeError, "join takes two lists, got constant.* and "),
     ],
 )
 def test_joins_that_do_not_fit(parts, boundaries, error, message):

@@ -301,15 +301,16 @@ BAD_LR = [-1e-3, float("nan"), float("inf"), float("-inf")]
 ERRORS = [
     (ValueError, "total_steps must be positive, got -3", (0.1, -3), {}),
     (ValueError, "total_steps must be positive, got 0", (0.1, 0), {}),
-    (TypeError, "total_steps.*100.0", (0.1, 100.0), {}),
-    (TypeError, "total_steps.*100", (0.1, "100"), {}),
+    (TypeError, r"total_steps .*got 100.0: convert it by int\(\)", (0.1, 100.0), {}),
+    (TypeError, r"total_steps .*got '100': convert it by int\(\)", (0.1, "100"), {}),
+    (TypeError, r"lr must be a number, got '0.1': convert it by float\(\)", ("0.1", 10), {}),
     *[(ValueError, f"Invalid learning rate: {lr}", (lr, 10), {}) for lr in BAD_LR],
     (ValueError, "min_lr.*-0.01", (0.1, 10), {"min_lr": -0.01}),
     (ValueError, "min_lr.*0.2", (0.1, 10), {"min_lr": 0.2}),
     (ValueError, "min_lr.*nan", (0.1, 10), {"min_lr": float("nan")}),
     (ValueError, "warmup_steps.*11", (0.1, 10), {"warmup_steps": 11}),
     (ValueError, "warmup_steps.*-1", (0.1, 10), {"warmup_steps": -1}),
-    (TypeError, "warmup_steps.*1.5", (0.1, 10), {"warmup_steps": 1.5}),
+    (TypeError, "warmup_steps must be an integer, got 1.5$", (0.1, 10), {"warmup_steps": 1.5}),
     (ValueError, "sampling.*0", (0.1, 10), {"sampling": 0}),
     (ValueError, "sampling.*-2", (0.1, 10), {"sampling": -2}),
     (ValueError, "sampling.*0.75", (0.1, 10), {"sampling": (0.75, 0.5)}),
@@ -317,6 +318,8 @@ ERRORS = [
     (ValueError, "sampling.*1.0", (0.1, 10), {"sampling": (0.5, 1.0)}),
     (ValueError, "sampling.*nan", (0.1, 10), {"sampling": (0.5, float("nan"))}),
     (ValueError, "sampling must be one of .*'50-75'.*got '50'", (0.1, 10), {"sampling": "50"}),
+    (TypeError, "sampling must be an integer.*'50-75'.*got None", (0.1, 10), {"sampling": None}),
+    (TypeError, "sampling must be an integer.*got 1.5", (0.1, 10), {"sampling": 1.5}),
 ]
 
 
@@ -327,6 +330,18 @@ def test_bad_arguments_are_refused_by_name_and_value(name, error, message, args,
         error, message = TypeError, "warmup_steps"
     with pytest.raises(error, match=message):
         getattr(lrs_ext, name)(*args, **options)
+
+
+def test_a_schedule_is_made_by_a_constructor():
+    with pytest.raises(TypeError, match=r"by a constructor, as lrs_ext.rex"):
+        lrs_ext.Schedule(lr=0.1, total_steps=10)
+
+
+def test_fractions_may_be_arrays():
+    fractions = np.array([0.25, 0.5])
+    assert lrs_ext.rex(0.1, 10, sampling=fractions) == lrs_ext.rex(0.1, 10, sampling=(0.25, 0.5))
+    steps = lrs_ext.step_decay(0.1, 10, milestones=fractions)
+    assert steps == lrs_ext.step_decay(0.1, 10, milestones=(0.25, 0.5))
 
 
 def test_only_the_height_and_the_budget_are_positional():

@@ -97,9 +97,11 @@ def test_what_cannot_be_set_changes_nothing(probe):
     p = probe(REX, LINEAR)
     with pytest.raises(TypeError, match=r"takes a Schedule, got 0\.1"):
         p.opt.set_schedule(0.1)
-    for group in (2, -1):
+    for group in (2, -1, "head"):
         with pytest.raises(IndexError, match=f"group {group} is not one of 2 groups"):
             p.opt.set_schedule(LONGER, group=group)
+        with pytest.raises(IndexError, match=f"group {group} is not one of 2 groups"):
+            p.opt.lr_tensor(group)
     assert p.opt.schedule_buffer is p.buffer
     assert p.used() == [float32(REX(0)), float32(LINEAR(0))]
 

@@ -291,3 +291,8 @@ def test_errors_say_the_way_out(case):
     arguments, options, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         gp_posterior(*arguments, **options)
+
+
+def test_points_must_be_tensors():
+    with pytest.raises(TypeError, match=r"y must be a tensor, got list: torch.as_tensor"):
+        gp_posterior(torch.zeros(2), [0.0, 1.0], 0.1, torch.zeros(1))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 RATIO_TOLERANCE = 1e-5  # relative: a learning rate that was saved in float32 has been rounded
 
@@ -25,6 +25,30 @@ def check_loss(loss: Tensor, what: str) -> None:
         )
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Raises TypeError if one of the arguments of a function is no tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor, got {kind}: torch.as_tensor makes one")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises TypeError if `model` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the second argument must be the model, a torch.nn.Module, got {type(model).__name__}"
+        )
+
+
+def check_val_loss(val_loss: Callable[[], Tensor] | None) -> None:
+    """Raises TypeError if `val_loss` is neither None nor a function."""
+    if val_loss is not None and not callable(val_loss):
+        raise TypeError(
+            f"val_loss must be a function without arguments that returns a loss, got {val_loss!r}"
+        )
+
+
 def checked_extras(extra_state: Iterable[Any]) -> tuple[Any, ...]:
     """Returns `extra_state` as a tuple.
 
@@ -33,8 +57,15 @@ def checked_extras(extra_state: Iterable[Any]) -> tuple[Any, ...]:
     """
     if not isinstance(extra_state, Iterable):
         name = type(extra_state).__name__
-        raise TypeError(f"extra_state must be a sequence of objects, got {name}: pass [it]")
+        way_out = "leave it out" if extra_state is None else "pass [it]"
+        raise TypeError(f"extra_state must be a sequence of objects, got {name}: {way_out}")
     return tuple(extra_state)
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raises ValueError if `state` is that of something else."""
+    if "plan" not in state:
+        raise ValueError(f"not what AutoLRS.state_dict() has returned: the keys are {list(state)}")
 
 
 def check_plan(saved: dict[str, Any], plan: dict[str, Any]) -> None:

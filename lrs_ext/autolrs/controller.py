@@ -11,11 +11,24 @@ import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.batches import Tape
-from lrs_ext.autolrs.checks import check_loss, check_plan, checked_bounds, checked_extras
+from lrs_ext.autolrs.checks import (
+    check_loss,
+    check_model,
+    check_plan,
+    check_state,
+    check_val_loss,
+    checked_bounds,
+    checked_extras,
+)
 from lrs_ext.autolrs.guard import has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
 from lrs_ext.autolrs.live_state import is_scaler
-from lrs_ext.autolrs.measurements import Measurements, paper_interval, peak_interval
+from lrs_ext.autolrs.measurements import (
+    Measurements,
+    keeping_modes,
+    paper_interval,
+    peak_interval,
+)
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
@@ -30,6 +43,7 @@ from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
 from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
 from lrs_ext.host_copy import HostCopy
+from lrs_ext.number_checks import checked_integer
 from lrs_ext.param_devices import first_device
 from lrs_ext.schedules import Schedule
 from lrs_ext.wrappers import unwrapped
@@ -67,7 +81,9 @@ class AutoLRS:
         warmup_steps: of linear warm-up: in "peak" after the search, None is a tenth of what remains
             then, or 0 for "one_cycle", which rises by itself; in "paper" before it, up to the
             optimizer's own learning rate, None is 0.
-        val_loss: returns a 0-d loss to judge trials by; None judges by the training loss.
+        val_loss: returns a 0-d loss to judge trials by; None judges by the training loss. It runs
+            under `torch.no_grad`, first when the controller is made; the modules of `model` that
+            it puts into evaluation mode are put back.
         extra_state: what else to roll back: scaler, EMA, target network, loader, ...
         snapshot: where the copy of the state is: "device" or "pinned" host memory.
         process_group: the ranks that train this model; None takes all there are.
@@ -107,7 +123,10 @@ class AutoLRS:
     ) -> None:
         optimizer = unwrapped(optimizer)
         check_optimizer(optimizer)
+        check_model(model)
+        check_val_loss(val_loss)
         bounds = checked_bounds(lr_bounds)
+        seed = checked_integer("seed", seed)
         self._ranks = Ranks(process_group)
         if parallel_trials:
             check_replicas(model)
@@ -140,7 +159,11 @@ class AutoLRS:
             self._replicas = Replicas(self._ranks, model, self._timetable.at_once, device)
         interval = peak_interval if preset == "peak" else paper_interval
         self._measured = Measurements(
-            self._timetable, (self._ranks, self._replicas), val_loss, interval, device
+            self._timetable,
+            (self._ranks, self._replicas),
+            None if val_loss is None else keeping_modes(model, val_loss),
+            interval,
+            device,
         )
         self._scales = torch.ones(
             len(self._timetable.segments), LOOKS, dtype=torch.float64, device=device
@@ -157,12 +180,12 @@ class AutoLRS:
         self._plan: dict[str, Any] = {
             "preset": preset,
             "lr_bounds": list(bounds),
-            "total_steps": total_steps,
+            "total_steps": self.total_steps,
             "num_trials": self._timetable.num_trials,
             "at_once": self._timetable.at_once,
             "search_steps": self._timetable.search_steps,
             "stages": self._timetable.num_stages,
-            "warmup_steps": warmup_steps,
+            "warmup_steps": int(warmup_steps),
             "schedule": self._shapes.schedule.to_dict(),
             "ratios": ratios,
             "seed": seed,
@@ -220,7 +243,8 @@ class AutoLRS:
 
         Raises:
             ValueError: a group of the optimizer has a learning rate of 0.
-            RuntimeError: the loader has run dry and cannot be iterated again.
+            RuntimeError: the loader has run dry and cannot be iterated again, or the optimizer has
+                made several updates without a call of `step`.
         """
         check_ratios(self._plan["ratios"])
         restores_itself = any(loader is extra for extra in self._extra_state)
@@ -235,10 +259,12 @@ class AutoLRS:
         elif self._updates == 0:
             self._snapshot.capture()  # the state may have changed since the controller was made
             self._pair_random(is_new=True)
+            self._watch.follow()
         self._tape.resume(loader, restores_itself)
         self._finish()
         while not self.done:
             yield self._tape.next_batch(loader)
+            self._watch.check_followed()
             self._finish()
 
     def step(self, loss: Tensor) -> None:
@@ -366,9 +392,10 @@ class AutoLRS:
         """Goes on where `state_dict` was called; model, optimizer and `extra_state` load their own.
 
         Raises:
-            ValueError: the state belongs to another plan (other bounds, budget, trials, ...) or to
-                another model.
+            ValueError: the state is not one of AutoLRS, or belongs to another plan (other bounds,
+                budget, trials, ...) or to another model.
         """
+        check_state(state)
         saved, known = dict(state["plan"]), self._plan
         if state["rates"]["taken_over"]:
             # The optimizer may have loaded what the host had put there.

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrs_ext.autolrs.checks import check_tensors
+
 MIN_POINTS = 4  # a, b, c and the noise
 SLOWEST = 0.03  # of the rates b, times the length of the series: nearly a straight line
 FASTEST = 4.0  # of the rates b, per update: over at once
@@ -61,6 +63,7 @@ def forecast(losses: Tensor, horizon: float | Tensor) -> tuple[Tensor, Tensor]:
         entries are finite. The std is that of the model: of another curve it knows nothing.
 
     Raises:
+        TypeError: `losses` is no tensor.
         ValueError: shapes or devices do not match, or n or a number for the horizon is too small.
 
     Source: Jin et al., AutoLRS, ICLR 2021, arXiv 2105.10762 (the model).
@@ -69,6 +72,7 @@ def forecast(losses: Tensor, horizon: float | Tensor) -> tuple[Tensor, Tensor]:
     >>> forecast(2.0 * torch.exp(-0.03 * t) + 1.0 + noise, 1000)
     (tensor(0.9951), tensor(0.0037))
     """
+    check_tensors(losses=losses)
     dtype = torch.promote_types(losses.dtype, torch.float32)
     losses, horizon = _check(losses, horizon)
     seen = losses.abs() < math.inf  # NaN is not less

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrs_ext.autolrs.checks import check_loss
 from lrs_ext.autolrs.random_state import random_state, set_random_state
@@ -134,6 +134,20 @@ class Measurements:
             if weight < 1.0:
                 slots[slot].mul_(weight)
         self._ranks.sum_(slots)
+
+
+def keeping_modes(model: nn.Module, val_loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Returns `val_loss`, after which each module trains or evaluates as before."""
+
+    def kept() -> Tensor:
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            return val_loss()
+        finally:
+            for module, is_training in modes:
+                module.training = is_training
+
+    return kept
 
 
 def _own(slots: Tensor, segment: Segment) -> Tensor:

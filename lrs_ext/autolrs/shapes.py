@@ -29,14 +29,17 @@ def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int)
         schedule: the name of one, or one of any height and length, whose warm-up is replaced.
 
     Raises:
+        TypeError: it is neither.
         ValueError: there is no such schedule, or its height is 0, or it cannot be stretched.
     """
     if isinstance(schedule, str):
         schedule = named_schedule(schedule, total_steps)
-    if not isinstance(schedule, ProfileSchedule):
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f'schedule must be a name, as "rex", or a Schedule, got {schedule!r}')
+    if not isinstance(schedule, ProfileSchedule) or schedule.profile == "inverse_sqrt":
         raise ValueError(
-            "schedule must have a profile, which can be stretched to the budget, not a table or a "
-            f"join: {schedule!r}"
+            "schedule must have a profile that can be stretched to the budget, unlike a table, a "
+            f"join or inverse_sqrt, got {schedule!r}"
         )
     if not schedule.lr > 0.0:
         raise ValueError(f"schedule must have a positive lr, of which it is a shape: {schedule}")

@@ -48,9 +48,22 @@ class StepWatch:
         """
         if self._updates == self._followed and not (self._may_skip or self._is_replayed):
             raise RuntimeError(
-                "auto.step() follows one optimizer.step(), and there was none since the last call; "
-                "if a GradScaler skipped it, pass the scaler in extra_state; if a CUDA graph makes "
-                "it, make AutoLRS before the capture"
+                "auto.step() follows one optimizer.step(), and there was none since the last call: "
+                "without any gradient it makes no update; if a GradScaler skipped it, pass the "
+                "scaler in extra_state; if a CUDA graph makes it, make AutoLRS before the capture"
+            )
+
+    def check_followed(self) -> None:
+        """Checks that at most one update waits for `follow`.
+
+        Raises:
+            RuntimeError: there are more: a loop without `auto.step` would never end.
+        """
+        waiting = self._updates - self._followed
+        if waiting > 1:
+            raise RuntimeError(
+                f"the optimizer has made {waiting} updates since the last auto.step(loss): call it "
+                "after each optimizer.step()"
             )
 
     @property

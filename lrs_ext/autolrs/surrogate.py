@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lrs_ext.autolrs.checks import check_tensors
+
 LENGTHSCALES = (0.3, 0.6, 1.2, 2.4)  # units of x: decades of learning rate
 NOISE_STDS = (0.05, 0.15, 0.4)  # units of the standardised observations
 JITTER = 1e-10  # variance: keeps equal positions without noise positive definite
@@ -45,6 +47,7 @@ def gp_posterior(
         Mean and std of f (not of a new observation), (..., m), units of y, float64 inside.
 
     Raises:
+        TypeError: `x`, `y` or `query` is no tensor.
         ValueError: shapes or devices do not match, or an l or s is out of range.
 
     Source: Rasmussen, Williams: Gaussian Processes for Machine Learning, 2006, algorithm 2.1.
@@ -54,6 +57,7 @@ def gp_posterior(
     >>> mean, std
     (tensor([1.9338, 1.0662, 1.4992]), tensor([0.1607, 0.1607, 0.5000]))
     """
+    check_tensors(x=x, y=y, query=query)
     dtype = torch.promote_types(y.dtype, torch.float32)
     _check_grid("lengthscales", lengthscales, lowest="positive")
     _check_grid("noise_stds", noise_stds, lowest="not negative")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Literal
 
+from lrs_ext.number_checks import checked_integer, checked_number
+
 Kind = Literal["warmup", "trial", "train"]
 
 PEAK_TRIALS = (6, 8)  # no fewer and no more, unless the user says so
@@ -121,11 +123,12 @@ def timetable_of(
     Raises:
         TypeError, ValueError: an argument is out of range, or the trials do not fit the budget.
     """
-    _check_count("total_steps", total_steps)
-    _check_count("warmup_steps", warmup_steps, least=0)
-    for name, value in (("num_trials", num_trials), ("trial_steps", trial_steps)):
-        if value is not None:
-            _check_count(name, value)
+    total_steps = _checked_count("total_steps", total_steps)
+    warmup_steps = _checked_count("warmup_steps", warmup_steps, least=0)
+    if num_trials is not None:
+        num_trials = _checked_count("num_trials", num_trials)
+    if trial_steps is not None:
+        trial_steps = _checked_count("trial_steps", trial_steps)
     if preset == "paper":
         trials = num_trials or PAPER_TRIALS
         return paper_stages(
@@ -135,7 +138,7 @@ def timetable_of(
         raise ValueError(f'preset must be "peak" or "paper", got {preset!r}')
     if stage_steps is not None:
         raise ValueError('stage_steps is for preset="paper": "peak" has one stage')
-    if not 0.0 < search_fraction < 0.5:
+    if not 0.0 < checked_number("search_fraction", search_fraction) < 0.5:
         raise ValueError(f"search_fraction must be in (0, 0.5), got {search_fraction}")
     return search_then_train(total_steps, search_fraction, num_trials, trial_steps, replicas)
 
@@ -177,7 +180,7 @@ def search_then_train(
     if 2 * search >= total_steps:
         raise ValueError(
             f"{len(waves)} trials of {trial_steps} updates need total_steps > {2 * search}, got "
-            f"{total_steps}: lower num_trials or trial_steps"
+            f"{total_steps}: raise it, or lower num_trials or trial_steps"
         )
     parts = _stages([(trial_steps, total_steps - search)], waves)
     return Timetable(_in_order(parts), spread + downhill, downhill, at_once)
@@ -218,9 +221,10 @@ def paper_stages(
     waves = _waves(0, num_trials, at_once)
     if stage_steps is None:
         stage_steps = PAPER_STAGE_STEPS
-    sizes = (stage_steps,) if isinstance(stage_steps, int) else tuple(stage_steps)
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"stage_steps must be positive, got {stage_steps}")
+    given = stage_steps if isinstance(stage_steps, Iterable) else (stage_steps,)
+    sizes = tuple(_checked_count("stage_steps", size) for size in given)
+    if not sizes:
+        raise ValueError(f"stage_steps must have at least one entry, got {stage_steps}")
     remaining = total_steps - warmup_steps
     stages: list[tuple[int, int]] = []
     for tau in chain(sizes, repeat(sizes[-1])):
@@ -263,8 +267,8 @@ def _in_order(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     return tuple(ordered)
 
 
-def _check_count(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def _checked_count(name: str, value: int, least: int = 1) -> int:
+    count = checked_integer(name, value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+    return count
