@@ -348,7 +348,7 @@ def test_a_graph_with_the_backward_pass_reads_its_own_gradients(backend):
     captured = param.grad
     param.grad = None
     train()  # with a gradient elsewhere
-    others = [torch.zeros(8, dtype=torch.int64).pin_memory() for _ in range(64)]
+    others = [torch.zeros(1, dtype=torch.int64).pin_memory() for _ in range(64)]
     factor.fill_(2.0)
     for _ in range(3):
         graph.replay()
