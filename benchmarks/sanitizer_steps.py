@@ -17,9 +17,13 @@ from torch import Tensor
 import lrs_ext
 from lrs_ext import ops
 
+Shapes = tuple[tuple[int, ...], ...]
+
 STEPS = 3
 # No element, one, less than 16 bytes, odd, one more than a block's share, several chunks.
-SHAPES = ((0,), (), (1,), (3,), (7, 11), (257,), (33, 65), (2049,), (16_411,))
+SHAPES: Shapes = ((0,), (), (1,), (3,), (7, 11), (257,), (33, 65), (2049,), (16_411,))
+# So long that a block goes through its chunk in several rounds.
+LARGE_SHAPES: Shapes = ((1_050_003,),)
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "SGD": ({}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     "Adam": ({}, {"amsgrad": True, "weight_decay": 0.1}),
@@ -40,9 +44,9 @@ def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     }
 
 
-def parameters(dtype: torch.dtype, device: str) -> list[Tensor]:
+def parameters(dtype: torch.dtype, device: str, shapes: Shapes = SHAPES) -> list[Tensor]:
     """Tensors at aligned addresses and the same shapes one element further, so unaligned."""
-    aligned = [torch.randn(shape, device=device).to(dtype) for shape in SHAPES]
+    aligned = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     shifted = [
         torch.randn(tensor.numel() + 1, device=device).to(dtype)[1:].view(tensor.shape)
         for tensor in aligned
@@ -55,8 +59,9 @@ def run(
     options: dict[str, Any],
     dtype: torch.dtype,
     backend: str,
+    shapes: Shapes = SHAPES,
 ) -> None:
-    params = parameters(dtype, "cpu" if backend == "cpu" else "cuda")
+    params = parameters(dtype, "cpu" if backend == "cpu" else "cuda", shapes)
     half = len(params) // 2
     groups = [
         {"params": params[:half], "lr": lrs_ext.rex(0.01, total_steps=STEPS, warmup_steps=1)},
@@ -111,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in KINDS.values():
             run(optimizers()[name], options | kind.options, kind.param_dtype, backend)
         print(f"{name} with every storage type: done", flush=True)
+    for kind in KINDS.values():
+        run(lrs_ext.AdamW, kind.options, kind.param_dtype, backend, LARGE_SHAPES)
+    print("large tensors with every storage type: done", flush=True)
     run_scaled(backend)
     run_scaled(backend, state_dtype=torch.uint8, master_weights=True)
     run_released(backend)

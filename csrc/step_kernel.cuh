@@ -30,6 +30,18 @@ struct Arrays {
     }
   }
 
+  // Moves on by `elements`, and by `blocks` of quantisation.
+  __device__ __forceinline__ void advance(int elements, int blocks) {
+    param += elements;
+    grad += elements;
+    if constexpr (Param::kIsSplit) remainder += elements;
+#pragma unroll
+    for (int s = 0; s < kNumStates; ++s) {
+      states[s] += elements;
+      scales[s] += blocks;
+    }
+  }
+
   // Of the first `count` elements, those that lanes of `lane` elements can serve.
   __device__ __forceinline__ Range vector_part(int count, int lane) const {
     constexpr int kArrays = 2 + kNumStates + (Param::kIsSplit ? 1 : 0);
@@ -104,7 +116,7 @@ __host__ __device__ constexpr int lane_of() {
 
 // Draws random bits for two elements, the first of which is even.
 __device__ __forceinline__ void draw(uint32_t& even, uint32_t& odd, uint32_t key, int element) {
-  const uint32_t pair = random_pair(key, element / 2);
+  const uint32_t pair = random_pair(key, static_cast<uint32_t>(element) / 2);
   even = pair & 0xffffu;
   odd = pair >> 16;
 }
@@ -208,33 +220,32 @@ __device__ __forceinline__ uint32_t encode(const float (&state)[kElements],
   return top_bytes(codes);
 }
 
-// Updates a block of quantisation by one warp: four elements a thread, neighbours where kVector,
-// else a warp apart, of which the first `count` exist.
+// Updates a block of quantisation by one warp, four elements a thread: neighbours where kVector, or
+// else a warp apart, of which the first `count` of the block exist. `arrays` and `key` count from
+// the thread's first element, or else from the block's.
 template <bool kVector, int kNumStates, typename Param, typename Update>
 __device__ __forceinline__ void update_block(const Update& update,
                                              const Arrays<kNumStates, Param, Block8State>& arrays,
-                                             int begin, int count, uint32_t key) {
+                                             int count, uint32_t key) {
   constexpr bool kIsRoot1 = Update::kRootState == 1;
   const int thread = threadIdx.x % kWarp;
-  const int mine = begin + thread * (kVector ? kElements : 1);
-  constexpr int kStride = kVector ? 1 : kWarp;
   ParamLane<kElements, Param> lane;
   uint32_t codes[kNumStates];
   if constexpr (kVector) {
-    lane.load(arrays, mine);
+    lane.load(arrays, 0);
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) {
-      codes[s] = *reinterpret_cast<const uint32_t*>(global(arrays.states[s] + mine));
+      codes[s] = *reinterpret_cast<const uint32_t*>(global(arrays.states[s]));
     }
   } else {
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) codes[s] = 0;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      const int element = mine + i * kWarp;
+      const int element = thread + i * kWarp;
       lane.param[i] = lane.grad[i] = typename Param::Value{};
       lane.remainder[i] = 0;
-      if (element - begin >= count) continue;
+      if (element >= count) continue;
       lane.param[i] = arrays.param[element];
       lane.grad[i] = arrays.grad[element];
       if constexpr (Param::kIsSplit) lane.remainder[i] = arrays.remainder[element];
@@ -244,41 +255,42 @@ __device__ __forceinline__ void update_block(const Update& update,
       }
     }
   }
-  const auto scale = [&](int s) { return global(arrays.scales[s] + begin / kQuantBlock); };
   float states[kNumStates][kElements];
   uint32_t random[kElements];
-  decode<false>(codes[0], *scale(0), states[0]);
-  if constexpr (kNumStates > 1) decode<kIsRoot1>(codes[1], *scale(1), states[1]);
+  decode<false>(codes[0], *global(arrays.scales[0]), states[0]);
+  if constexpr (kNumStates > 1) decode<kIsRoot1>(codes[1], *global(arrays.scales[1]), states[1]);
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     if constexpr (!kVector) {
       // All of a thread's elements are even, or all odd.
-      const uint32_t pair = random_pair(key, mine / 2 + i * (kWarp / 2));
+      const uint32_t pair = random_pair(key, thread / 2 + i * (kWarp / 2));
       random[i] = pair >> (thread % 2 * 16) & 0xffffu;
     } else if (i % 2 == 0) {
-      draw(random[i], random[i + 1], key, mine + i);
+      draw(random[i], random[i + 1], key, i);
     }
     float state[kMaxStates];
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) state[s] = states[s][i];
     lane.template apply<kNumStates, StateType::kBlock8>(update, i, state, random[i]);
-    const bool exists = kVector || mine + i * kStride - begin < count;
+    const bool exists = kVector || thread + i * kWarp < count;
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) states[s][i] = exists ? state[s] : 0.0f;
   }
-  codes[0] = encode<false>(states[0], random, scale(0));
-  if constexpr (kNumStates > 1) codes[1] = encode<kIsRoot1>(states[1], random, scale(1));
+  codes[0] = encode<false>(states[0], random, global(arrays.scales[0]));
+  if constexpr (kNumStates > 1) {
+    codes[1] = encode<kIsRoot1>(states[1], random, global(arrays.scales[1]));
+  }
   if constexpr (kVector) {
-    lane.store(arrays, mine);
+    lane.store(arrays, 0);
 #pragma unroll
     for (int s = 0; s < kNumStates; ++s) {
-      *reinterpret_cast<uint32_t*>(global(arrays.states[s] + mine)) = codes[s];
+      *reinterpret_cast<uint32_t*>(global(arrays.states[s])) = codes[s];
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      const int element = mine + i * kWarp;
-      if (element - begin >= count) continue;
+      const int element = thread + i * kWarp;
+      if (element >= count) continue;
       arrays.param[element] = lane.param[i];
       if constexpr (Param::kIsSplit) arrays.remainder[element] = lane.remainder[i];
 #pragma unroll
@@ -293,19 +305,31 @@ __device__ __forceinline__ void update_block(const Update& update,
 template <int kNumStates, typename Param, typename Update>
 __device__ __forceinline__ void update_blocks(const Update& update, const TensorEntry& entry,
                                               const void* gradient, Range range, uint32_t key) {
-  const Arrays<kNumStates, Param, Block8State> arrays(entry, gradient, range.begin);
+  constexpr int kStride = kThreads / kWarp * kQuantBlock;
+  Arrays<kNumStates, Param, Block8State> arrays(entry, gradient, range.begin);
   const int count = static_cast<int>(range.end - range.begin);
   const bool is_aligned = arrays.vector_part(count, kElements).begin == 0;
+  const int begin = threadIdx.x / kWarp * kQuantBlock;
+  const int mine = threadIdx.x % kWarp * kElements;
+  int left = count - begin;
+  // Addresses that move on take a fraction of the instructions of those that are computed.
+  arrays.advance(begin + mine, begin / kQuantBlock);
+  key = key_from(key, begin + mine);
 #pragma unroll 1
-  for (int begin = threadIdx.x / kWarp * kQuantBlock; begin < count;
-       begin += kThreads / kWarp * kQuantBlock) {
-    prefetch(arrays, begin + (kThreads + threadIdx.x % kWarp) * kElements, count);
-    if (is_aligned && count - begin >= kQuantBlock) {
-      update_block<true, kNumStates>(update, arrays, begin, kQuantBlock, key);
-    } else {
-      const int left = count - begin < kQuantBlock ? count - begin : kQuantBlock;
-      update_block<false, kNumStates>(update, arrays, begin, left, key);
-    }
+  for (; is_aligned && left >= kQuantBlock; left -= kStride) {
+    prefetch(arrays, kStride, left - kQuantBlock + 1);
+    update_block<true, kNumStates>(update, arrays, kQuantBlock, key);
+    arrays.advance(kStride, kStride / kQuantBlock);
+    key = key_from(key, kStride);
+  }
+  arrays.advance(-mine, 0);
+  key = key_from(key, -mine);
+#pragma unroll 1
+  for (; left > 0; left -= kStride) {
+    prefetch(arrays, kStride + mine, left);
+    update_block<false, kNumStates>(update, arrays, left, key);
+    arrays.advance(kStride, kStride / kQuantBlock);
+    key = key_from(key, kStride);
   }
 }
 

@@ -17,7 +17,8 @@ class HostCopy:
             self._value = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._event = torch.Event(value.device)
-            self._event.record()
+            # By default, the event would be one of the current device, which may be another.
+            self._event.record(torch.accelerator.current_stream(value.device))
         else:
             self._value = value.clone()
 

@@ -119,7 +119,7 @@ def fill_schedule(target: Tensor, schedule: ProfileSchedule) -> None:
     else:
         host = torch.empty(target.shape, dtype=target.dtype, device="cpu")
         native.fill_cpu(host.data_ptr(), host.numel())
-        target.copy_(host)
+        target.copy_(_pinned(host.numpy(), target.device), non_blocking=True)
 
 
 def fill_values(target: Tensor, values: NDArray[np.float64]) -> None:
@@ -197,7 +197,7 @@ class GroupTable:
         else:
             host = torch.empty(row.shape, dtype=row.dtype, device="cpu")
             _C.write_group_cpu(host.data_ptr(), *arguments[1:])
-            row.copy_(host)
+            row.copy_(_pinned(host.numpy(), row.device), non_blocking=True)
 
 
 _UNSCALED = GradScaling()
@@ -290,6 +290,7 @@ class StepTable:
             self._addresses = self._native.gradient_addresses
             self._gradients = _to_device(self._addresses, device)
             self._captured_addresses: list[Tensor] = []
+            self._spare_addresses: Tensor | None = None
 
     def refresh(
         self,
@@ -400,13 +401,25 @@ class StepTable:
     def _device_gradients(self) -> Tensor:
         addresses = self._native.gradient_addresses
         if self._is_being_captured():
-            # Each replay copies from the same host memory, which must not become anyone else's.
-            self._captured_addresses.append(torch.from_numpy(addresses))
-            return self._captured_addresses[-1].to(self.step.device, non_blocking=True)
+            return self._captured(addresses).to(self.step.device, non_blocking=True)
+        if self._spare_addresses is None:
+            self._spare_addresses = _pinned(np.empty_like(addresses), self.step.device)
         if not np.array_equal(addresses, self._addresses):
             self._addresses = addresses
             self._gradients = _to_device(addresses, self.step.device)
         return self._gradients
+
+    def _captured(self, addresses: NDArray[np.int64]) -> Tensor:
+        """Returns the addresses in host memory, from which each replay copies, ours for good."""
+        for captured in self._captured_addresses:
+            if np.array_equal(captured.numpy(), addresses):
+                return captured
+        # In a capture, torch refuses to copy from memory that is not pinned, and may refuse to pin.
+        spare, self._spare_addresses = self._spare_addresses, None
+        if spare is None:
+            spare = _pinned(np.empty_like(addresses), self.step.device)
+        self._captured_addresses.append(spare.copy_(torch.from_numpy(addresses)))
+        return spare
 
     def _is_being_captured(self) -> bool:
         return self.step.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -438,5 +451,10 @@ class StepTable:
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """Copies without waiting: the caching allocator keeps pinned memory until the copy is done."""
+    return _pinned(array, device).to(device, non_blocking=True)
+
+
+def _pinned(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Returns an array in host memory from which `device` can copy without waiting."""
     host = torch.from_numpy(array)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return host if device.type == "cpu" else host.pin_memory()

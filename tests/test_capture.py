@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import lrs_ext
+from lrs_ext import ops
 from lrs_ext.backends import unavailable_reason
 
 optimizers = pytest.mark.parametrize("name", cases.OPTIMIZERS)
@@ -261,23 +262,57 @@ def test_there_are_no_new_groups_after_a_capture(capture):
     assert len(opt.param_groups) == 2
 
 
-def test_a_graph_of_triton_kernels_keeps_the_addresses_that_it_copies(capture, monkeypatch):
+@pytest.fixture
+def triton_capture(capture, monkeypatch):
+    """As `capture`, of a step by Triton's kernels, which may pin no memory in it."""
     if unavailable_reason("triton", "cpu") is not None:
         pytest.skip("needs Triton's interpreter")
+
+    def refuse(*_):
+        raise AssertionError("memory is pinned in a capture")
+
+    def begin(opt):
+        table = opt._preparation.tables.all[0].table
+        capture(opt)
+        monkeypatch.setattr(table, "_is_being_captured", lambda: True)
+        monkeypatch.setattr(ops, "_pinned", refuse)
+        return table
+
+    begin.end = capture.end
+    return begin
+
+
+def addresses_of(params):
+    return [param.grad.data_ptr() for param in params]
+
+
+def test_a_graph_of_triton_kernels_keeps_the_addresses_that_it_copies(triton_capture):
     params, opt = make("SGD", backend="triton")
-    table = opt._preparation.tables.all[0].table
-    capture(opt)
-    monkeypatch.setattr(table, "_is_being_captured", lambda: True)
     set_gradients(params)
+    table = triton_capture(opt)
     opt.step()
     [captured] = table._captured_addresses
-    assert captured.tolist() == [param.grad.data_ptr() for param in params]
+    assert captured.tolist() == addresses_of(params)
     expected = captured.clone()
-    monkeypatch.setattr(table, "_is_being_captured", lambda: False)
-    capture.end()
+    triton_capture.end()
     kept = [param.grad for param in params]  # or their memory would be used again
     set_gradients(params)
     opt.step()
     assert torch.equal(captured, expected)
-    assert table._gradients.tolist() == [param.grad.data_ptr() for param in params]
+    assert table._gradients.tolist() == addresses_of(params)
     assert kept[0] is not params[0].grad
+
+
+def test_every_graph_of_triton_kernels_has_its_own_addresses(triton_capture):
+    params, opt = make("SGD", backend="triton")
+    found, kept = [], []
+    for _ in range(2):
+        set_gradients(params)
+        opt.step()
+        table = triton_capture(opt)
+        lrs_ext.clip_grad_norm_(opt, 1.0)
+        opt.step()  # from the same addresses
+        triton_capture.end()
+        found.append(addresses_of(params))
+        kept += [param.grad for param in params]
+    assert [captured.tolist() for captured in table._captured_addresses] == found

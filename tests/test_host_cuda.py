@@ -188,6 +188,21 @@ def test_storages(cuda, row, storage, dtype, shifts):
         twins.step(skip=[k])
 
 
+@pytest.mark.parametrize("shifts", [same(0), same(1), (4, 0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
+@pytest.mark.parametrize("row", cases.STORED_UPDATES[1:3], ids=str)
+def test_chunks_that_a_block_goes_through_in_several_rounds(
+    cuda, row, storage, dtype, shifts, monkeypatch
+):
+    monkeypatch.setattr(ops, "chunk_elements", lambda *_: 2 * CHUNK)
+    shapes = [(2 * CHUNK,), (2 * CHUNK - 5,), (CHUNK + 128,), (5 * CHUNK + 261,)]
+    row = dataclasses.replace(row, options=row.options | storage.options)
+    twins = Twins(cuda, row, shapes, dtype=dtype, shifts=shifts)
+    for _ in range(2):
+        twins.step()
+
+
 @dtypes
 @pytest.mark.parametrize("shift", [0, 1, 3])
 def test_scaled_and_clipped_gradients(cuda, dtype, shift):

@@ -57,6 +57,23 @@ def test_what_comes_after_a_restore_is_what_came_before_it(name, placement, warm
     assert [p.data_ptr() for p in model.parameters()] == addresses
 
 
+def test_what_is_saved_has_come_from_each_device(monkeypatch):
+    """Copies in host memory are waited for, whichever the current device is."""
+    model = make_model()
+    optimizer = next(iter(OPTIMIZERS.values()))(model.parameters())
+    copied = Snapshot(model, optimizer, ())
+    copied.capture()
+    homes = [torch.device("cuda", index) for index in (1, 3)]
+    copied._memory.homes = {name: homes[i % 2] for i, name in enumerate(copied._memory.homes)}
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    copied.state_dict()
+    assert waited == []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+    copied.state_dict()
+    assert sorted(waited, key=str) == homes
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_its_memory_is_known_before_the_first_update(name):
     model = make_model()

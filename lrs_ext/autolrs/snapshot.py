@@ -191,8 +191,10 @@ class Snapshot:
         The rest is in tuples, which they take as they are. What parameters are spread over ranks as
         DTensors, so are their copies. All is the same on every rank but `of_this_rank`.
         """
-        if any(tensor.is_pinned() for tensor in self._memory.tensors.values()):
-            torch.cuda.synchronize()
+        memory = self._memory
+        away = [name for name, tensor in memory.tensors.items() if tensor.is_pinned()]
+        for device in {memory.homes[name] for name in away}:
+            torch.cuda.synchronize(device)
         copies, params = self._memory.tensors, self._live.params
         spread, saved = spread_tensors(self._live, copies), {}
         for name in sorted(self._foretold | self._captured):

@@ -34,8 +34,9 @@ T __ldcg(const T* address) {
   return *address;
 }
 
-inline unsigned atomicAdd(unsigned* target, unsigned value) {
-  const unsigned old = *target;
+template <typename T>
+T atomicAdd(T* target, T value) {
+  const T old = *target;
   *target += value;
   return old;
 }

@@ -1,0 +1,151 @@
+"""Steps in CUDA graphs on a GPU: replays do as eager steps do."""
+
+import dataclasses
+
+import cases
+import pytest
+import torch
+from moving import with_schedules
+from test_cuda import SHAPES, dtypes, state_updates, sync_is_an_error
+
+import lrs_ext
+from lrs_ext.backends import unavailable_reason
+
+pytestmark = pytest.mark.gpu
+
+
+@dtypes
+@state_updates
+def test_a_captured_step_replays_a_schedule_as_eager_steps_do(row, dtype):
+    steps, warmup = 12, 3
+    schedule = lrs_ext.rex(row.lr, steps, warmup_steps=5, min_lr=row.lr / 10)
+    eager, replayed = (Captured(row, schedule, dtype, first) for first in (steps + 2, warmup))
+    for k in range(steps + 2):  # two more than the schedule has
+        torch.manual_seed(k)
+        gradients = [torch.randn(shape).to("cuda", dtype) for shape in SHAPES]
+        eager.step(k, gradients)
+        replayed.step(k, gradients)
+        for a, b in zip(eager.tensors(), replayed.tensors(), strict=True):
+            assert torch.equal(a, b)
+    assert replayed.opt.schedule_buffer.step.item() == steps + 2
+    assert replayed.graph is not None
+
+
+@pytest.mark.parametrize("row", cases.MOVING, ids=str)
+def test_numbers_that_move_do_so_in_a_captured_step(row):
+    update = dataclasses.replace(row.update, options=with_schedules(row))
+    schedule = lrs_ext.rex(update.lr, 9)
+    eager, replayed = (Captured(update, schedule, torch.float32, first) for first in (12, 3))
+    changes = {6: lrs_ext.linear(0.5, 500), 9: 0.25}
+    for k in range(12):
+        torch.manual_seed(k)
+        gradients = [torch.randn(shape).cuda() for shape in SHAPES]
+        for run in (eager, replayed):
+            if k in changes:
+                run.opt.param_groups[0]["weight_decay"] = changes[k]
+                with sync_is_an_error():
+                    run.opt.sync_groups()
+            run.step(k, gradients)
+        for a, b in zip(eager.tensors(), replayed.tensors(), strict=True):
+            assert torch.equal(a, b)
+    assert replayed.graph is not None
+
+
+class Captured:
+    """An optimizer whose steps from number `first` on are replays of one captured step."""
+
+    def __init__(self, row, schedule, dtype, first):
+        torch.manual_seed(0)
+        self.params = [torch.randn(s).to("cuda", dtype).requires_grad_() for s in SHAPES]
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        self.opt = getattr(lrs_ext, row.name)(
+            self.params, lr=schedule, backend="cuda", **row.options
+        )
+        self.first, self.graph = first, None
+
+    def step(self, k, gradients):
+        for param, gradient in zip(self.params, gradients, strict=True):
+            param.grad.copy_(gradient)
+        if k < self.first:
+            self.opt.step()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                self.opt.step()
+        self.graph.replay()
+
+    def tensors(self):
+        states = [self.opt.state.get(param, {}) for param in self.params]
+        return [*self.params, *(tensor for state in states for tensor in state.values())]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_graph_with_the_backward_pass_reads_its_own_gradients(backend):
+    reason = unavailable_reason(backend, "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    param, factor = (
+        torch.ones(1000, device="cuda", requires_grad=True),
+        torch.ones((), device="cuda"),
+    )
+    opt = lrs_ext.SGD([param], lr=1.0, backend=backend)
+
+    def train():
+        opt.zero_grad()
+        (param * factor).sum().backward()
+        opt.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        train()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    captured = param.grad
+    param.grad = None
+    train()  # with a gradient elsewhere
+    others = [torch.zeros(1, dtype=torch.int64).pin_memory() for _ in range(64)]
+    factor.fill_(2.0)
+    for _ in range(3):
+        graph.replay()
+    assert torch.equal(param, torch.full_like(param, 1.0 - 1.0 - 1.0 - 3 * 2.0))
+    assert torch.equal(captured, torch.full_like(captured, 2.0))
+    assert not any(other.any() for other in others)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_graph_of_more_tensors_than_few_arguments_hold(backend):
+    reason = unavailable_reason(backend, "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    params = [torch.ones(3, device="cuda", requires_grad=True) for _ in range(600)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt = lrs_ext.SGD(params, lr=lrs_ext.linear(1.0, 4), backend=backend)
+    opt.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for _ in range(2):
+        graph.replay()
+    assert torch.stack(params).eq(1.0 - 1.0 - 0.75 - 0.5).all()
+
+
+def test_the_operator_refuses_to_be_captured():
+    weight, gradient, lr = (torch.ones(3, device="cuda") for _ in range(3))
+    count, position = torch.zeros((), device="cuda"), torch.tensor(0, device="cuda")
+    arguments = ("sgd", [weight], [gradient], [], [count], lr, position, [0.0] * 5)
+    lrs_ext.functional.step(*arguments)
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        lrs_ext.functional.step(*arguments)
+    assert int(position) == 1
