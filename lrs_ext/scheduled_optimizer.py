@@ -15,6 +15,7 @@ from lrs_ext.backends import select_backends
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.capture_checks import CAPTURE_AGAIN
 from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
+from lrs_ext.functional import STATE_NAMES
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
@@ -382,7 +383,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def loaded_state(self, param: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
         """Returns the arrays that `saved_state` had as they are kept; see `Storage.loaded`."""
-        return self._storage.loaded(param, saved)
+        return self._storage.loaded(param, saved, STATE_NAMES[self.algorithm])
 
     def reserve_(self, capacity: int) -> None:
         """Makes the rows of the schedule buffer at least `capacity` values long.
@@ -516,8 +517,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for group in groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        names = STATE_NAMES[self.algorithm]
         states = {
-            param: unwrap_state(param, saved, self._storage) for param, saved in saved_state.items()
+            param: unwrap_state(param, saved, self._storage, names)
+            for param, saved in saved_state.items()
         }
         updates = last_step(states)
         in_place = groups is self.param_groups
