@@ -347,11 +347,18 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         States are copied into the present tensors, whose addresses stay, and keep float32. A
         checkpoint of this optimizer brings its schedule and position; one from torch leaves the
-        schedules as they are, at the position of its `step`.
+        schedules as they are, at the position of its `step`. Other groups than before, more or
+        fewer, may have been put into `param_groups`, as Lightning's `BaseFinetuning` does.
 
         Raises:
             ValueError: the parameter groups do not match, as in torch.
+            RuntimeError: there are more or fewer than before, and a CUDA graph holds a step.
         """
+        if len(self.param_groups) != self._preparation.tables.num_groups:
+            if self.was_captured:
+                raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
+            rates = self._numbers.rates
+            self._take_groups(self._preparation.counters, rates.step, rates.buffer.capacity)
         for index, group in enumerate(self.param_groups):
             # Whose learning rate was put aside for a while, and is back, is in charge again.
             self._numbers.rates.sync(index, group)
@@ -420,6 +427,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     # The parts of a step
 
     def _start(self, counters: StepCounters, step: int = 0, capacity: int = 1) -> None:
+        self._take_groups(counters, step, capacity)
+        self._scaling = StepScaling()
+        self._released = GradientRelease((), self._update_one)
+        self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
+        self._has_blank_states = False
+        self._is_started = True
+
+    def _take_groups(self, counters: StepCounters, step: int, capacity: int) -> None:
         groups = self.param_groups
         devices = devices_of(params_of(groups))
         self._numbers = GroupNumbers(self._movable, groups, devices, step, capacity)
@@ -435,11 +450,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._preparation = Preparation(
             rule, self._storage, self._requested_backend, self._numbers, counters, groups
         )
-        self._scaling = StepScaling()
-        self._released = GradientRelease((), self._update_one)
-        self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
-        self._has_blank_states = False
-        self._is_started = True
 
     def _ready_launches(self, is_captured: bool) -> Launches:
         """Returns what a step launches: parts with what the host has changed and with gradients.

@@ -14,7 +14,11 @@ import lrs_ext
 pl = pytest.importorskip(
     "lightning.pytorch", reason="lightning is not installed: lrs_ext[lightning]"
 )
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    BaseFinetuning,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 from lrs_ext.integrations import OwnSchedule  # noqa: E402
@@ -189,6 +193,30 @@ def test_a_run_resumes_to_the_bit(fit, step):
     assert torch.equal(weights_of(resumed), weights_of(whole))
     assert trainer.global_step == STEPS
     torch.load(folder / f"step={step}.ckpt", weights_only=True)
+
+
+class Unfreezing(BaseFinetuning):
+    """Trains the first layer from the second epoch on."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer)
+
+
+def test_a_run_that_has_unfrozen_a_layer_resumes(fit):
+    def configure(params):
+        return with_schedule([param for param in params if param.requires_grad])
+
+    _, whole, folder = fit(configure, Unfreezing(), replayed=False, every=30)
+    path = folder / "step=30.ckpt"
+    _, resumed, _ = fit(configure, Unfreezing(), replayed=False, resume=path)
+    whole, resumed = whole.optimizers[0], resumed.optimizers[0]
+    assert len(resumed.param_groups) == 2
+    assert [g["lr"] for g in resumed.param_groups] == [g["lr"] for g in whole.param_groups]
+    assert resumed.schedule_buffer.step.item() == STEPS
 
 
 def test_clipping_by_the_step_goes_through_the_closure(fit, monkeypatch):
