@@ -308,7 +308,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "the norms that LAMB takes of parameters on several ranks cannot be exchanged in "
                 "the backward pass: use step() without step_in_backward()"
             )
-        self._released = GradientRelease(dense, self._update_one)
+        self._released.begin(dense)
         return self._released
 
     def clip_(self, max_norm: float | Tensor) -> Tensor:
@@ -429,7 +429,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def _start(self, counters: StepCounters, step: int = 0, capacity: int = 1) -> None:
         self._take_groups(counters, step, capacity)
         self._scaling = StepScaling()
-        self._released = GradientRelease((), self._update_one)
+        self._released = GradientRelease(self._update_one)
         self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
         self._has_blank_states = False
         self._is_started = True

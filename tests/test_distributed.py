@@ -138,6 +138,7 @@ def test_gradients_are_released_in_the_backward_pass(call_two, name):
     "check",
     [
         "gradients_that_accumulate_are_one_step",
+        "gradients_that_are_averaged_later_are_not_released",
         "no_gradient_is_kept_after_a_step",
         "parameters_notice_that_they_have_changed",
     ],

@@ -219,6 +219,25 @@ def test_a_run_that_has_unfrozen_a_layer_resumes(fit):
     assert resumed.schedule_buffer.step.item() == STEPS
 
 
+def test_gradients_are_released_through_the_wrapped_optimizer(fit, monkeypatch):
+    class Manual(Regression):
+        automatic_optimization = False
+
+        def on_train_start(self):
+            self.optimizers().step_in_backward()
+
+        def training_step(self, batch, index):
+            self.manual_backward(mse(self.net, batch))
+            assert all(param.grad is None for param in self.net.parameters())
+            self.optimizers().step()
+
+    expected, _, _ = fit()
+    monkeypatch.setitem(globals(), "Regression", Manual)
+    module, trainer, _ = fit()
+    assert torch.equal(weights_of(module), weights_of(expected))
+    assert trainer.optimizers[0].schedule_buffer.step.item() == STEPS
+
+
 def test_clipping_by_the_step_goes_through_the_closure(fit, monkeypatch):
     clipped, trainer, _ = fit(gradient_clip_val=0.5)
     norms = []
