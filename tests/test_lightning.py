@@ -305,6 +305,20 @@ def test_a_search_is_that_of_a_plain_loop(fit):
     assert torch.equal(weights_of(module), weights_of(net))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_that_a_module_skips_is_no_update(fit, monkeypatch, accumulation):
+    class Skipping(Regression):
+        def training_step(self, batch, index):
+            return None if index in (4, 5, 12) else super().training_step(batch, index)
+
+    monkeypatch.setitem(globals(), "Regression", Skipping)
+    callback = search()
+    _, trainer, _ = fit(with_number, callback, accumulate_grad_batches=accumulation)
+    updates = callback.auto.metrics()["autolrs/updates"]
+    assert trainer.global_step == STEPS
+    assert updates == trainer.optimizers[0].committed_steps < STEPS
+
+
 @pytest.mark.usefixtures("rows")
 def test_loggers_get_the_numbers_of_the_search(fit):
     callback = search()
