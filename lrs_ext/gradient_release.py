@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from lrs_ext.step_hooks import uncompiled
+
 
 class GradientRelease:
     """Hooks on parameters, put on by `begin`; `remove` takes them off.
@@ -30,6 +32,7 @@ class GradientRelease:
         for param in params:
             self._handles.append(param.register_post_accumulate_grad_hook(self._release))  # type: ignore[no-untyped-call]
 
+    @uncompiled
     def _release(self, param: Tensor) -> None:
         update = self._update()
         if update is None or param.grad is None:
