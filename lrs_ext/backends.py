@@ -83,5 +83,15 @@ def select_backend(requested: str | None, device: torch.device) -> str:
 
 
 def select_backends(requested: str | None, params: Iterable[Tensor]) -> dict[torch.device, str]:
-    """Returns the backend on each device of `params`, that of the first one first."""
-    return {device: select_backend(requested, device) for device in devices_of(params)}
+    """Returns the backend on each device of `params`, that of the first one first.
+
+    Raises:
+        RuntimeError: there is none; see `select_backend`.
+    """
+    devices = devices_of(params)
+    if any(device.type == "meta" for device in devices):
+        raise RuntimeError(
+            "parameters on meta have no memory, and to_empty() puts others in their place: make "
+            "the optimizer after it"
+        )
+    return {device: select_backend(requested, device) for device in devices}

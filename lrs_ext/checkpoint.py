@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,24 +36,26 @@ def wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
     return {**state_dict, "state": wrapped}
 
 
-def unwrap_state(param: Any, saved: Any, storage: Storage) -> Any:
+def unwrap_state(param: Any, saved: Any, storage: Storage, names: Sequence[str]) -> Any:
     """Returns the loaded state of one parameter in new tensors, as the kernels need it.
+
+    Args:
+        names: see `Storage.loaded`.
 
     Raises:
         ValueError: an array does not have the shape of its parameter.
     """
     if not isinstance(param, Tensor) or not isinstance(saved, dict):
         return saved
-    unwrapped = {n: v.tensor if isinstance(v, Wrapped) else v for n, v in flattened(saved).items()}
     state, arrays = {}, {}
-    for name, value in unwrapped.items():
+    for name, value in flattened(_unwrap(saved)).items():
         if name == "step":
             state[name] = step_counter(param, value).clone()
         elif isinstance(value, Tensor):
             arrays[name] = value
         elif value is not None:
             state[name] = value
-    return state | storage.loaded(param, arrays)
+    return state | storage.loaded(param, arrays, names)
 
 
 def last_step(states: dict[Any, Any]) -> int | None:
@@ -97,3 +100,9 @@ def _wrap(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _wrap(part) for name, part in value.items()}
     return Wrapped(value) if isinstance(value, Tensor) else value
+
+
+def _unwrap(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _unwrap(part) for name, part in value.items()}
+    return value.tensor if isinstance(value, Wrapped) else value

@@ -8,9 +8,11 @@ from torch import Tensor
 from lrs_ext import ops
 from lrs_ext.number_checks import checked_number
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+from lrs_ext.step_hooks import uncompiled
 from lrs_ext.wrappers import unwrapped
 
 
+@uncompiled
 def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float | Tensor) -> Tensor:
     """Limits the norm of all gradients in the optimizer's next step, without waiting for it.
 

@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
+
+from lrs_ext.step_hooks import uncompiled
 
 
 class GradientRelease:
-    """Hooks on parameters, made by `step_in_backward`; `remove` takes them off.
+    """Hooks on parameters, put on by `begin`; `remove` takes them off.
 
     Args:
-        params: those whose gradients are to be released.
         update: updates one parameter from its gradient. It is held weakly.
     """
 
-    def __init__(self, params: Iterable[Tensor], update: Callable[[Tensor], None]) -> None:
+    def __init__(self, update: Callable[[Tensor], None]) -> None:
+        self._update = weakref.WeakMethod(update)
         self._released: set[Tensor] = set()
-        owner = weakref.WeakMethod(update)
-
-        def release(param: Tensor) -> None:
-            update = owner()
-            if update is None or param.grad is None:
-                return
-            if param in self._released:
-                raise RuntimeError(
-                    "a second gradient for a parameter that step_in_backward has already updated: "
-                    "call step() after every backward(); gradients that are freed at once cannot "
-                    "be accumulated"
-                )
-            update(param)
-            param.grad = None
-            self._released.add(param)
-
         self._handles: list[RemovableHandle] = []
+
+    def begin(self, params: Iterable[Tensor]) -> None:
+        """Releases the gradients of `params` from now on."""
+        self._has_checked = False
         for param in params:
-            self._handles.append(param.register_post_accumulate_grad_hook(release))  # type: ignore[no-untyped-call]
+            self._handles.append(param.register_post_accumulate_grad_hook(self._release))  # type: ignore[no-untyped-call]
+
+    @uncompiled
+    def _release(self, param: Tensor) -> None:
+        update = self._update()
+        if update is None or param.grad is None:
+            return
+        if param in self._released:
+            raise RuntimeError(
+                "a second gradient for a parameter that step_in_backward has already updated: "
+                "call step() after every backward(); gradients that are freed at once cannot "
+                "be accumulated"
+            )
+        if not self._has_checked:
+            self._check_not_averaged()  # by now whatever wraps the model is there
+            self._has_checked = True
+        update(param)
+        param.grad = None
+        self._released.add(param)
 
     @property
     def is_in_force(self) -> bool:
@@ -54,3 +65,23 @@ class GradientRelease:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _check_not_averaged(self) -> None:
+        """Raises RuntimeError if DistributedDataParallel is going to average the gradients.
+
+        It does so after the hooks of a parameter have run, and leaves no trace on the parameter.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        for module in gc.get_objects():
+            is_replica = issubclass(type(module), DistributedDataParallel)
+            if is_replica and module.process_group.size() > 1 and self._has_hooks_in(module):
+                raise RuntimeError(
+                    "DistributedDataParallel averages gradients after step_in_backward has used "
+                    "and freed them, so that every rank would train on its own: use step() "
+                    "without step_in_backward(), or fully_shard"
+                )
+
+    def _has_hooks_in(self, module: torch.nn.Module) -> bool:
+        hooks = (param._post_accumulate_grad_hooks for param in module.parameters())
+        return any(self._release in of_param.values() for of_param in hooks if of_param)

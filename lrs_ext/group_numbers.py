@@ -60,10 +60,19 @@ class GroupNumbers:
         self._renew_notes(groups)
 
     def are_loaded(self, groups: list[Group]) -> bool:
-        """Returns whether somebody has put the position of a checkpoint into a group."""
+        """Returns whether somebody has put the position of a checkpoint into a group.
+
+        Raises:
+            RuntimeError: there are more or fewer groups than before.
+        """
+        if len(groups) != len(self._notes):
+            raise RuntimeError(
+                f"there are {len(groups)} parameter groups where there were {len(self._notes)}: "
+                "add them with add_param_group, remove them by making a new optimizer"
+            )
         foreign = [
             group
-            for group, note in zip(groups, self._notes, strict=False)
+            for group, note in zip(groups, self._notes, strict=True)
             if group.get("schedule") is not note
         ]
         return any(position_in(group) is not None for group in foreign)

@@ -78,21 +78,9 @@ class Preparation:
     # The numbers of the groups
 
     def has_written(self, groups: list[Group]) -> bool:
-        """Returns whether the devices are known to have all numbers of the groups.
-
-        Raises:
-            RuntimeError: there are more or fewer groups than before.
-        """
+        """Returns whether the devices are known to have all numbers of the groups."""
         schedules = self._numbers.rates.buffer.schedules
-        if self.tables.known_groups.are_unchanged(groups, schedules):
-            return True
-        if len(groups) != self.tables.num_groups:
-            raise RuntimeError(
-                f"there are {len(groups)} parameter groups where there were "
-                f"{self.tables.num_groups}: add them with add_param_group, remove them by making "
-                "a new optimizer"
-            )
-        return False
+        return self.tables.known_groups.are_unchanged(groups, schedules)
 
     def write(self, groups: list[Group], was_captured: bool) -> None:
         """Writes what has changed in the groups to the devices, without waiting.

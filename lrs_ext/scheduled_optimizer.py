@@ -15,6 +15,7 @@ from lrs_ext.backends import select_backends
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.capture_checks import CAPTURE_AGAIN
 from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
+from lrs_ext.functional import STATE_NAMES
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
@@ -316,7 +317,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "the norms that LAMB takes of parameters on several ranks cannot be exchanged in "
                 "the backward pass: use step() without step_in_backward()"
             )
-        self._released = GradientRelease(dense, self._update_one)
+        self._released.begin(dense)
         return self._released
 
     def clip_(self, max_norm: float | Tensor) -> Tensor:
@@ -355,11 +356,18 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         States are copied into the present tensors, whose addresses stay, and keep float32. A
         checkpoint of this optimizer brings its schedule and position; one from torch leaves the
-        schedules as they are, at the position of its `step`.
+        schedules as they are, at the position of its `step`. Other groups than before, more or
+        fewer, may have been put into `param_groups`, as Lightning's `BaseFinetuning` does.
 
         Raises:
             ValueError: the parameter groups do not match, as in torch.
+            RuntimeError: there are more or fewer than before, and a CUDA graph holds a step.
         """
+        if len(self.param_groups) != self._preparation.tables.num_groups:
+            if self.was_captured:
+                raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
+            rates = self._numbers.rates
+            self._take_groups(self._preparation.counters, rates.step, rates.buffer.capacity)
         for index, group in enumerate(self.param_groups):
             # Whose learning rate was put aside for a while, and is back, is in charge again.
             self._numbers.rates.sync(index, group)
@@ -391,7 +399,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def loaded_state(self, param: Tensor, saved: dict[str, Tensor]) -> dict[str, Any]:
         """Returns the arrays that `saved_state` had as they are kept; see `Storage.loaded`."""
-        return self._storage.loaded(param, saved)
+        return self._storage.loaded(param, saved, STATE_NAMES[self.algorithm])
 
     def reserve_(self, capacity: int) -> None:
         """Makes the rows of the schedule buffer at least `capacity` values long.
@@ -428,6 +436,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     # The parts of a step
 
     def _start(self, counters: StepCounters, step: int = 0, capacity: int = 1) -> None:
+        self._take_groups(counters, step, capacity)
+        self._scaling = StepScaling()
+        self._released = GradientRelease(self._update_one)
+        self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
+        self._has_blank_states = False
+        self._is_started = True
+
+    def _take_groups(self, counters: StepCounters, step: int, capacity: int) -> None:
         groups = self.param_groups
         devices = devices_of(params_of(groups))
         self._numbers = GroupNumbers(self._movable, groups, devices, step, capacity)
@@ -443,11 +459,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._preparation = Preparation(
             rule, self._storage, self._requested_backend, self._numbers, counters, groups
         )
-        self._scaling = StepScaling()
-        self._released = GradientRelease((), self._update_one)
-        self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
-        self._has_blank_states = False
-        self._is_started = True
 
     def _ready_launches(self, is_captured: bool) -> Launches:
         """Returns what a step launches: parts with what the host has changed and with gradients.
@@ -525,8 +536,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for group in groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        names = STATE_NAMES[self.algorithm]
         states = {
-            param: unwrap_state(param, saved, self._storage) for param, saved in saved_state.items()
+            param: unwrap_state(param, saved, self._storage, names)
+            for param, saved in saved_state.items()
         }
         updates = last_step(states)
         in_place = groups is self.param_groups

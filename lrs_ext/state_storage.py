@@ -95,7 +95,8 @@ class Storage:
     def complete(self, param: Tensor, state: State, names: Sequence[str]) -> bool:
         """Adds what is missing to a parameter's state, and converts what is of another kind.
 
-        The arrays of a DTensor are DTensors in its placements; blocks are those of this rank.
+        The arrays of a DTensor are DTensors in its placements; blocks are those of this rank. What
+        somebody else keeps in the state stays as it is.
 
         Returns:
             Whether any state was missing.
@@ -108,14 +109,15 @@ class Storage:
             state.clear()
             state.update(flat)
         if is_dtensor(param):
-            wholes = {n: v for n, v in state.items() if _is_array(n, v)}
+            own = {*names, REMAINDER}
+            wholes = {n: v for n, v in state.items() if n in own and isinstance(v, Tensor)}
             parts = {n: part_of(param, with_shape_of(param, n, v)) for n, v in wholes.items()}
             completed = state | parts
             is_new = self.complete(local(param), completed, names)
             for name in state.keys() - completed.keys():
                 del state[name]
             for name, value in completed.items():
-                if not _is_array(name, value):
+                if name not in own:
                     state[name] = value
                 elif value is not parts.get(name):
                     state[name] = like(param, value)
@@ -133,12 +135,21 @@ class Storage:
             state[REMAINDER] = checked_state(param, REMAINDER, state[REMAINDER], torch.int16)
         return is_new
 
-    def loaded(self, param: Tensor, saved: Mapping[str, Tensor]) -> State:
+    def loaded(self, param: Tensor, saved: Mapping[str, Tensor], names: Sequence[str]) -> State:
         """Returns saved arrays of any kind as new tensors of this kind.
+
+        Args:
+            names: of the states that the update may have. Other tensors, which somebody else keeps
+                in the state of a parameter, are copied as they are.
 
         Raises:
             ValueError: an array does not have the shape of its parameter.
         """
+        own = {*names, *(name + _SCALE_SUFFIX for name in names), REMAINDER}
+        others = {n: v.to(param.device, copy=True) for n, v in saved.items() if n not in own}
+        return others | self._loaded_own(param, {n: v for n, v in saved.items() if n in own})
+
+    def _loaded_own(self, param: Tensor, saved: Mapping[str, Tensor]) -> State:
         if is_dtensor(param):
             return self._loaded_parts(param, saved)
         state: State = {}
@@ -228,8 +239,8 @@ class Storage:
             if scale is not None:
                 value = block_codes.decode(value, scale.to(value.device), _is_root(name))
             parts[name] = part_of(param, value)
-        state = self.loaded(local(param), parts)
-        return {n: like(param, v) if _is_array(n, v) else v for n, v in state.items()}
+        state = self._loaded_own(local(param), parts)
+        return {n: v if n.endswith(_SCALE_SUFFIX) else like(param, v) for n, v in state.items()}
 
     def _convert(self, param: Tensor, state: State, name: str) -> None:
         """Makes an array of a parameter's state what the kernels need, if it is not already."""
@@ -300,14 +311,11 @@ def flattened(saved: Mapping[str, Any]) -> State:
     for name, value in saved.items():
         if not isinstance(value, dict):
             state[name] = value
-        elif value:
+        elif value.keys() == {"codes", "scale"}:
             state[name], state[name + _SCALE_SUFFIX] = value["codes"], value["scale"]
+        elif value:  # somebody else's
+            state[name] = value
     return state
-
-
-def _is_array(name: str, value: Any) -> bool:
-    """Returns whether a value of a state has an element for each of its parameter."""
-    return isinstance(value, Tensor) and name != "step" and not name.endswith(_SCALE_SUFFIX)
 
 
 def _is_in_halves(param: Tensor, state: Mapping[str, Any]) -> bool:

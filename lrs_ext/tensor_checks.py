@@ -27,9 +27,11 @@ def check_params(params: list[Tensor], name: str) -> None:
                 "use torch.optim for them"
             )
         if param.dtype not in ops.DTYPES:
+            frozen = "leave it out, as it is not trained: give only those that require a gradient"
             raise RuntimeError(
                 f"{name} requires all the params to be floating point Tensors of float32, "
-                f"bfloat16 or float16, got {param.dtype}: use torch.optim for it"
+                f"bfloat16 or float16, got {param.dtype}: "
+                f"{'use torch.optim for it' if whole.requires_grad else frozen}"
             )
         if may_overlap(param) or param.is_neg():
             raise RuntimeError(

@@ -269,6 +269,27 @@ def asking_moves_nothing(name):
     assert int(opt.schedule_buffer.step) == 1
 
 
+def what_a_wrapper_keeps_comes_back(storage):
+    model = make_model(storage)
+    opt = make("AdamW", storage, model)
+    update(model, opt, 0)
+    weight = model[0].weight
+    opt.state[weight]["slow"] = torch.full_like(weight, 1.25, requires_grad=False)
+    opt.state[weight]["rank"] = torch.arange(3, device=rank_jobs.device)
+    update(model, opt, 1)
+    resumed = make_model(storage)
+    set_model_state_dict(resumed, get_model_state_dict(model))
+    resumed_opt = make("AdamW", storage, resumed)
+    resumed_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    update(model, opt, 2)
+    update(resumed, resumed_opt, 2)
+    assert_close(numbers_of(resumed, resumed_opt), numbers_of(model, opt), cases.EXACT)
+    state = resumed_opt.state[resumed[0].weight]
+    assert state["slow"].placements == weight.placements
+    assert torch.equal(state["slow"].to_local(), torch.full_like(weight.to_local(), 1.25))
+    assert torch.equal(state["rank"], torch.arange(3, device=rank_jobs.device))
+
+
 def errors_say_the_way_out():
     model, alone = make_model("float32"), make_model("float32", is_sharded=False)
     opt, alone_opt = (make("AdamW", "float32", m) for m in (model, alone))

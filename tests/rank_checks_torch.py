@@ -165,6 +165,30 @@ def gradients_are_released_in_the_backward_pass(name):
     assert int(opts[0].schedule_buffer.step) == 4
 
 
+def gradients_that_are_averaged_later_are_not_released():
+    for is_first in (True, False):
+        model = make_model()
+        opt = make("AdamW", model.parameters())
+        if is_first:
+            opt.step_in_backward()
+        ddp = DistributedDataParallel(model)
+        if not is_first:
+            opt.step_in_backward()
+        before = [param.detach().clone() for param in model.parameters()]
+        with pytest.raises(RuntimeError, match="DistributedDataParallel averages gradients after"):
+            loss_of(ddp, share(batch_of(0))).backward()
+        assert all(map(torch.equal, model.parameters(), before))
+    # Of another model, or with a group of one rank, it averages nothing that is released here.
+    alone = make_model()
+    opt = make("AdamW", alone.parameters())
+    opt.step_in_backward()
+    own_group = dist.new_group([RANK], use_local_synchronization=True)
+    for module in (alone, DistributedDataParallel(alone, process_group=own_group)):
+        loss_of(module, batch_of(0)).backward()
+        opt.step()
+    assert int(opt.schedule_buffer.step) == 2
+
+
 def no_gradient_is_kept_after_a_step():
     model = shard(make_model())
     opt = make("AdamW", model.parameters())

@@ -102,6 +102,70 @@ def test_resuming_is_exact_at_any_step(backend, row, dtype, saved_at):
     assert_equal_runs([opt, *resumed], saved_at, saved_at + (2 if backend.interpreted else 4))
 
 
+STORAGES = ({}, {"state_dtype": torch.bfloat16}, {"state_dtype": torch.uint8})
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_what_a_wrapper_keeps_in_the_state_comes_back_as_it_was(backend, storage):
+    # As Lookahead does with its slow weights: some of it has the shape of its parameter.
+    opt = make("AdamW", make_params(backend), backend, lr=REX, **storage)
+    update(params_of(opt), opt, 0)
+    kept = {
+        "slow": torch.full(SHAPES[0], 1.234, device=backend.device),
+        "rank": torch.arange(3, device=backend.device),
+        "best_loss": torch.tensor(0.1, dtype=torch.float64, device=backend.device),
+        "power": {"u": torch.ones(2, device=backend.device)},
+    }
+    first = params_of(opt)[0]
+    opt.state[first].update(copy.deepcopy(kept))
+    update(params_of(opt), opt, 1)
+    resumed = make("AdamW", copies(params_of(opt)), backend, lr=REX, **storage)
+    resumed.load_state_dict(through_file(opt.state_dict()))
+    for k in (2, 3):
+        for each in (opt, resumed):
+            update(params_of(each), each, k)
+    for param, other in zip(params_of(opt), params_of(resumed), strict=True):
+        assert torch.equal(param, other)
+    state = resumed.state[params_of(resumed)[0]]
+    assert torch.equal(state["power"]["u"], kept["power"]["u"])
+    for name in ("slow", "rank", "best_loss"):
+        assert state[name].dtype == kept[name].dtype
+        assert torch.equal(state[name], kept[name])
+
+
+@rows
+@pytest.mark.parametrize("made_with", [1, 3])
+def test_other_groups_may_be_put_there_before_a_checkpoint(backend, row, made_with):
+    # As Lightning's BaseFinetuning does, which adds groups while it trains.
+    params = make_params(backend)
+    opt = make(row, params[:1], backend, lr=REX)
+    opt.add_param_group({"params": params[1:], "lr": 0.05})
+    for k in range(3):
+        update(params, opt, k)
+    others = copies(params)
+    groups = [{"params": [param]} for param in others[:made_with]]
+    resumed = make(row, groups, backend, lr=REX)
+    update(others, resumed, 0)
+    for param, other in zip(params, others, strict=True):
+        other.data.copy_(param)
+    put = [{**group, "params": list(group["params"])} for group in opt.param_groups]
+    put[0]["params"], put[1]["params"] = others[:1], others[1:]
+    resumed.param_groups = put
+    resumed.load_state_dict(through_file(opt.state_dict()))
+    assert_equal_runs([opt, resumed], 3, 6)
+
+
+def test_other_groups_are_refused_while_a_graph_holds_a_step(backend):
+    params = make_params(backend)
+    opt = make("AdamW", params, backend, lr=REX)
+    update(params, opt, 0)
+    saved = opt.state_dict()
+    opt.was_captured = True
+    opt.param_groups = [*opt.param_groups, {**opt.param_groups[0], "params": []}]
+    with pytest.raises(RuntimeError, match="other groups are not in the captured graph"):
+        opt.load_state_dict(saved)
+
+
 @rows
 def test_a_float_that_took_over_is_resumed_too(backend, row):
     opt = make(row, make_params(backend), backend, lr=REX)

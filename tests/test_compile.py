@@ -19,15 +19,19 @@ def make_model():
     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
 
 
-def train(name, wrap):
+def train(name, wrap, how="plain"):
     """Trains over a whole schedule and beyond its end; returns the losses and the parameters."""
     model = make_model()
     schedule = lrs_ext.rex(0.05, total_steps=STEPS - 5, warmup_steps=3)
     opt = getattr(lrs_ext, name)(model.parameters(), lr=schedule, weight_decay=0.1)
+    if how == "released":
+        opt.step_in_backward()
 
     def step(inputs):
         loss = model(inputs).square().mean()
         loss.backward()
+        if how == "clipped":
+            lrs_ext.clip_grad_norm_(opt, max_norm=0.1)
         opt.step()
         opt.zero_grad()
         return loss.detach()
@@ -37,14 +41,17 @@ def train(name, wrap):
     return torch.stack(losses), [param.detach() for param in model.parameters()]
 
 
-@pytest.mark.parametrize("name", cases.OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, "plain") for name in cases.OPTIMIZERS), ("AdamW", "clipped"), ("AdamW", "released")],
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_training_step_compiles_once_over_a_whole_schedule(name):
+def test_a_training_step_compiles_once_over_a_whole_schedule(name, how):
     torch._dynamo.reset()
     counter = CompileCounter()
-    losses, params = train(name, lambda step: torch.compile(step, backend=counter))
-    expected_losses, expected = train(name, lambda step: step)
-    # The forward pass, and what follows the step; backward() and the step run as they are.
+    losses, params = train(name, lambda step: torch.compile(step, backend=counter), how)
+    expected_losses, expected = train(name, lambda step: step, how)
+    # The forward pass, and what follows the step; backward(), norm and step run as they are.
     assert counter.frame_count == 2
     assert torch.equal(losses, expected_losses)
     assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))

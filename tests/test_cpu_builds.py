@@ -229,7 +229,7 @@ class Update:
             param.grad = torch.randn(numel, generator=generator).to(dtype)
             numbers = {name: torch.rand(numel, generator=generator) + 0.5 for name in names}
             self.params.append(param)
-            self.state[param] = row.storage.loaded(param, numbers)
+            self.state[param] = row.storage.loaded(param, numbers, names)
             row.storage.complete(param, self.state[param], names)
         counters = [torch.tensor(1.0) for _ in self.params]
         tables = [self.params], self.state, [names], counters, row.storage.state_type

@@ -138,6 +138,7 @@ def test_gradients_are_released_in_the_backward_pass(call_two, name):
     "check",
     [
         "gradients_that_accumulate_are_one_step",
+        "gradients_that_are_averaged_later_are_not_released",
         "no_gradient_is_kept_after_a_step",
         "parameters_notice_that_they_have_changed",
     ],
@@ -192,7 +193,12 @@ def test_flat_state_dicts_go_on(call_two, name):
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "blocks", "split"])
 @pytest.mark.parametrize(
-    "check", ["state_dicts_of_this_rank_resume", "a_checkpoint_of_one_process_is_shared_out"]
+    "check",
+    [
+        "state_dicts_of_this_rank_resume",
+        "a_checkpoint_of_one_process_is_shared_out",
+        "what_a_wrapper_keeps_comes_back",
+    ],
 )
 def test_state_dicts_without_a_framework(call_two, check, storage):
     call_two(f"rank_checks_checkpoints:{check}", storage)

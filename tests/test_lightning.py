@@ -14,7 +14,11 @@ import lrs_ext
 pl = pytest.importorskip(
     "lightning.pytorch", reason="lightning is not installed: lrs_ext[lightning]"
 )
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    BaseFinetuning,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 from lrs_ext.integrations import OwnSchedule  # noqa: E402
@@ -191,6 +195,49 @@ def test_a_run_resumes_to_the_bit(fit, step):
     torch.load(folder / f"step={step}.ckpt", weights_only=True)
 
 
+class Unfreezing(BaseFinetuning):
+    """Trains the first layer from the second epoch on."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer)
+
+
+def test_a_run_that_has_unfrozen_a_layer_resumes(fit):
+    def configure(params):
+        return with_schedule([param for param in params if param.requires_grad])
+
+    _, whole, folder = fit(configure, Unfreezing(), replayed=False, every=30)
+    path = folder / "step=30.ckpt"
+    _, resumed, _ = fit(configure, Unfreezing(), replayed=False, resume=path)
+    whole, resumed = whole.optimizers[0], resumed.optimizers[0]
+    assert len(resumed.param_groups) == 2
+    assert [g["lr"] for g in resumed.param_groups] == [g["lr"] for g in whole.param_groups]
+    assert resumed.schedule_buffer.step.item() == STEPS
+
+
+def test_gradients_are_released_through_the_wrapped_optimizer(fit, monkeypatch):
+    class Manual(Regression):
+        automatic_optimization = False
+
+        def on_train_start(self):
+            self.optimizers().step_in_backward()
+
+        def training_step(self, batch, index):
+            self.manual_backward(mse(self.net, batch))
+            assert all(param.grad is None for param in self.net.parameters())
+            self.optimizers().step()
+
+    expected, _, _ = fit()
+    monkeypatch.setitem(globals(), "Regression", Manual)
+    module, trainer, _ = fit()
+    assert torch.equal(weights_of(module), weights_of(expected))
+    assert trainer.optimizers[0].schedule_buffer.step.item() == STEPS
+
+
 def test_clipping_by_the_step_goes_through_the_closure(fit, monkeypatch):
     clipped, trainer, _ = fit(gradient_clip_val=0.5)
     norms = []
@@ -256,6 +303,20 @@ def test_a_search_is_that_of_a_plain_loop(fit):
         auto.step(loss.detach())
     assert same_search(auto, callback.auto)
     assert torch.equal(weights_of(module), weights_of(net))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_that_a_module_skips_is_no_update(fit, monkeypatch, accumulation):
+    class Skipping(Regression):
+        def training_step(self, batch, index):
+            return None if index in (4, 5, 12) else super().training_step(batch, index)
+
+    monkeypatch.setitem(globals(), "Regression", Skipping)
+    callback = search()
+    _, trainer, _ = fit(with_number, callback, accumulate_grad_batches=accumulation)
+    updates = callback.auto.metrics()["autolrs/updates"]
+    assert trainer.global_step == STEPS
+    assert updates == trainer.optimizers[0].committed_steps < STEPS
 
 
 @pytest.mark.usefixtures("rows")

@@ -189,8 +189,17 @@ def test_parameters_with_overlaps_are_refused(backend, name, view):
 def test_every_device_needs_a_backend(name, apart):
     params = [leaf(), leaf(device="meta")]
     groups = [{"params": [p]} for p in params] if apart else params
-    with pytest.raises(RuntimeError, match="no kernel can be used for parameters on meta"):
+    with pytest.raises(RuntimeError, match=r"on meta have no memory, .* after it"):
         getattr(lrs_ext, name)(groups)
+
+
+def test_a_frozen_parameter_of_another_dtype_is_to_be_left_out():
+    # As of a model with quantised weights, of which adapters are trained.
+    quantised = torch.nn.Parameter(torch.ones(7, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"uint8: leave it out.*that require a gradient"):
+        lrs_ext.AdamW([leaf(), quantised])
+    with pytest.raises(RuntimeError, match=r"float64: use torch\.optim"):
+        lrs_ext.AdamW([leaf(dtype=torch.float64)])
 
 
 # Backends.

@@ -42,6 +42,11 @@ class FrameworkSearch:
             self._random = None
         return next(self._stream)
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether any loss has been added since the last update."""
+        return self._loss is not None
+
     def add_loss(self, loss: Tensor) -> None:
         """Adds the share of a micro-batch to the loss of the update, 0-d."""
         loss = loss.detach()

@@ -123,6 +123,8 @@ class AutoLRSCallback(Callback):
         if trainer.global_step == self._updates:
             return
         self._updates = trainer.global_step
+        if not self._search.has_loss:  # a training_step may return None: there is no update then
+            return
         self._search.end_update()
         if trainer.global_step % trainer.log_every_n_steps == 0:
             for logger in trainer.loggers:
