@@ -361,6 +361,7 @@ PYBIND11_MODULE(_C, m) {
       .def("confirm", &lrs::KnownGroups::confirm)
       .def("forget", &lrs::KnownGroups::forget)
       .def("are_unchanged", &lrs::KnownGroups::are_unchanged, "groups"_a, "schedules"_a)
+      .def("change", &lrs::KnownGroups::change<py::function>, "groups"_a, "change"_a)
       .def("put", &lrs::KnownGroups::put, "groups"_a, "key"_a, "values"_a);
 
   py::class_<Step>(m, "Step")

@@ -38,14 +38,22 @@ class KnownGroups {
     return is_known_ && are_same(schedules, schedules_) && have_same_entries(groups);
   }
 
+  // Calls what changes entries of the groups, for which groups that are unchanged stay so.
+  template <typename Change>
+  void change(const py::list& groups, const Change& change) {
+    const bool are_known = is_known_ && have_same_entries(groups);
+    change();
+    if (are_known) versions_.renew();
+  }
+
   // Puts a value, if it is not None, into each group, for which groups that are unchanged stay so.
   void put(const py::list& groups, const py::str& key, const py::list& values) {
-    const bool are_known = is_known_ && have_same_entries(groups);
-    for (size_t i = 0; i < values.size(); ++i) {
-      const py::object value = values[i];
-      if (!value.is_none()) groups[i][key] = value;
-    }
-    if (are_known) versions_.renew();
+    change(groups, [&] {
+      for (size_t i = 0; i < values.size(); ++i) {
+        const py::object value = values[i];
+        if (!value.is_none()) groups[i][key] = value;
+      }
+    });
   }
 
  private:

@@ -101,7 +101,8 @@ class GroupNumbers:
     ) -> None:
         """Follows an update on the host; see `LearningRates.advance`."""
         self.rates.advance(groups, known, found_inf)
-        self.hyper_schedules.show(groups, self.rates.step)
+        if self.hyper_schedules.are_there:
+            known.change(groups, lambda: self.hyper_schedules.show(groups, self.rates.step))
         if any(self._notes):  # what has been saved stays as it is
             self._renew_notes(groups)
 

@@ -155,6 +155,11 @@ class HyperSchedules:
         for group in groups:
             self.add(group, step)
 
+    @property
+    def are_there(self) -> bool:
+        """Whether a group has a schedule, in charge or not."""
+        return bool(self._following)
+
     def add(self, group: Group, step: int) -> None:
         """Follows the schedules of one more group."""
         self._states.append(_GroupState(rows=[{} for _ in self._devices]))

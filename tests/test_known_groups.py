@@ -1,5 +1,7 @@
 """Groups are looked at again only when something has been put into them: what counts as that."""
 
+import functools
+
 import pytest
 import torch
 
@@ -67,6 +69,16 @@ def test_a_value_that_is_put_by_us_is_no_change():
     assert [group["lr"] for group in groups.groups] == [0.5, 0.125]
 
 
+def test_what_changes_by_a_call_of_ours_is_no_change():
+    groups = Groups()
+    for group in groups.groups:
+        groups.known.change(groups.groups, functools.partial(group.update, eps=1.0))
+        assert groups.are_unchanged()
+    groups.groups[0]["lr"] = 0.125
+    groups.known.change(groups.groups, groups.groups[1].clear)
+    assert not groups.are_unchanged()
+
+
 def test_a_group_of_another_class_is_never_known():
     class Logged(dict):
         pass
@@ -77,10 +89,17 @@ def test_a_group_of_another_class_is_never_known():
     assert not groups.are_unchanged()
 
 
-def make(betas=(0.9, 0.5)):
+def make(**options):
     param = torch.nn.Parameter(torch.zeros(3))
-    opt = lrs_ext.AdamW([param], lr=lrs_ext.linear(0.5, total_steps=8), betas=betas)
-    return param, opt
+    options = {"betas": (0.9, 0.5), **options}
+    return param, lrs_ext.AdamW([param], lr=lrs_ext.linear(0.5, total_steps=8), **options)
+
+
+MOVING = {
+    "weight_decay": lrs_ext.linear(0.25, total_steps=8),
+    "betas": (lrs_ext.linear(0.75, total_steps=8), 0.5),
+}
+moving = pytest.mark.parametrize("options", [{}, MOVING], ids=["fixed", "moving"])
 
 
 def update(param, opt, steps=1):
@@ -95,8 +114,9 @@ def is_known(opt):
     )
 
 
-def test_the_groups_are_known_from_the_second_step_on():
-    param, opt = make()
+@moving
+def test_the_groups_are_known_from_the_second_step_on(options):
+    param, opt = make(**options)
     update(param, opt, 2)
     for _ in range(3):
         assert is_known(opt)
@@ -161,11 +181,12 @@ INTERVENTIONS = [
 ]
 
 
+@moving
 @pytest.mark.parametrize("intervene", INTERVENTIONS)
-def test_the_next_step_follows_what_was_put_there(intervene):
+def test_the_next_step_follows_what_was_put_there(intervene, options):
     results = []
     for remembers in (True, False):
-        param, opt = make()
+        param, opt = make(**options)
         update(param, opt, 3)
         assert is_known(opt)
         intervene(opt)
@@ -173,9 +194,10 @@ def test_the_next_step_follows_what_was_put_there(intervene):
             if not remembers:
                 opt._preparation.tables.known_groups.forget()
             update(param, opt)
-        results.append([param.tolist(), opt.param_groups[0]["lr"], opt.current_lr()])
+        shown = [opt.param_groups[0][key] for key in ("lr", "weight_decay", "betas")]
+        results.append([param.tolist(), shown, opt.current_lr()])
     assert results[0] == results[1]
-    param, opt = make()
+    param, opt = make(**options)
     update(param, opt, 6)
     assert results[0][0] != param.tolist()
 
