@@ -220,15 +220,35 @@ void update_params(const Update& update, const Elements& elements, bool rounds_s
   }
 }
 
+// Adam without coupled weight decay, whose select costs 5 to 9 % of the time of the loops over
+// compressed states: they wait for arithmetic.
+struct UncoupledAdam : Adam {
+  template <int kNumStates, StateType kStateType>
+  LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
+    Adam::apply<kNumStates, kStateType, false>(param, grad, state);
+  }
+};
+
+template <typename Update, int kNumStates, typename State>
+void update_compressed(const Update& update, const Elements& elements, bool rounds_stochastically) {
+  if constexpr (std::is_same_v<Update, Adam>) {
+    if (update.coupled_decay == 0.0f) {
+      return update_params<UncoupledAdam, kNumStates, State>({update}, elements,
+                                                             rounds_stochastically);
+    }
+  }
+  update_params<Update, kNumStates, State>(update, elements, rounds_stochastically);
+}
+
 template <typename Update, int kNumStates>
 void update_states(const Update& update, const Elements& elements, const StepTable& table) {
   const bool stochastic = table.rounds_stochastically;
   if constexpr (kNumStates > 0 && kNumStates <= kMaxCompressedStates) {
     if (table.state_type == StateType::kBFloat16) {
-      return update_params<Update, kNumStates, BFloat16State>(update, elements, stochastic);
+      return update_compressed<Update, kNumStates, BFloat16State>(update, elements, stochastic);
     }
     if (table.state_type == StateType::kBlock8) {
-      return update_params<Update, kNumStates, Block8State>(update, elements, stochastic);
+      return update_compressed<Update, kNumStates, Block8State>(update, elements, stochastic);
     }
   }
   return update_params<Update, kNumStates, Float32State>(update, elements, stochastic);

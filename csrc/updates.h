@@ -99,8 +99,9 @@ struct Adam {
     return update;
   }
 
-  // Of block-quantised states, the mean of squares comes and goes as its root.
-  template <int kNumStates, StateType kStateType>
+  // Of block-quantised states, the mean of squares comes and goes as its root. kMayCouple is false
+  // in loops for coupled_decay = 0 alone.
+  template <int kNumStates, StateType kStateType, bool kMayCouple = true>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
     constexpr bool kKeepsRoot = kStateType == StateType::kBlock8;
     constexpr bool kOverlaps = kStateType != StateType::kFloat32;
@@ -108,7 +109,7 @@ struct Adam {
     float& exp_avg = state[0];
     float exp_avg_sq = kKeepsRoot ? state[1] * state[1] : state[1];
     grad *= grad_factor;
-    grad = coupled_decay != 0.0f ? grad + coupled_decay * param : grad;
+    if constexpr (kMayCouple) grad = coupled_decay != 0.0f ? grad + coupled_decay * param : grad;
     param *= param_share;
     exp_avg = beta1 * exp_avg + grad_share1 * grad;
     exp_avg_sq = beta2 * exp_avg_sq + grad_share2 * (grad * grad);

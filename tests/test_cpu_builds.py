@@ -204,14 +204,17 @@ def test_storing_rounds_to_nearest_even(library, name):
 STATES = {
     "sgd": ["momentum_buffer"],
     "adam": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+    "adamw": ["exp_avg", "exp_avg_sq"],
     "lion": ["exp_avg"],
     "lamb": ["exp_avg", "exp_avg_sq"],
 }
 COUNTS = [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3), ("lion", 1), ("lamb", 2)]
-COMPRESSED_COUNTS = [("sgd", 1), ("adam", 2), ("lion", 1)]
+COMPRESSED_COUNTS = [("sgd", 1), ("adam", 2), ("adamw", 2), ("lion", 1)]
+ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1}
 HYPER = {
     "sgd": {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
-    "adam": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1},
+    "adam": ADAM,
+    "adamw": {**ADAM, "decoupled_weight_decay": 1.0},
     "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1},
     "lamb": {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1, "bias_correction": 1.0},
 }
@@ -235,7 +238,7 @@ class Update:
         tables = [self.params], self.state, [names], counters, row.storage.state_type
         self.tensors = _C.StepTensors(ops._tensor_access(), *tables)
         assert self.tensors.refresh([self.params], self.state, None)
-        step = _C.Step(algorithm, self.tensors, CHUNK, row.storage.state_type)
+        step = _C.Step(algorithm.removesuffix("w"), self.tensors, CHUNK, row.storage.state_type)
         self.rows = torch.from_numpy(step.tensor_rows)
         self.chunks = torch.from_numpy(step.chunk_rows)
         self.gradients = torch.from_numpy(step.gradient_addresses)
@@ -249,7 +252,7 @@ class Update:
         groups.write(0, lr, HYPER[self.algorithm])
         committed = torch.tensor(1)
         library.step(
-            {"sgd": 0, "adam": 1, "lion": 2, "lamb": 3}[self.algorithm],
+            {"sgd": 0, "adam": 1, "adamw": 1, "lion": 2, "lamb": 3}[self.algorithm],
             {"float32": 0, "bfloat16": 1, "block8": 2}[self.row.storage.state_type],
             ctypes.c_bool(self.row.stochastic_rounding),
             *map(pointer, (self.rows, groups.rows, self.chunks)),
@@ -313,7 +316,7 @@ def count_in_vectors(builds, isa, source, instruction):
 @pytest.mark.skipif(not IS_X86, reason="reads x86 assembly")
 @pytest.mark.parametrize("instruction", ["sqrtps", "divps"])
 def test_the_loops_of_adam_take_roots_and_divide_in_vectors(builds, isa, instruction):
-    loops = sum(1 for variant in variants() if variant.values[0] == "adam")
+    loops = sum(1 for variant in variants() if variant.values[0] in ("adam", "adamw"))
     assert count_in_vectors(builds, isa, STEP, instruction) >= loops
     assert count_in_vectors(builds, isa, LAMB, instruction) >= 2 * len(cases.DTYPES)  # two passes
 
