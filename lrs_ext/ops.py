@@ -315,7 +315,9 @@ class StepTable:
     def grad_norm(self) -> Tensor:
         """Returns the 2-norm of all gradients as they are stored: float32, 0-d, without waiting."""
         with profile_range(f"lrs_ext::grad_norm[{self.backend}]"):
-            return self._grad_norm()
+            norm = self._grad_norm()
+        self._held = None
+        return norm
 
     def _grad_norm(self) -> Tensor:
         norm = torch.empty((), dtype=torch.float32, device=self.step.device)
@@ -337,6 +339,7 @@ class StepTable:
                 ticket=self._ticket,
                 chunk_elements=self._chunk_elements,
             )
+            self._tensors.release_gradients()
         return norm
 
     def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
@@ -447,6 +450,7 @@ class StepTable:
                 state_type=self._storage.state_type,
                 param_kind=self._storage.param_kind,
             )
+        self._tensors.release_gradients()
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
