@@ -6,6 +6,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ from lrs_ext.profiler_ranges import is_profiling, profile_range
 from lrs_ext.shards import WHOLE, Spread
 
 try:
-    from lrs_ext import _C
+    import lrs_ext._C as _C
 except ImportError as error:
     raise ImportError(
         f"the native module of lrs_ext could not be loaded ({error}): install the project with "
-        "`pip install .`; it needs a C++ compiler to build and libgomp to run"
+        "`pip install .`; it needs a C++ compiler to build and libgomp to run. If it is installed, "
+        f"its sources hide it: import it in another folder than {Path(__file__).parents[1]}"
     ) from error
 
 if TYPE_CHECKING:

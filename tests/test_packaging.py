@@ -125,6 +125,12 @@ def test_an_installed_wheel_passes_its_own_check(installed):
     assert "WRONG" not in report
 
 
+def test_sources_that_hide_an_installed_wheel_say_so(installed, source):
+    done = run(installed.python, "-c", "import lrs_ext", cwd=source, check=False)
+    assert "could not be loaded (No module named 'lrs_ext._C')" in done.stderr
+    assert f"import it in another folder than {source}" in done.stderr
+
+
 def test_a_build_in_isolation_from_the_source_archive_needs_no_torch(sdist, tmp_path):
     """Its environment has what [build-system] asks for and nothing else."""
     reached = pip(
