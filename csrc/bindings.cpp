@@ -252,19 +252,25 @@ class Step {
   }
 
   void grad_norm_cpu(uintptr_t norm, int num_threads) {
-    const py::gil_scoped_release release;
     sums_.resize(chunks_.size());
-    *pointer<float>(norm) =
-        lrs::grad_norm_cpu(table_, tensors_->gradients().data(), sums_.data(), num_threads);
+    {
+      const py::gil_scoped_release release;
+      *pointer<float>(norm) =
+          lrs::grad_norm_cpu(table_, tensors_->gradients().data(), sums_.data(), num_threads);
+    }
+    tensors_->release_gradients();
   }
 
 #ifdef LRS_WITH_CUDA
   void grad_norm_cuda(uintptr_t sums, uintptr_t norm) const {
     void* stream = tensors_->current_stream();
-    const py::gil_scoped_release release;
-    lrs::grad_norm_cuda(table_, chunk_offsets_.data(), tensors_->gradients().data(),
-                        pointer<double>(sums), pointer<float>(norm), tensors_->device_index(),
-                        stream);
+    {
+      const py::gil_scoped_release release;
+      lrs::grad_norm_cuda(table_, chunk_offsets_.data(), tensors_->gradients().data(),
+                          pointer<double>(sums), pointer<float>(norm), tensors_->device_index(),
+                          stream);
+    }
+    tensors_->release_gradients();
   }
 
   void run_cuda(bool commits_step) {
@@ -351,6 +357,7 @@ PYBIND11_MODULE(_C, m) {
            "state_type"_a = "float32", "positions"_a = std::vector<int64_t>(),
            py::keep_alive<1, 2>())
       .def("refresh", &lrs::StepTensors::refresh, "param_lists"_a, "state"_a, "gradients"_a)
+      .def("release_gradients", &lrs::StepTensors::release_gradients)
       .def_property_readonly("has_gradients", &lrs::StepTensors::has_gradients)
       .def("count_update", &lrs::StepTensors::count_update)
       .def("updated_params", &lrs::StepTensors::updated_params);

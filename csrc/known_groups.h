@@ -76,7 +76,7 @@ class KnownGroups {
   }
 
   py::list groups_, schedules_;
-  DictVersions<DictKind::kGroup> versions_;
+  DictVersions versions_;
   bool are_plain_ = false, is_known_ = false;
 };
 

@@ -99,7 +99,7 @@ class StepTensors {
   py::dict state_;
   std::vector<ParamState> param_states_;
   std::vector<py::object> state_values_;
-  DictVersions<DictKind::kState> state_versions_;  // of `state_` and the dictionaries in it
+  DictVersions state_versions_;  // of `state_` and the dictionaries in it
   std::vector<Address> addresses_;
   std::vector<TensorHandle> handles_;  // of the tensors at `addresses_`
   std::vector<TensorEntry> entries_;

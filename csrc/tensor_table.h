@@ -75,7 +75,7 @@ struct StepTable {
   const Group* groups;
   const Chunk* chunks;
   int64_t num_chunks;
-  int64_t chunk_elements;
+  int64_t chunk_elements;    // a multiple of kQuantBlock
   int64_t* step;             // committed updates: the position in the schedules
   bool commits_step = true;  // whether it advances by this step
   uint32_t* ticket;  // CUDA: blocks that have finished, 0 between steps; LAMB: then per tensor

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ from lrs_ext.profiler_ranges import is_profiling, profile_range
 from lrs_ext.shards import WHOLE, Spread
 
 try:
-    from lrs_ext import _C
+    import lrs_ext._C as _C
 except ImportError as error:
     raise ImportError(
         f"the native module of lrs_ext could not be loaded ({error}): install the project with "
-        "`pip install .`; it needs a C++ compiler to build and libgomp to run"
+        "`pip install .`; it needs a C++ compiler to build and libgomp to run. If it is installed, "
+        f"its sources hide it: import it in another folder than {Path(__file__).parents[1]}"
     ) from error
 
 if TYPE_CHECKING:
@@ -315,7 +317,9 @@ class StepTable:
     def grad_norm(self) -> Tensor:
         """Returns the 2-norm of all gradients as they are stored: float32, 0-d, without waiting."""
         with profile_range(f"lrs_ext::grad_norm[{self.backend}]"):
-            return self._grad_norm()
+            norm = self._grad_norm()
+        self._held = None
+        return norm
 
     def _grad_norm(self) -> Tensor:
         norm = torch.empty((), dtype=torch.float32, device=self.step.device)
@@ -337,6 +341,7 @@ class StepTable:
                 ticket=self._ticket,
                 chunk_elements=self._chunk_elements,
             )
+            self._tensors.release_gradients()
         return norm
 
     def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
@@ -447,6 +452,7 @@ class StepTable:
                 state_type=self._storage.state_type,
                 param_kind=self._storage.param_kind,
             )
+        self._tensors.release_gradients()
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:

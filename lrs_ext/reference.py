@@ -200,12 +200,14 @@ class ReferenceTable:
         """Returns the 2-norm of all gradients as they are stored."""
         with profile_range("lrs_ext::grad_norm[reference]"):
             squares = [item.grad.double().square().sum() for item in self._updates]
+            self._updates = ()  # which hold the gradients
             return torch.stack(squares).sum().sqrt().float()
 
     @torch.no_grad()
     def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
         with profile_range(self._label):
             self._run(scaling or GradScaling(), commits_step)
+        self._updates = ()
 
     def _run(self, scaling: GradScaling, commits_step: bool) -> None:
         written = [self._step]

@@ -79,6 +79,22 @@ def test_what_changes_by_a_call_of_ours_is_no_change():
     assert not groups.are_unchanged()
 
 
+def test_changes_of_other_groups_are_none_of_ours():
+    groups, others = Groups(), Groups()
+    others.put(1.0, 2.0)
+    others.groups[0].clear()
+    assert groups.are_unchanged()
+    assert not others.are_unchanged()
+    others.groups.clear()
+    others.look()
+    shared = Groups()
+    shared.groups[0] = groups.groups[0]
+    shared.look()
+    shared.put(1.5, None)
+    assert shared.are_unchanged()
+    assert not groups.are_unchanged()
+
+
 def test_a_group_of_another_class_is_never_known():
     class Logged(dict):
         pass

@@ -125,6 +125,12 @@ def test_an_installed_wheel_passes_its_own_check(installed):
     assert "WRONG" not in report
 
 
+def test_sources_that_hide_an_installed_wheel_say_so(installed, source):
+    done = run(installed.python, "-c", "import lrs_ext", cwd=source, check=False)
+    assert "could not be loaded (No module named 'lrs_ext._C')" in done.stderr
+    assert f"import it in another folder than {source}" in done.stderr
+
+
 def test_a_build_in_isolation_from_the_source_archive_needs_no_torch(sdist, tmp_path):
     """Its environment has what [build-system] asks for and nothing else."""
     reached = pip(
@@ -221,6 +227,11 @@ def configure(folder, *options, **environment):
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
+def compile_commands(folder):
+    entries = json.loads((folder / "compile_commands.json").read_text())
+    return {entry["command"] for entry in entries}
+
+
 def test_cuda_demanded_without_nvcc_fails_with_the_way_out(tmp_path):
     code, output = configure(tmp_path, *NO_NVCC, LRS_CUDA="1")
     assert code != 0
@@ -232,6 +243,40 @@ def test_cuda_not_demanded_without_nvcc_is_left_out(tmp_path):
     code, output = configure(tmp_path, *NO_NVCC)
     assert code == 0, output
     assert "lrs_ext: no CUDA backend" in output
+
+
+def test_cuda_is_left_out_of_a_folder_that_has_been_configured_with_it(tmp_path):
+    code, output = configure(tmp_path, "-DCMAKE_CUDA_COMPILER=/no/longer/there/nvcc", LRS_CUDA="0")
+    assert code == 0, output
+    assert "lrs_ext: no CUDA backend" in output
+
+
+def test_a_broken_nvcc_fails_with_the_way_out(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    code, output = configure(tmp_path / "build", PATH=os.pathsep.join([str(tmp_path), PATH]))
+    assert code != 0
+    assert f"if {nvcc} does not work, LRS_CUDA=0 builds without CUDA" in output
+
+
+@pytest.mark.parametrize("wanted", ["80,sm_90", "80,9.0", "80 90", "80,9999"])
+def test_an_architecture_that_nvcc_does_not_know_is_refused(wanted, tmp_path):
+    code, output = configure(tmp_path, LRS_CUDA_ARCHS=wanted)
+    if "lrs_ext: no CUDA backend" in output:
+        pytest.skip("no nvcc here")
+    assert code != 0
+    assert f"does not know {wanted.split(',')[-1]} in LRS_CUDA_ARCHS" in output
+
+
+def test_the_newest_architecture_comes_last_whatever_the_order(tmp_path):
+    code, output = configure(tmp_path, LRS_CUDA_ARCHS="90,80")
+    assert code == 0, output
+    if "lrs_ext: no CUDA backend" in output:
+        pytest.skip("no nvcc here")
+    assert "lrs_ext: CUDA backend for 80,90" in output
+    [commands] = {c for c in compile_commands(tmp_path) if "step_sgd.cu" in c}
+    assert re.search(r"arch=compute_90,code=\[?compute_90", commands)
 
 
 def test_an_unknown_value_of_the_switch_is_refused(source, build_tools, tmp_path):
@@ -250,11 +295,25 @@ set(LRS_EXAMPLES ON)
 add_subdirectory("{root}" lrs_ext)
 add_executable(outside "{root}/tests/train_line.cpp")
 target_link_libraries(outside PRIVATE lrs::core)
+
+# As strict as programs are, each header alone.
+set(CMAKE_CXX_STANDARD 20)
+add_library(strict SHARED "{root}/tests/train_line.cpp")
+foreach(header {headers})
+  file(WRITE "${{CMAKE_BINARY_DIR}}/${{header}}.cpp" "#include \\"${{header}}\\"\\n")
+  target_sources(strict PRIVATE "${{CMAKE_BINARY_DIR}}/${{header}}.cpp")
+endforeach()
+target_link_libraries(strict PRIVATE lrs::core)
+target_compile_options(strict PRIVATE -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion
+                       -Wshadow -Wold-style-cast -Werror -fno-exceptions -fno-rtti)
 """
+PYTHON_HEADERS = {"dict_versions.h", "known_groups.h", "step_tensors.h", "tensor_access.h"}
 
 
 def test_a_cmake_project_trains_with_the_core(tmp_path):
-    (tmp_path / "CMakeLists.txt").write_text(OUTSIDE.format(root=ROOT))
+    headers = {path.name for path in (ROOT / "csrc").glob("*.h")} - PYTHON_HEADERS
+    project = OUTSIDE.format(root=ROOT, headers=" ".join(sorted(headers)))
+    (tmp_path / "CMakeLists.txt").write_text(project)
     build = tmp_path / "build"
     cmake("-S", tmp_path, "-B", build, LRS_CUDA="0")
     cmake("--build", build, "--parallel", "2")

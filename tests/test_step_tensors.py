@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_native import CHUNK, Tensors, leaf
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 import lrs_ext
@@ -289,6 +290,29 @@ def test_a_gradient_is_let_go_after_the_step(access):
         param.grad = None
         assert held() is None
     assert param.tolist() == [-3.0] * 3
+
+
+@pytest.mark.parametrize(
+    "use", ["step", "step_in_backward", "clip_grad_norm_", "gaps", "gaps_norm"]
+)
+def test_no_gradient_is_held_after_its_use(backend, use):
+    param = torch.nn.Parameter(torch.ones(6, device=backend.device)[:: 2 if "gaps" in use else 1])
+    opt = lrs_ext.SGD([param], lr=0.1, backend=backend.name)
+    memory = []
+    param.register_post_accumulate_grad_hook(
+        lambda param: memory.append(StorageWeakRef(param.grad.untyped_storage()))
+    )
+    if use == "step_in_backward":
+        opt.step_in_backward()
+    for _ in range(2):
+        param.square().sum().backward()
+        if "norm" in use:
+            lrs_ext.clip_grad_norm_(opt, 1.0)
+        elif use != "step_in_backward":
+            opt.step()
+        param.grad = None
+        assert memory[-1].expired()
+        opt.step()
 
 
 def test_each_step_counts_as_a_change(access):

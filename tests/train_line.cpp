@@ -19,7 +19,10 @@ int main() {
   std::vector<float> learning_rates(kSteps + 1);
   lrs::fill_schedule(rex, 0, kSteps + 1, learning_rates.data());
 
-  lrs::Group adamw{learning_rates.data(), kSteps + 1, /*scale=*/1.0, {}};
+  lrs::Group adamw{};
+  adamw.lr = learning_rates.data();
+  adamw.capacity = kSteps + 1;
+  adamw.scale = 1.0;
   adamw.hyper[lrs::kBeta1] = 0.9;
   adamw.hyper[lrs::kBeta2] = 0.99;
   adamw.hyper[lrs::kEps] = 1e-8;
