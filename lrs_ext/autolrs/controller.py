@@ -20,7 +20,7 @@ from lrs_ext.autolrs.checks import (
     checked_bounds,
     checked_extras,
 )
-from lrs_ext.autolrs.guard import has_diverged, noise_std
+from lrs_ext.autolrs.guard import good_level, has_diverged, noise_std
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
 from lrs_ext.autolrs.live_state import is_scaler
 from lrs_ext.autolrs.measurements import (
@@ -530,11 +530,17 @@ class AutoLRS:
         if done % segment.look_steps != 0 and self._updates != segment.end:
             return
         look = (done - 1) // segment.look_steps
-        losses = self._measured.of_updates(segment.start + look * segment.look_steps, self._updates)
+        begin = segment.start + look * segment.look_steps
+        losses = self._measured.of_updates(begin, self._updates)
         # Not search.start: val_loss may have another scale.
         trial = self._measured.of_first_trial(segment.stage)
         start, std = self._search.starting_loss(trial), noise_std(trial)
-        bad = self._ranks.any(has_diverged(losses, start, std, self._snapshot.trained()))
+        level = start
+        if look > 0:
+            before = self._measured.of_updates(begin - segment.look_steps, begin)
+            level = good_level(before, losses, self._scales[self._index, look - 1] < 1.0)
+        bad = has_diverged(losses, start, std, level, self._snapshot.trained())
+        bad = self._ranks.any(bad)
         self._snapshot.restore_where(bad)
         self._snapshot.capture()
         scale = torch.where(bad, 0.5, 1.0)
