@@ -62,6 +62,15 @@ def has_diverged(
     return is_bad | ~torch.stack(are_good).all() if are_good else is_bad
 
 
+def rolled_back(begin: int, end: int) -> str:
+    """Returns what to tell of a divergence."""
+    return (
+        f"training has diverged in updates {begin + 1} to {end}, which are undone: losses or "
+        f"weights were not finite, or losses above {FAR:g} times those before the search (or since "
+        "the task became harder). It goes on at half the learning rate"
+    )
+
+
 def _last_level(losses: Tensor) -> Tensor:
     count = max(len(losses) // QUARTER, min(len(losses) // 2, LEAST), 1)
     return losses[-count:].median()

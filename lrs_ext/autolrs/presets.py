@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrs_ext.autolrs import search
 from lrs_ext.autolrs.forecast import forecast
+from lrs_ext.autolrs.guard import noise_std
 from lrs_ext.autolrs.surrogate import gp_posterior
 from lrs_ext.autolrs.timetable import Timetable
 
@@ -101,6 +102,23 @@ class Search:
         self.best[stage].copy_(self.agree(self._choice(stage)))
         return self.agree(search.rate_at(self.best[stage]))
 
+    def doubts(self, stage: int, losses: Tensor) -> tuple[Tensor, list[str]]:
+        """Returns what to tell of a choice, for `Notices`.
+
+        Args:
+            losses: what the first trial was judged by, (n,).
+        """
+        low, high = self.bounds
+        tried = f"between {low:g} and {high:g} that was tried"
+        has_any = self.objectives[stage].isfinite().any()
+        texts = [
+            f"every learning rate {tried} has diverged: lower lr_bounds",
+            f"no learning rate {tried} has visibly lowered the loss, compared with the lowest one "
+            "and the noise, so the choice is little better than a guess: judge by a val_loss, make "
+            "trials longer (trial_steps), or give other lr_bounds",
+        ]
+        return torch.where(has_any, 2.0 * self._is_blind(stage, losses), 1.0), texts
+
     def seen(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns positions, objectives and deviations that the choice is made from."""
         return self._trials(stage, slice(None), self.objectives[stage])
@@ -140,6 +158,10 @@ class Search:
     def _choice(self, stage: int) -> Tensor:
         raise NotImplementedError
 
+    def _is_blind(self, stage: int, losses: Tensor) -> Tensor:
+        """Returns whether the trials do not tell the rates apart, 0-d; see `doubts`."""
+        return losses.new_zeros(())
+
 
 class PeakSearch(Search):
     """One search for the peak of a decay to zero.
@@ -178,6 +200,10 @@ class PeakSearch(Search):
         return search.peak_between(
             positions, values, self.start[stage], self.grid, gap=second - lowest
         )
+
+    def _is_blind(self, stage: int, losses: Tensor) -> Tensor:
+        _, values, _ = self._trials(stage, slice(None), self.objectives[stage])
+        return values[0] - values.amin() <= search.VISIBLE * noise_std(losses)
 
     def _spread(self) -> list[float]:
         timetable = self.timetable

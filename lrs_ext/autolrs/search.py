@@ -26,6 +26,7 @@ UNSEEN = 0.5  # least width of a range whose end was not tried, in gaps between 
 MARGIN_DECADES = 0.1  # on top
 VALLEY_LENGTHSCALES = (0.6, 1.2, 2.4)  # decades: what looks narrower, a few losses have made up
 RIDGE = 0.5  # share of the progress of lower rates that a rate may lose; beyond, luck decides
+VISIBLE = 0.05  # standard deviations of the loss from batch to batch: less may be noise
 FAR = 2.0  # times a positive loss: no noise, but a divergence
 PAPER_KAPPA = 1.96  # the reference code's 1e6 would ignore the posterior mean
 
