@@ -34,6 +34,24 @@ def test_trials_that_are_not_told_apart():
     assert [each.filename for each in found] == [autolrs_runs.__file__]
 
 
+def test_negative_losses_without_a_forecast():
+    texts = {}
+    for preset, options in PRESETS.items():
+        run = Training("sgd", **options)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            while not run.auto.done:
+                next(run.stream)
+                run.model(torch.ones(8, 4)).mean().backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+                run.auto.step(torch.tensor(-1.0 - run.auto._updates))
+        texts[preset] = {str(each.message) for each in found}
+    assert len(texts["paper"]) == 1
+    assert "add a constant to the loss" in texts["paper"].pop()
+    assert not any("negative" in text for text in texts["peak"])
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_roll_back(preset):
     run = Training("sgd", **PRESETS[preset])

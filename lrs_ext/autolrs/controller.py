@@ -71,7 +71,8 @@ class AutoLRS:
         model: the module that is trained; what is frozen in it is not copied, see `Snapshot`.
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
-        preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
+        preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage,
+            and takes losses that are never negative.
         schedule: the shape to train with: the name of a constructor ("rex", "linear", ...) or a
             `Schedule` with a profile, whose height and length do not matter. "paper" ends with it.
         search_fraction: share of the budget that the trials of "peak" take at most, except in very
