@@ -11,7 +11,7 @@ from autolrs_runs import PAPER, PEAK, PRESETS, Training, list_of_batches, make_m
 from torch import nn
 
 import lrs_ext
-from lrs_ext.autolrs.guard import has_diverged
+from lrs_ext.autolrs.guard import good_level, has_diverged
 
 
 def train(model, optimizer, auto, batches):
@@ -50,11 +50,10 @@ def test_noise_is_not_taken_for_divergence(seed, batch_size):
 def test_what_counts_as_a_divergence():
     copies = [torch.ones(2), torch.ones(0), torch.tensor([-math.inf, 0.0])]
 
-    def judged(losses, start=1.0, std=0.0, params=copies):
+    def judged(losses, start=1.0, std=0.0, level=0.0, params=copies):
         pairs = list(zip(params, copies, strict=True))
-        return bool(
-            has_diverged(torch.tensor(losses), torch.tensor(start), torch.tensor(std), pairs)
-        )
+        numbers = map(torch.tensor, (losses, start, std, level))
+        return bool(has_diverged(*numbers, pairs))
 
     assert not judged([1.0, 1.5, 1.9])
     assert judged([1.0, 1.5, 4.0])
@@ -64,8 +63,66 @@ def test_what_counts_as_a_divergence():
     assert judged([1.0], params=[torch.tensor([1.0, math.nan]), *copies[1:]])
     assert not judged([1.0], params=[*copies[:2], torch.tensor([math.nan, 1.0])])
     assert judged([1.0], params=[*copies[:2], torch.tensor([-math.inf, -math.inf])])
-    assert not has_diverged(torch.ones(1), torch.ones(()), torch.ones(()), [])
-    assert not judged([-3.0, -4.0], start=-1.0)
+    assert not has_diverged(torch.ones(1), *torch.ones(3), [])
+    assert not judged([-3.0, -4.0], start=-1.0, level=-2.0)
+    # A spike is no divergence, what stays is one, wherever it has begun.
+    assert not judged([1.0, 90.0, 1.0, 1.0, 1.0, 1.0, 1.0, 90.0])
+    assert not judged(13 * [1.0] + [90.0, 1.0, 1.0])
+    assert judged(13 * [1.0] + 3 * [3.0])
+    assert judged(16 * [3.0])
+    # A harder task is none either: its losses were as high with weights that were good.
+    assert not judged([3.0], level=1.6)
+    assert judged([3.0], level=1.4)
+    assert not judged([7.0], std=0.5, level=1.8)
+    assert judged([3.0], level=math.nan)
+
+
+def test_the_level_of_a_good_state():
+    before, losses = torch.tensor(6 * [1.0] + [2.0, 9.0]), torch.tensor(7 * [4.0] + [5.0])
+    assert good_level(before, losses, torch.tensor(False)) == 2.0
+    assert good_level(before, losses, torch.tensor(True)) == 4.0
+    assert good_level(before[:1], losses[:1], torch.tensor(False)) == 1.0
+    assert good_level(before[:1], losses[:1], torch.tensor(True)) == 4.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_spikes_are_not_taken_for_divergence(seed):
+    """A tenth of the batches have some 25 times the loss of the others."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(300):
+        inputs = torch.randn(16, 4, generator=generator)
+        is_spike = torch.rand((), generator=generator) < 0.1
+        batches.append((inputs, inputs.sum(1, keepdim=True) + 10.0 * is_spike))
+    torch.manual_seed(seed)
+    model = nn.Linear(4, 1)
+    optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3)
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-5, 1e-1), 300)
+    train(model, optimizer, auto, batches)
+    assert auto._scales.eq(1.0).all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("is_gradual", [True, False])
+def test_a_task_that_becomes_harder_is_no_divergence(preset, is_gradual):
+    """Targets that grow tenfold, bit by bit or at once: this one costs a look."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3)
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1.0), **PRESETS[preset] | {"total_steps": 600})
+
+    generator = torch.Generator().manual_seed(0)
+
+    def batches():
+        while True:
+            done = auto._updates / 600
+            height = 1.0 + 9.0 * (done if is_gradual else done > 0.6)
+            inputs = torch.randn(32, 4, generator=generator)
+            noise = torch.randn(32, 1, generator=generator)
+            yield inputs, height * (inputs.sum(1, keepdim=True) + noise)
+
+    train(model, optimizer, auto, batches())
+    assert (auto._scales < 1.0).sum() <= (0 if is_gradual else 1)
 
 
 @pytest.mark.parametrize("scale", [0.1, 10.0])

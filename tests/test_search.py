@@ -60,6 +60,14 @@ def test_what_is_worse_than_no_progress_is_equally_bad():
     assert capped[0] == capped[1]
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_scale_of_the_losses_does_not_count(scale):
+    objectives, start = values(1.0, 1.9, 50.0, math.inf), values(2.0)[0]
+    for each in (objectives, objectives.clamp(min=2.0)):
+        wanted = search.capped(each, start)
+        assert torch.allclose(search.capped(scale * each, scale * start) / scale, wanted, atol=0.0)
+
+
 @pytest.mark.parametrize("lost", [0.05, 0.1, 0.3])
 def test_the_peak_is_the_mirror_image_of_the_end_of_the_valley(monkeypatch, lost):
     monkeypatch.setattr(search, "NEARLY", lost)

@@ -20,7 +20,7 @@ from lrs_ext.autolrs.checks import (
     checked_bounds,
     checked_extras,
 )
-from lrs_ext.autolrs.guard import has_diverged, noise_std
+from lrs_ext.autolrs.guard import good_level, has_diverged, noise_std, rolled_back
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
 from lrs_ext.autolrs.live_state import is_scaler
 from lrs_ext.autolrs.measurements import (
@@ -29,6 +29,7 @@ from lrs_ext.autolrs.measurements import (
     paper_interval,
     peak_interval,
 )
+from lrs_ext.autolrs.notices import Notices
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
@@ -70,7 +71,8 @@ class AutoLRS:
         model: the module that is trained; what is frozen in it is not copied, see `Snapshot`.
         lr_bounds: (low, high), the learning rates of the first group to search between.
         total_steps: optimizer updates in all, trials included.
-        preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage.
+        preset: "peak" searches once for the peak of `schedule`; "paper" searches in every stage,
+            and takes losses that are never negative.
         schedule: the shape to train with: the name of a constructor ("rex", "linear", ...) or a
             `Schedule` with a profile, whose height and length do not matter. "paper" ends with it.
         search_fraction: share of the budget that the trials of "peak" take at most, except in very
@@ -177,6 +179,7 @@ class AutoLRS:
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
         self._scheduler_watch = SchedulerWatch(optimizer, self._rates)
         self._known: HostCopy | None = None
+        self._notices = Notices(are_given=self._ranks.rank == 0)
         self._plan: dict[str, Any] = {
             "preset": preset,
             "lr_bounds": list(bounds),
@@ -281,6 +284,10 @@ class AutoLRS:
             TypeError, ValueError: it is no such tensor; or see `batches`.
             RuntimeError: the optimizer has not stepped since the last call, or the budget is used
                 up; or a scheduler of torch has written a learning rate.
+
+        Warns:
+            UserWarning: the trials did not tell the learning rates apart, or training has diverged
+                and was rolled back; once the host knows.
         """
         if self._open:
             self._finish()
@@ -310,6 +317,7 @@ class AutoLRS:
         self._finish()
         if self._known is not None and self._known.is_here:
             self._show(self._known.read())
+        self._notices.give()
 
     def metrics(self) -> dict[str, float]:
         """Returns plain numbers for a logger; waits for the device."""
@@ -469,6 +477,9 @@ class AutoLRS:
             return
         else:
             rate = self._search.choose(segment.stage)
+            (first, *_), _ = self._timetable.stage(segment.stage)
+            judged_by, _ = self._measured.of_trial(first, 0)
+            self._notices.expect(*self._search.doubts(segment.stage, judged_by))
         if self._replicas is not None:
             self._replicas.join()
         self._write_rate(rate)
@@ -530,11 +541,18 @@ class AutoLRS:
         if done % segment.look_steps != 0 and self._updates != segment.end:
             return
         look = (done - 1) // segment.look_steps
-        losses = self._measured.of_updates(segment.start + look * segment.look_steps, self._updates)
+        begin = segment.start + look * segment.look_steps
+        losses = self._measured.of_updates(begin, self._updates)
         # Not search.start: val_loss may have another scale.
         trial = self._measured.of_first_trial(segment.stage)
         start, std = self._search.starting_loss(trial), noise_std(trial)
-        bad = self._ranks.any(has_diverged(losses, start, std, self._snapshot.trained()))
+        level = start
+        if look > 0:
+            before = self._measured.of_updates(begin - segment.look_steps, begin)
+            level = good_level(before, losses, self._scales[self._index, look - 1] < 1.0)
+        bad = has_diverged(losses, start, std, level, self._snapshot.trained())
+        bad = self._ranks.any(bad)
+        self._notices.expect(bad, [rolled_back(begin, self._updates)])
         self._snapshot.restore_where(bad)
         self._snapshot.capture()
         scale = torch.where(bad, 0.5, 1.0)

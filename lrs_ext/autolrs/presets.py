@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrs_ext.autolrs import search
 from lrs_ext.autolrs.forecast import forecast
+from lrs_ext.autolrs.guard import noise_std
 from lrs_ext.autolrs.surrogate import gp_posterior
 from lrs_ext.autolrs.timetable import Timetable
 
@@ -35,6 +36,7 @@ class Search:
     """
 
     forecasts: ClassVar[bool]  # whether an objective is a forecast for the stage's end
+    _doubt: ClassVar[str]
 
     def __init__(
         self,
@@ -101,6 +103,21 @@ class Search:
         self.best[stage].copy_(self.agree(self._choice(stage)))
         return self.agree(search.rate_at(self.best[stage]))
 
+    def doubts(self, stage: int, losses: Tensor) -> tuple[Tensor, list[str]]:
+        """Returns what to tell of a choice, for `Notices`.
+
+        Args:
+            losses: what the first trial was judged by, (n,).
+        """
+        low, high = self.bounds
+        tried = f"between {low:g} and {high:g} that was tried"
+        has_any = self.objectives[stage].isfinite().any()
+        texts = [
+            f"every learning rate {tried} has diverged: lower lr_bounds",
+            self._doubt.format(tried=tried),
+        ]
+        return torch.where(has_any, 2.0 * self._is_doubtful(stage, losses), 1.0), texts
+
     def seen(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns positions, objectives and deviations that the choice is made from."""
         return self._trials(stage, slice(None), self.objectives[stage])
@@ -140,6 +157,10 @@ class Search:
     def _choice(self, stage: int) -> Tensor:
         raise NotImplementedError
 
+    def _is_doubtful(self, stage: int, losses: Tensor) -> Tensor:
+        """Returns whether to tell `_doubt`, 0-d; see `doubts`."""
+        raise NotImplementedError
+
 
 class PeakSearch(Search):
     """One search for the peak of a decay to zero.
@@ -149,6 +170,11 @@ class PeakSearch(Search):
     """
 
     forecasts = False
+    _doubt = (
+        "no learning rate {tried} has visibly lowered the loss, compared with the lowest one and "
+        "the noise, so the choice is little better than a guess: judge by a val_loss, make trials "
+        "longer (trial_steps), or give other lr_bounds"
+    )
 
     def _position(self, stage: int, trial: int, objectives: Tensor) -> float | Tensor:
         spread = self._spread()
@@ -179,6 +205,10 @@ class PeakSearch(Search):
             positions, values, self.start[stage], self.grid, gap=second - lowest
         )
 
+    def _is_doubtful(self, stage: int, losses: Tensor) -> Tensor:
+        _, values, _ = self._trials(stage, slice(None), self.objectives[stage])
+        return values[0] - values.amin() <= search.VISIBLE * noise_std(losses)
+
     def _spread(self) -> list[float]:
         timetable = self.timetable
         return search.spread(self.bounds, timetable.num_trials - timetable.num_downhill)
@@ -200,6 +230,10 @@ class PaperSearch(Search):
     """
 
     forecasts = True
+    _doubt = (
+        'there are negative losses, of which preset="paper" cannot make a forecast, so the choice '
+        'is little better than a guess: add a constant to the loss, or take preset="peak"'
+    )
 
     def _position(self, stage: int, trial: int, objectives: Tensor) -> float | Tensor:
         if trial == 0:
@@ -231,3 +265,6 @@ class PaperSearch(Search):
         any_finite = self.objectives[stage].isfinite().any()
         # Where nothing went well, the least rate there is.
         return torch.where(any_finite, search.best_tried(*self.seen(stage)), self.grid[0])
+
+    def _is_doubtful(self, stage: int, losses: Tensor) -> Tensor:
+        return (losses < 0.0).any()

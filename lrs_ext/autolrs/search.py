@@ -18,6 +18,7 @@ Bounds = tuple[float, float]
 GRID_POINTS = 512  # candidates between the bounds
 JUDGED_PERCENT = 30  # of a trial's losses, the last ones: their mean is its objective
 BAD_MARGIN = 0.1  # a bad trial counts as this share of the best progress above no progress at all
+NO_PROGRESS = 1e-6  # share of the loss that counts as progress where there is none
 # The best rate of a short trial is too high for a long run. How much varies with the width of the
 # range of rates above it that do nearly as well. Measured, see benchmarks/results.
 NEARLY = 0.1  # share of the best progress that a rate may lose and still do nearly as well
@@ -25,6 +26,7 @@ UNSEEN = 0.5  # least width of a range whose end was not tried, in gaps between 
 MARGIN_DECADES = 0.1  # on top
 VALLEY_LENGTHSCALES = (0.6, 1.2, 2.4)  # decades: what looks narrower, a few losses have made up
 RIDGE = 0.5  # share of the progress of lower rates that a rate may lose; beyond, luck decides
+VISIBLE = 0.05  # standard deviations of the loss from batch to batch: less may be noise
 FAR = 2.0  # times a positive loss: no noise, but a divergence
 PAPER_KAPPA = 1.96  # the reference code's 1e6 would ignore the posterior mean
 
@@ -83,7 +85,8 @@ def capped(objectives: Tensor, start: Tensor) -> Tensor:
     # Finite even if nothing is: then all are equally bad.
     start = torch.where(start.isfinite(), start, 1.0)
     best = torch.where(best.isfinite(), best, start)
-    worst = start + BAD_MARGIN * (start - best).clamp(min=1e-6)
+    progress = (start - best).maximum(NO_PROGRESS * start.abs())
+    worst = start + BAD_MARGIN * progress
     return objectives.minimum(worst)
 
 
