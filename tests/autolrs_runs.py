@@ -118,6 +118,11 @@ class Training:
             updates -= 1
         return self
 
+    def break_weights(self):
+        """Does what a diverging update does."""
+        with torch.no_grad():
+            self.model[0].weight.fill_(math.nan)
+
     def weights(self):
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 

@@ -123,8 +123,7 @@ def test_training_that_diverges_is_rolled_back(preset):
     while run.auto.phase == "search":
         run.update()
     run.update()
-    with torch.no_grad():
-        run.model[0].weight.fill_(math.nan)
+    run.break_weights()
     run.run()
     assert run.weights().isfinite().all()
     assert run.auto.history.learning_rates[-1] < run.auto.history.stages[-1].best_lr
@@ -134,8 +133,7 @@ def test_training_that_diverges_is_rolled_back(preset):
 def test_weights_are_finite_even_if_the_last_update_breaks_them(preset):
     run = Training("sgd", **PRESETS[preset])
     run.run(PRESETS[preset]["total_steps"] - 1)
-    with torch.no_grad():
-        run.model[0].weight.fill_(math.nan)
+    run.break_weights()
     run.run()
     assert run.auto.done
     assert run.weights().isfinite().all()
