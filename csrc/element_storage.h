@@ -34,9 +34,14 @@ struct SplitParam {
   using Value = BFloat16;
   static constexpr bool kIsRandom = false;
   static constexpr bool kIsSplit = true;
-  static LRS_HOST_DEVICE float load(Value value, int16_t low) { return join(value, low); }
+  static LRS_HOST_DEVICE float load(Value value, int16_t low) {
+    return join(uint32_t{bits_of(value)} << 16, low);
+  }
   static LRS_HOST_DEVICE void store(Value& target, int16_t& low, float value, uint32_t) {
-    split(value, target, low);
+    uint32_t high_word, low_word;
+    split(value, high_word, low_word);
+    target = bfloat16_of(high_word >> 16);
+    low = static_cast<int16_t>(low_word & 0xffffu);
   }
 };
 
@@ -70,9 +75,15 @@ struct Block8State {
     return (kIsRoot ? decode_root<kByte>(word) : decode_signed<kByte>(word)) * scale;
   }
 
+  // The code is the top byte of the result.
   template <bool kIsRoot>
   static LRS_HOST_DEVICE uint32_t encode(float multiple, uint32_t random) {
-    return kIsRoot ? encode_root(multiple, random) : encode_signed(multiple, random);
+    if constexpr (kIsRoot) {
+      return coded_root(multiple, random) << 5;
+    } else {
+      const uint32_t sign = to_bits(multiple) & 0x80000000u;
+      return sign | (coded_magnitude(multiple, random) << 4 & 0x7fffffffu);
+    }
   }
 };
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "tensor_table.h"
+#include "array_parts.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -12,8 +12,6 @@
 
 namespace lrs {
 inline namespace LRS_ISA {
-
-constexpr int64_t kFloat16Piece = 512;  // elements: few enough for the nearest cache
 
 inline void widen(const Float16* __restrict__ from, int64_t count, float* __restrict__ to) {
   int64_t i = 0;
@@ -52,19 +50,27 @@ inline void narrow(const float* __restrict__ from, int64_t count, Float16* __res
 template <bool kWritesParam, typename Body>
 void visit_as_float32(const TensorEntry& entry, const void* gradient, Range range,
                       const Body& body) {
-  for (int64_t begin = range.begin; begin < range.end; begin += kFloat16Piece) {
-    const int64_t count = std::min(kFloat16Piece, range.end - begin);
+  TensorEntry piece = entry;
+  piece.dtype = DType::kFloat32;
+  for (int64_t begin = range.begin; begin < range.end; begin += kPart) {
+    const int64_t count = std::min<int64_t>(kPart, range.end - begin);
     Float16* param = static_cast<Float16*>(entry.param) + begin;
-    alignas(64) float param_piece[kFloat16Piece], grad_piece[kFloat16Piece];
+    const bool asks = has_part(entry.numel, begin + kAhead);
+    alignas(64) float param_piece[kPart], grad_piece[kPart];
     widen(param, count, param_piece);
+    if (asks) prefetch(param + kAhead);
     if (gradient != nullptr) {
-      widen(static_cast<const Float16*>(gradient) + begin, count, grad_piece);
+      const auto* grad = static_cast<const Float16*>(gradient) + begin;
+      widen(grad, count, grad_piece);
+      if (asks) prefetch(grad + kAhead);
     }
-    TensorEntry piece = entry;
-    piece.dtype = DType::kFloat32;
     piece.param = param_piece;
-    for (void*& state : piece.states) {
-      if (state != nullptr) state = static_cast<float*>(state) + begin;
+    piece.numel = count;
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (entry.states[s] == nullptr) continue;
+      float* state = static_cast<float*>(entry.states[s]) + begin;
+      piece.states[s] = state;
+      if (asks) prefetch(state + kAhead);
     }
     body(piece, grad_piece, Range{0, count});
     if constexpr (kWritesParam) narrow(param_piece, count, param);

@@ -1,6 +1,7 @@
 // The element loops of LAMB on the CPU, compiled once for each instruction set (LRS_ISA).
 #include <algorithm>
 
+#include "array_parts.h"
 #include "float16_pieces.h"
 #include "lamb.h"
 #include "step_cpu.h"
@@ -12,8 +13,7 @@ namespace {
 // Squares are summed in this many sums side by side, whatever the width of the vectors: the order,
 // and so every bit, is that of all instruction sets.
 constexpr int64_t kSums = 16;
-// Elements between the loop over the arrays and the sums: few enough for the first-level cache.
-constexpr int64_t kPiece = 32 * kSums;
+static_assert(kPart % kSums == 0);
 
 class SumOfSquares {
  public:
@@ -45,26 +45,31 @@ Squares move_moments(const LAMB& update, const TensorEntry& entry, const void* g
   float* __restrict__ exp_avg = static_cast<float*>(entry.states[0]);
   float* __restrict__ exp_avg_sq = static_cast<float*>(entry.states[1]);
   SumOfSquares params, directions;
-  for (int64_t begin = range.begin; begin < range.end; begin += kPiece) {
-    const int64_t count = std::min(kPiece, range.end - begin);
-    float param_piece[kPiece], direction_piece[kPiece];
+  visit_parts(range, [&](int64_t begin, auto count) {
+    if (has_part(entry.numel, begin + kAhead)) {
+      prefetch(param + begin + kAhead);
+      prefetch(grad + begin + kAhead);
+      prefetch(exp_avg + begin + kAhead);
+      prefetch(exp_avg_sq + begin + kAhead);
+    }
+    float param_part[kPart], direction_part[kPart];
     // GCC forgets __restrict__ when it inlines, and would compare addresses before each loop.
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
+    for (int32_t i = 0; i < count; ++i) {
       const float value = load(param[begin + i]);
       float moment1 = exp_avg[begin + i], moment2 = exp_avg_sq[begin + i];
       update.move_moments(load(grad[begin + i]), moment1, moment2);
       exp_avg[begin + i] = moment1;
       exp_avg_sq[begin + i] = moment2;
-      param_piece[i] = value;
-      direction_piece[i] = update.direction(value, moment1, moment2);
+      param_part[i] = value;
+      direction_part[i] = update.direction(value, moment1, moment2);
     }
     const int64_t padded = (count + kSums - 1) / kSums * kSums;
-    std::fill(param_piece + count, param_piece + padded, 0.0f);
-    std::fill(direction_piece + count, direction_piece + padded, 0.0f);
-    params.add(param_piece, count);
-    directions.add(direction_piece, count);
-  }
+    std::fill(param_part + count, param_part + padded, 0.0f);
+    std::fill(direction_part + count, direction_part + padded, 0.0f);
+    params.add(param_part, count);
+    directions.add(direction_part, count);
+  });
   return {params.total(), directions.total()};
 }
 
@@ -85,11 +90,18 @@ void move_params(const LAMB& update, float step_size, const TensorEntry& entry, 
   Param* __restrict__ param = static_cast<Param*>(entry.param);
   const float* __restrict__ exp_avg = static_cast<float*>(entry.states[0]);
   const float* __restrict__ exp_avg_sq = static_cast<float*>(entry.states[1]);
+  visit_parts(range, [&](int64_t begin, auto count) {
+    if (has_part(entry.numel, begin + kAhead)) {
+      prefetch(param + begin + kAhead);
+      prefetch(exp_avg + begin + kAhead);
+      prefetch(exp_avg_sq + begin + kAhead);
+    }
 #pragma GCC ivdep
-  for (int64_t i = range.begin; i < range.end; ++i) {
-    const float value = load(param[i]);
-    store(param[i], value - step_size * update.direction(value, exp_avg[i], exp_avg_sq[i]));
-  }
+    for (int64_t i = begin; i < begin + count; ++i) {
+      const float value = load(param[i]);
+      store(param[i], value - step_size * update.direction(value, exp_avg[i], exp_avg_sq[i]));
+    }
+  });
 }
 
 Squares move_moments_of(const LAMB& update, const TensorEntry& entry, const void* gradient,

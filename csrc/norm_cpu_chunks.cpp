@@ -1,4 +1,5 @@
 // The sums of squares of the CPU backend, compiled once for each instruction set (LRS_ISA).
+#include "array_parts.h"
 #include "float16_pieces.h"
 #include "step_cpu.h"
 
@@ -10,46 +11,51 @@ namespace {
 // the order of additions, is the same for every instruction set.
 constexpr int kLanes = 16;
 
+// Of a range of a tensor of `numel` elements.
 template <typename Grad>
-double sum_of_squares(const void* gradient, Range range) {
+double sum_of_squares(const void* gradient, int64_t numel, Range range) {
   const Grad* grad = static_cast<const Grad*>(gradient);
   double sums[kLanes] = {};
-  int64_t i = range.begin;
-  for (; i + kLanes <= range.end; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double value = load(grad[i + lane]);
-      sums[lane] += value * value;
+  visit_parts(range, [&](int64_t begin, auto count) {
+    if (has_part(numel, begin + kAhead)) prefetch(grad + begin + kAhead);
+    const int32_t whole = count / kLanes * kLanes;
+    for (int32_t i = 0; i < whole; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const double value = load(grad[begin + i + lane]);
+        sums[lane] += value * value;
+      }
     }
-  }
-  for (int lane = 0; i < range.end; ++i, ++lane) {
-    const double value = load(grad[i]);
-    sums[lane] += value * value;
-  }
+    for (int32_t i = whole; i < count; ++i) {
+      const double value = load(grad[begin + i]);
+      sums[i - whole] += value * value;
+    }
+  });
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
   }
   return sums[0];
 }
 
-double sum_of_float16_squares(const void* gradient, Range range) {
+double sum_of_float16_squares(const void* gradient, int64_t numel, Range range) {
+  const auto* grad = static_cast<const Float16*>(gradient);
   double sum = 0.0;
-  for (int64_t begin = range.begin; begin < range.end; begin += kFloat16Piece) {
-    const int64_t count = std::min(kFloat16Piece, range.end - begin);
-    float piece[kFloat16Piece];
-    widen(static_cast<const Float16*>(gradient) + begin, count, piece);
-    sum += sum_of_squares<float>(piece, {0, count});
-  }
+  visit_parts(range, [&](int64_t begin, auto count) {
+    if (has_part(numel, begin + kAhead)) prefetch(grad + begin + kAhead);
+    float part[kPart];
+    widen(grad + begin, count, part);
+    sum += sum_of_squares<float>(part, count, {0, count});
+  });
   return sum;
 }
 
-double sum_of_squares(DType dtype, const void* gradient, Range range) {
+double sum_of_squares(DType dtype, const void* gradient, int64_t numel, Range range) {
   switch (dtype) {
     case DType::kFloat32:
-      return sum_of_squares<float>(gradient, range);
+      return sum_of_squares<float>(gradient, numel, range);
     case DType::kBFloat16:
-      return sum_of_squares<BFloat16>(gradient, range);
+      return sum_of_squares<BFloat16>(gradient, numel, range);
     case DType::kFloat16:
-      return sum_of_float16_squares(gradient, range);
+      return sum_of_float16_squares(gradient, numel, range);
   }
   return 0.0;
 }
@@ -65,7 +71,7 @@ void square_chunks(const StepTable& table, const void* const* gradients, int64_t
     if (gradient == nullptr) continue;
     const TensorEntry& entry = table.tensors[chunk.tensor];
     const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
-    sums[i] = sum_of_squares(entry.dtype, gradient, range);
+    sums[i] = sum_of_squares(entry.dtype, gradient, entry.numel, range);
   }
 }
 

@@ -1,8 +1,10 @@
 // The element loops of the CPU backend, compiled once for each instruction set (LRS_ISA).
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "element_storage.h"
+#include "array_parts.h"
+#include "element_pairs.h"
 #include "float16_pieces.h"
 #include "step_cpu.h"
 
@@ -10,31 +12,57 @@ namespace lrs {
 namespace LRS_ISA {
 namespace {
 
-// The elements of one tensor that one loop updates.
-struct Elements {
+struct Tensor {
   const TensorEntry* entry;
   const void* gradient;
-  Range range;
-  uint32_t random_key;
 };
 
-template <typename T>
-T* array_at(void* address, int64_t begin) {
-  return address == nullptr ? nullptr : static_cast<T*>(address) + begin;
-}
+// The elements of one tensor that one loop updates, and the tensor that comes next, if any.
+struct Elements {
+  Tensor tensor;
+  Range range;
+  uint32_t random_key;
+  Tensor next;
+};
 
-// Elements that are worked through together where something is kept aside for each: few enough for
-// the nearest cache, and so many that one block of quantisation need not wait for the one before.
-constexpr int32_t kBatch = 4 * kQuantBlock;
+// The arrays of a tensor from one of its elements on; null where it has none.
+template <int kNumStates, typename Param, typename State>
+struct Arrays {
+  using Value = typename Param::Value;
+  using StateValue = typename State::Value;
 
-// Calls body(begin, count) for parts of the elements; the count of all but the last may be a
-// constant that the compiler sees.
-template <int32_t kMost, typename Body>
-LRS_HOST_DEVICE void visit_parts(int64_t begin, int64_t end, const Body& body) {
-  for (; begin + kMost <= end; begin += kMost) {
-    body(begin, std::integral_constant<int32_t, kMost>());
+  Value* param;
+  const Value* grad;
+  int16_t* remainder;
+  StateValue* states[kMaxStates];
+
+  Arrays() = default;
+  Arrays(const Tensor& tensor, int64_t begin)
+      : param(static_cast<Value*>(tensor.entry->param) + begin),
+        grad(static_cast<const Value*>(tensor.gradient) + begin),
+        remainder(Param::kIsSplit ? tensor.entry->remainder + begin : nullptr) {
+    for (int s = 0; s < kMaxStates; ++s) {
+      void* state = tensor.entry->states[s];
+      states[s] = s < kNumStates ? static_cast<StateValue*>(state) + begin : nullptr;
+    }
   }
-  if (begin < end) body(begin, static_cast<int32_t>(end - begin));
+};
+
+// Asks for the part that comes kAhead after the one at `begin`, or for one of the next tensor.
+template <int kNumStates, typename Param, typename State>
+LRS_HOST_DEVICE void prefetch_ahead(const Elements& elements, int64_t begin) {
+  Tensor tensor = elements.tensor;
+  int64_t ahead = begin + kAhead;
+  if (!has_part(tensor.entry->numel, ahead)) {
+    ahead = std::max<int64_t>(ahead - tensor.entry->numel, 0);
+    tensor = elements.next;
+    if (tensor.entry == nullptr || !has_part(tensor.entry->numel, ahead)) return;
+  }
+  const Arrays<kNumStates, Param, State> arrays(tensor, ahead);
+  prefetch(arrays.param);
+  prefetch(arrays.grad);
+  if constexpr (Param::kIsSplit) prefetch(arrays.remainder);
+  for (int s = 0; s < kNumStates; ++s) prefetch(arrays.states[s]);
 }
 
 // Draws 16 random bits for each of `count` elements from `begin`, which must be even, on. There
@@ -48,20 +76,17 @@ LRS_HOST_DEVICE void fill_random(uint32_t key, int64_t begin, int32_t count,
   }
 }
 
-// Updates `count` elements from `begin` on. `random` may be null where nothing is rounded at
-// random.
+// Updates `count` elements. `random` may be null where nothing is rounded at random.
 template <typename Update, int kNumStates, typename Param, typename State>
-LRS_HOST_DEVICE void update_elements(const Update& update, const Elements& elements, int64_t begin,
-                                     int32_t count, const uint16_t* __restrict__ random) {
-  using Value = typename Param::Value;
-  using StateValue = typename State::Value;
-  const TensorEntry& entry = *elements.entry;
-  Value* __restrict__ param = static_cast<Value*>(entry.param) + begin;
-  const Value* __restrict__ grad = static_cast<const Value*>(elements.gradient) + begin;
-  int16_t* __restrict__ remainder = array_at<int16_t>(entry.remainder, begin);
-  StateValue* __restrict__ state0 = array_at<StateValue>(entry.states[0], begin);
-  StateValue* __restrict__ state1 = array_at<StateValue>(entry.states[1], begin);
-  StateValue* __restrict__ state2 = array_at<StateValue>(entry.states[2], begin);
+LRS_HOST_DEVICE void update_elements(const Update& update,
+                                     const Arrays<kNumStates, Param, State>& arrays, int32_t count,
+                                     const uint16_t* __restrict__ random) {
+  auto* __restrict__ param = arrays.param;
+  const auto* __restrict__ grad = arrays.grad;
+  auto* __restrict__ remainder = arrays.remainder;
+  auto* __restrict__ state0 = arrays.states[0];
+  auto* __restrict__ state1 = arrays.states[1];
+  auto* __restrict__ state2 = arrays.states[2];
   // GCC forgets __restrict__ when it inlines, and would compare addresses before each loop.
 #pragma GCC ivdep
   for (int32_t i = 0; i < count; ++i) {
@@ -84,111 +109,215 @@ LRS_HOST_DEVICE void update_elements(const Update& update, const Elements& eleme
 
 template <typename Update, int kNumStates, typename Param, typename State>
 void update_all(const Update update, const Elements& elements) {
-  const Range range = elements.range;
-  if constexpr (kRoundsAtRandom<kNumStates, Param, State>) {
-    alignas(64) uint16_t random[kBatch];
-    visit_parts<kBatch>(range.begin, range.end, [&](int64_t begin, auto count) {
+  visit_parts(elements.range, [&](int64_t begin, auto count) {
+    prefetch_ahead<kNumStates, Param, State>(elements, begin);
+    alignas(64) uint16_t random[kPart];
+    if constexpr (kRoundsAtRandom<kNumStates, Param, State>) {
       fill_random(elements.random_key, begin, count, random);
-      update_elements<Update, kNumStates, Param, State>(update, elements, begin, count, random);
-    });
-  } else {
-    const auto count = static_cast<int32_t>(range.end - range.begin);
-    update_elements<Update, kNumStates, Param, State>(update, elements, range.begin, count,
-                                                      nullptr);
+    }
+    const Arrays<kNumStates, Param, State> arrays(elements.tensor, begin);
+    update_elements<Update>(update, arrays, count, random);
+  });
+}
+
+// A copy of an odd number of elements, the last of them twice: an even number.
+template <int kNumStates, typename Param, typename State>
+class EvenCopy {
+ public:
+  EvenCopy(const Arrays<kNumStates, Param, State>& from, int32_t count) : count_(count) {
+    fill(from.param, param_);
+    fill(from.grad, grad_);
+    if constexpr (Param::kIsSplit) fill(from.remainder, remainder_);
+    for (int s = 0; s < kNumStates; ++s) fill(from.states[s], states_[s]);
+  }
+
+  int32_t pairs() const { return (count_ + 1) / 2; }
+
+  Arrays<kNumStates, Param, State> arrays() {
+    Arrays<kNumStates, Param, State> arrays{};
+    arrays.param = param_;
+    arrays.grad = grad_;
+    arrays.remainder = remainder_;
+    for (int s = 0; s < kNumStates; ++s) arrays.states[s] = states_[s];
+    return arrays;
+  }
+
+  void write_to(const Arrays<kNumStates, Param, State>& target) const {
+    std::copy_n(param_, count_, target.param);
+    if constexpr (Param::kIsSplit) std::copy_n(remainder_, count_, target.remainder);
+    for (int s = 0; s < kNumStates; ++s) std::copy_n(states_[s], count_, target.states[s]);
+  }
+
+ private:
+  template <typename T>
+  void fill(const T* from, T* values) {
+    std::copy_n(from, count_, values);
+    values[count_] = from[count_ - 1];
+  }
+
+  int32_t count_;
+  typename Param::Value param_[kPart], grad_[kPart];
+  int16_t remainder_[kPart];
+  typename State::Value states_[kNumStates][kPart];
+};
+
+// Updates pairs of elements with bfloat16 states.
+template <typename Update, int kNumStates, typename Param>
+LRS_HOST_DEVICE void update_pairs(const Update& update,
+                                  const Arrays<kNumStates, Param, BFloat16State>& arrays,
+                                  int32_t pairs, uint32_t key) {
+  auto* __restrict__ param = arrays.param;
+  const auto* __restrict__ grad = arrays.grad;
+  auto* __restrict__ remainder = arrays.remainder;
+  auto* __restrict__ state0 = arrays.states[0];
+  auto* __restrict__ state1 = arrays.states[1];
+#pragma GCC ivdep
+  for (int32_t i = 0; i < pairs; ++i, key += kKeyStep) {
+    const uint32_t random = random_pair(key, 0);
+    const Pair gradient = load_pair(grad, i);
+    const Pair old0 = load_pair(state0, i);
+    const Pair old1 = kNumStates > 1 ? load_pair(state1, i) : Pair{};
+    Pair value = load_param_pair<Param>(param, remainder, i);
+    float even[kMaxStates] = {old0.even, old1.even}, odd[kMaxStates] = {old0.odd, old1.odd};
+    update.template apply<kNumStates, StateType::kBFloat16>(value.even, gradient.even, even);
+    update.template apply<kNumStates, StateType::kBFloat16>(value.odd, gradient.odd, odd);
+    store_stochastic_pair(state0, i, {even[0], odd[0]}, random);
+    if constexpr (kNumStates > 1) store_stochastic_pair(state1, i, {even[1], odd[1]}, random);
+    store_param_pair<Param>(param, remainder, i, value, random);
+  }
+}
+
+// Where the last part of a range begins, if it has an odd number of elements, or else its end.
+LRS_HOST_DEVICE int64_t even_end(Range range) {
+  const int64_t count = range.end - range.begin;
+  return count % 2 == 0 ? range.end : range.begin + count / kPart * kPart;
+}
+
+template <typename Update, int kNumStates, typename Param>
+void update_all_pairs(const Update update, const Elements& elements) {
+  using PartArrays = Arrays<kNumStates, Param, BFloat16State>;
+  const Range range = elements.range;
+  const int64_t end = even_end(range);
+  visit_parts({range.begin, end}, [&](int64_t begin, auto count) {
+    prefetch_ahead<kNumStates, Param, BFloat16State>(elements, begin);
+    update_pairs(update, PartArrays(elements.tensor, begin), count / 2,
+                 key_from(elements.random_key, begin));
+  });
+  if (end < range.end) {
+    const PartArrays arrays(elements.tensor, end);
+    EvenCopy copy(arrays, static_cast<int32_t>(range.end - end));
+    update_pairs(update, copy.arrays(), copy.pairs(), key_from(elements.random_key, end));
+    copy.write_to(arrays);
   }
 }
 
 // What is left to encode of a block of quantisation whose elements have been updated.
 template <int kNumStates>
 struct KeptBlock {
-  alignas(64) uint16_t random[kQuantBlock];
-  alignas(64) float states[kNumStates][kQuantBlock];
+  alignas(64) uint32_t random[kPart / 2];
+  alignas(64) float even[kNumStates][kPart / 2], odd[kNumStates][kPart / 2];
   uint32_t largest[kNumStates];  // the bits of the largest magnitude
 };
 
-LRS_HOST_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+template <bool kIsRoot>
+LRS_HOST_DEVICE uint32_t larger(uint32_t bits, float even, float odd) {
+  const uint32_t even_bits = magnitude_bits<kIsRoot>(even), odd_bits = magnitude_bits<kIsRoot>(odd);
+  const uint32_t larger_bits = even_bits > odd_bits ? even_bits : odd_bits;
+  return bits > larger_bits ? bits : larger_bits;
+}
 
-// Updates the `count` elements of the block that begins at `begin`.
+// Updates pairs of elements of a block of quantisation.
 template <typename Update, int kNumStates, typename Param>
-LRS_HOST_DEVICE void update_block(const Update& update, const Elements& elements, int64_t begin,
-                                  int32_t count, KeptBlock<kNumStates>& kept) {
-  using Value = typename Param::Value;
+LRS_HOST_DEVICE void update_block(const Update& update,
+                                  const Arrays<kNumStates, Param, Block8State>& arrays,
+                                  float scale0, float scale1, int32_t pairs, uint32_t key,
+                                  KeptBlock<kNumStates>& kept) {
   constexpr bool kIsRoot1 = Update::kRootState == 1;
-  const TensorEntry& entry = *elements.entry;
-  const int64_t block = begin / kQuantBlock;
-  Value* __restrict__ param = static_cast<Value*>(entry.param) + begin;
-  const Value* __restrict__ grad = static_cast<const Value*>(elements.gradient) + begin;
-  int16_t* __restrict__ remainder = array_at<int16_t>(entry.remainder, begin);
-  const uint8_t* __restrict__ codes0 = array_at<uint8_t>(entry.states[0], begin);
-  const uint8_t* __restrict__ codes1 = array_at<uint8_t>(entry.states[1], begin);
-  const float scale0 = entry.scales[0][block];
-  const float scale1 = kNumStates > 1 ? entry.scales[1][block] : 0.0f;
-  fill_random(elements.random_key, begin, count, kept.random);
+  auto* __restrict__ param = arrays.param;
+  const auto* __restrict__ grad = arrays.grad;
+  auto* __restrict__ remainder = arrays.remainder;
+  const auto* __restrict__ codes0 = arrays.states[0];
+  const auto* __restrict__ codes1 = arrays.states[1];
   uint32_t largest0 = 0, largest1 = 0;
 #pragma GCC ivdep
-  for (int32_t i = 0; i < count; ++i) {
-    int16_t low = 0;
-    if constexpr (Param::kIsSplit) low = remainder[i];
-    float value = Param::load(param[i], low);
-    float state[kMaxStates];
-    state[0] = Block8State::decode<false>(codes0[i], scale0);
-    if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes1[i], scale1);
-    update.template apply<kNumStates, StateType::kBlock8>(value, load(grad[i]), state);
-    kept.states[0][i] = state[0];
-    largest0 = larger(largest0, magnitude_bits<false>(state[0]));
+  for (int32_t i = 0; i < pairs; ++i, key += kKeyStep) {
+    const uint32_t random = random_pair(key, 0);
+    const Pair gradient = load_pair(grad, i);
+    const Pair old0 = decode_pair<false>(codes0, i, scale0);
+    const Pair old1 = kNumStates > 1 ? decode_pair<kIsRoot1>(codes1, i, scale1) : Pair{};
+    Pair value = load_param_pair<Param>(param, remainder, i);
+    float even[kMaxStates] = {old0.even, old1.even}, odd[kMaxStates] = {old0.odd, old1.odd};
+    update.template apply<kNumStates, StateType::kBlock8>(value.even, gradient.even, even);
+    update.template apply<kNumStates, StateType::kBlock8>(value.odd, gradient.odd, odd);
+    kept.random[i] = random;
+    kept.even[0][i] = even[0];
+    kept.odd[0][i] = odd[0];
+    largest0 = larger<false>(largest0, even[0], odd[0]);
     if constexpr (kNumStates > 1) {
-      kept.states[1][i] = state[1];
-      largest1 = larger(largest1, magnitude_bits<kIsRoot1>(state[1]));
+      kept.even[1][i] = even[1];
+      kept.odd[1][i] = odd[1];
+      largest1 = larger<kIsRoot1>(largest1, even[1], odd[1]);
     }
-    Param::store(param[i], low, value, kept.random[i]);
-    if constexpr (Param::kIsSplit) remainder[i] = low;
+    store_param_pair<Param>(param, remainder, i, value, random);
   }
   kept.largest[0] = largest0;
   if constexpr (kNumStates > 1) kept.largest[1] = largest1;
 }
 
-template <typename Update, int kNumStates>
-LRS_HOST_DEVICE void encode_block(const TensorEntry& entry, int64_t begin, int32_t count,
-                                  const KeptBlock<kNumStates>& kept) {
-  constexpr bool kIsRoot1 = Update::kRootState == 1;
-  const int64_t block = begin / kQuantBlock;
-  uint8_t* __restrict__ codes0 = array_at<uint8_t>(entry.states[0], begin);
-  uint8_t* __restrict__ codes1 = array_at<uint8_t>(entry.states[1], begin);
-  const float scale0 = block_scale<false>(kept.largest[0]);
-  const float factor0 = multiple_factor(scale0);
-  float factor1 = 0.0f;
-  entry.scales[0][block] = scale0;
-  if constexpr (kNumStates > 1) {
-    const float scale1 = block_scale<kIsRoot1>(kept.largest[1]);
-    factor1 = multiple_factor(scale1);
-    entry.scales[1][block] = scale1;
-  }
+// Encodes state s of a block and writes its scale.
+template <bool kIsRoot, int kNumStates>
+LRS_HOST_DEVICE void encode_state(const KeptBlock<kNumStates>& kept, int s, int32_t pairs,
+                                  uint8_t* __restrict__ codes, float& scale) {
+  scale = block_scale<kIsRoot>(kept.largest[s]);
+  const float factor = multiple_factor(scale);
 #pragma GCC ivdep
-  for (int32_t i = 0; i < count; ++i) {
-    const uint32_t bits = kept.random[i];
-    codes0[i] = Block8State::encode<false>(kept.states[0][i] * factor0, bits) >> 24;
-    if constexpr (kNumStates > 1) {
-      codes1[i] = Block8State::encode<kIsRoot1>(kept.states[1][i] * factor1, bits) >> 24;
-    }
+  for (int32_t i = 0; i < pairs; ++i) {
+    encode_pair<kIsRoot>(codes, i, {kept.even[s][i], kept.odd[s][i]}, factor, kept.random[i]);
   }
 }
 
-// As update_all for block-quantised states: a block's scale is known only when all of it has been
-// updated.
+// As update_all_pairs for block-quantised states: a block's scale is known only when all of it has
+// been updated. Several at a time, so that none waits for the scale of the one before.
 template <typename Update, int kNumStates, typename Param>
 void update_blocks(const Update& update, const Elements& elements) {
+  using BlockArrays = Arrays<kNumStates, Param, Block8State>;
+  constexpr bool kIsRoot1 = Update::kRootState == 1;
+  constexpr int64_t kBatch = 4 * kQuantBlock;
+  const TensorEntry& entry = *elements.tensor.entry;
+  const auto update_one = [&](const BlockArrays& arrays, int64_t begin, int32_t pairs,
+                              KeptBlock<kNumStates>& kept) {
+    const int64_t block = begin / kQuantBlock;
+    const float scale1 = kNumStates > 1 ? entry.scales[1][block] : 0.0f;
+    const uint32_t key = key_from(elements.random_key, begin);
+    update_block(update, arrays, entry.scales[0][block], scale1, pairs, key, kept);
+  };
+  const auto encode_one = [&](const BlockArrays& arrays, int64_t begin, int32_t pairs,
+                              const KeptBlock<kNumStates>& kept) {
+    const int64_t block = begin / kQuantBlock;
+    encode_state<false>(kept, 0, pairs, arrays.states[0], entry.scales[0][block]);
+    if constexpr (kNumStates > 1) {
+      encode_state<kIsRoot1>(kept, 1, pairs, arrays.states[1], entry.scales[1][block]);
+    }
+  };
   KeptBlock<kNumStates> kept[kBatch / kQuantBlock];
-  const int64_t end = elements.range.end;
-  for (int64_t batch = elements.range.begin; batch < end; batch += kBatch) {
-    const int64_t batch_end = batch + kBatch < end ? batch + kBatch : end;
-    visit_parts<kQuantBlock>(batch, batch_end, [&](int64_t begin, auto count) {
-      update_block<Update, kNumStates, Param>(update, elements, begin, count,
-                                              kept[(begin - batch) / kQuantBlock]);
+  const Range range = elements.range;
+  const int64_t end = even_end(range);
+  for (int64_t batch = range.begin; batch < end; batch += kBatch) {
+    const Range part{batch, batch + kBatch < end ? batch + kBatch : end};
+    visit_parts(part, [&](int64_t begin, auto count) {
+      prefetch_ahead<kNumStates, Param, Block8State>(elements, begin);
+      update_one({elements.tensor, begin}, begin, count / 2, kept[(begin - batch) / kQuantBlock]);
     });
-    visit_parts<kQuantBlock>(batch, batch_end, [&](int64_t begin, auto count) {
-      encode_block<Update, kNumStates>(*elements.entry, begin, count,
-                                       kept[(begin - batch) / kQuantBlock]);
+    visit_parts(part, [&](int64_t begin, auto count) {
+      encode_one({elements.tensor, begin}, begin, count / 2, kept[(begin - batch) / kQuantBlock]);
     });
+  }
+  if (end < range.end) {
+    const BlockArrays arrays(elements.tensor, end);
+    EvenCopy copy(arrays, static_cast<int32_t>(range.end - end));
+    update_one(copy.arrays(), end, copy.pairs(), kept[0]);
+    encode_one(copy.arrays(), end, copy.pairs(), kept[0]);
+    copy.write_to(arrays);
   }
 }
 
@@ -198,24 +327,28 @@ void update_params(const Update& update, const Elements& elements, bool rounds_s
     using Param = decltype(param);
     if constexpr (State::kType == StateType::kBlock8 && kNumStates > 0) {
       update_blocks<Update, kNumStates, Param>(update, elements);
+    } else if constexpr (State::kType == StateType::kBFloat16 &&
+                         !std::is_same_v<typename Param::Value, float>) {
+      update_all_pairs<Update, kNumStates, Param>(update, elements);
     } else {
       update_all<Update, kNumStates, Param, State>(update, elements);
     }
   };
-  switch (elements.entry->dtype) {
+  const TensorEntry& entry = *elements.tensor.entry;
+  switch (entry.dtype) {
     case DType::kFloat32:
       return run(NearestParam<float>());
     case DType::kBFloat16:
-      if (elements.entry->remainder != nullptr) return run(SplitParam());
+      if (entry.remainder != nullptr) return run(SplitParam());
       if (rounds_stochastically) return run(StochasticParam());
       return run(NearestParam<BFloat16>());
     case DType::kFloat16:
       if constexpr (State::kType == StateType::kFloat32) {
-        const auto update_piece = [&](const TensorEntry& entry, const void* gradient, Range range) {
+        const auto update_piece = [&](const TensorEntry& piece, const void* gradient, Range range) {
           update_all<Update, kNumStates, NearestParam<float>, State>(
-              update, {&entry, gradient, range, elements.random_key});
+              update, {{&piece, gradient}, range, elements.random_key, {}});
         };
-        visit_as_float32<true>(*elements.entry, elements.gradient, elements.range, update_piece);
+        visit_as_float32<true>(entry, elements.tensor.gradient, elements.range, update_piece);
       }
   }
 }
@@ -256,7 +389,7 @@ void update_states(const Update& update, const Elements& elements, const StepTab
 
 template <typename Update>
 void update_range(const Update& update, const Elements& elements, const StepTable& table) {
-  if (elements.entry->states[Update::kMaxStates - 1] != nullptr) {
+  if (elements.tensor.entry->states[Update::kMaxStates - 1] != nullptr) {
     update_states<Update, Update::kMaxStates>(update, elements, table);
   } else {
     update_states<Update, Update::kMinStates>(update, elements, table);
@@ -271,21 +404,27 @@ void step_chunks_of(const StepTable& table, const void* const* gradients, int64_
   int64_t folded_group = -1;
   double folded_step = 0.0;
   const double scale = grad_scale(table.scaling);
+  const auto tensor_of = [&](int64_t i) -> Tensor {
+    const int64_t tensor = table.chunks[i].tensor;
+    return {&table.tensors[tensor], gradients[tensor]};
+  };
   for (int64_t i = first; i < last; ++i) {
-    const Chunk chunk = table.chunks[i];
-    const void* gradient = gradients[chunk.tensor];
-    if (gradient == nullptr) continue;
-    const TensorEntry& entry = table.tensors[chunk.tensor];
+    const Tensor tensor = tensor_of(i);
+    if (tensor.gradient == nullptr) continue;
+    const TensorEntry& entry = *tensor.entry;
     const double step = static_cast<double>(*entry.step) + 1.0;
     if (entry.group != folded_group || step != folded_step) {
       update = fold<Update>(table, entry, scale);
       folded_group = entry.group;
       folded_step = step;
     }
-    const Range range = chunk_range(entry.numel, table.chunk_elements, chunk.index);
+    const Range range = chunk_range(entry.numel, table.chunk_elements, table.chunks[i].index);
     const uint32_t key =
         is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
-    update_range(update, {&entry, gradient, range, key}, table);
+    Tensor next{};
+    if (range.end == entry.numel && i + 1 < last) next = tensor_of(i + 1);
+    if (next.gradient == nullptr) next.entry = nullptr;
+    update_range(update, {tensor, range, key, next}, table);
   }
 }
 

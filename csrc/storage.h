@@ -36,6 +36,8 @@ LRS_HOST_DEVICE uint32_t to_bits(float value) {
 
 LRS_HOST_DEVICE bool is_nan(float value) { return value != value; }
 
+LRS_HOST_DEVICE float magnitude(float value) { return from_bits(to_bits(value) & 0x7fffffffu); }
+
 #if defined(__CUDACC__)
 
 using BFloat16 = __nv_bfloat16;
@@ -85,11 +87,15 @@ LRS_HOST_DEVICE float load(Float16 value) {
 
 LRS_HOST_DEVICE void store(float& target, float value) { target = value; }
 
-// Round to nearest, ties to even: the carry of the addition is the rounding.
-LRS_HOST_DEVICE void store(BFloat16& target, float value) {
+// To the nearest bfloat16, ties to even: the carry of the addition is the rounding. The result is
+// the high half.
+LRS_HOST_DEVICE uint32_t rounded_to_nearest(float value) {
   const uint32_t bits = to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  target.bits = static_cast<uint16_t>(is_nan(value) ? 0x7fffu : rounded);
+  return is_nan(value) ? 0x7fff0000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+LRS_HOST_DEVICE void store(BFloat16& target, float value) {
+  target = bfloat16_of(rounded_to_nearest(value) >> 16);
 }
 
 // As above for normal results. Subnormal results are rounded by a float32 addition to 0.5, whose
@@ -107,30 +113,33 @@ LRS_HOST_DEVICE void store(Float16& target, float value) {
 
 #endif
 
-// Rounds up with the probability that is the discarded part: right on average. `random` has 16
-// random bits.
+// To a bfloat16 above or below, with the probabilities that make it right on average. The result is
+// the high half. `random` has 16 random bits.
+LRS_HOST_DEVICE uint32_t rounded_at_random(float value, uint32_t random) {
+  return is_nan(value) ? 0x7fff0000u : to_bits(value) + random;
+}
+
 LRS_HOST_DEVICE void store_stochastic(BFloat16& target, float value, uint32_t random) {
-  target = bfloat16_of(is_nan(value) ? 0x7fffu : (to_bits(value) + random) >> 16);
+  target = bfloat16_of(rounded_at_random(value, random) >> 16);
 }
 
 // A float32 in two halves: a bfloat16, to nearest with ties away from zero, and the low 16 bits,
-// whose sign says which way the rounding went. Nothing is lost.
-LRS_HOST_DEVICE float join(BFloat16 high, int16_t low) {
-  return from_bits((uint32_t{bits_of(high)} << 16) + static_cast<uint32_t>(int32_t{low}));
+// whose sign says which way the rounding went. Nothing is lost. Here, the bfloat16 is the high half
+// of a word, whose other bits may be any once it is split, as may those above the low 16.
+LRS_HOST_DEVICE float join(uint32_t high, int32_t low) {
+  return from_bits(high + static_cast<uint32_t>(low));
 }
 
-LRS_HOST_DEVICE void split(float value, BFloat16& high, int16_t& low) {
-  const uint32_t bits = is_nan(value) ? 0x7fc00000u : to_bits(value);
-  high = bfloat16_of((bits + 0x8000u) >> 16);
-  low = static_cast<int16_t>(bits & 0xffffu);
+LRS_HOST_DEVICE void split(float value, uint32_t& high, uint32_t& low) {
+  low = is_nan(value) ? 0x7fc00000u : to_bits(value);
+  high = low + 0x8000u;
 }
 
 // 8-bit codes of numbers that are multiples of their block's scale. They are cut out of a float
-// from 2^-15 to 2, the low 4 bits of its exponent and the top of its mantissa, and stand in the top
-// byte of a word. They round stochastically, right on average to 2^-17 of a step: a moving average
-// that moves by less than a step each time would otherwise never move. `random` has 16 random bits.
-// The code of nan may be any: the scale of its block is nan too. Codes are read from byte number
-// kByte of a word.
+// from 2^-15 to 2, the low 4 bits of its exponent and the top of its mantissa. They round
+// stochastically, right on average to 2^-17 of a step: a moving average that moves by less than a
+// step each time would otherwise never move. `random` has 16 random bits. The code of nan may be
+// any: the scale of its block is nan too. Codes are read from byte number kByte of a word.
 
 inline constexpr uint32_t kCodeBase = 0x38000000u;  // the bits of 2^-15, of which the code is 0
 
@@ -144,26 +153,24 @@ LRS_HOST_DEVICE uint32_t shifted(uint32_t word) {
 }
 
 // Sign, exponent and 3 bits of mantissa of a number that was moved away from 0 by 2^-15: so 0 is 0,
-// and the numbers around it are evenly spaced.
-LRS_HOST_DEVICE uint32_t encode_signed(float multiple, uint32_t random) {
-  const float moved = multiple + from_bits((to_bits(multiple) & 0x80000000u) | kCodeBase);
-  const uint32_t bits = to_bits(moved) + (random << 4);
-  return (bits & 0x80000000u) | (bits << 4 & 0x7fffffffu);
+// and the numbers around it are evenly spaced. All but the sign are bits 20 to 26 of the result.
+LRS_HOST_DEVICE uint32_t coded_magnitude(float multiple, uint32_t random) {
+  return to_bits(magnitude(multiple) + from_bits(kCodeBase)) + (random << 4);
 }
 
 template <int kByte = 0>
 LRS_HOST_DEVICE float decode_signed(uint32_t word) {
-  const uint32_t magnitude = (shifted<20 - 8 * kByte>(word) & 0x07f00000u) | kCodeBase;
+  const uint32_t moved = (shifted<20 - 8 * kByte>(word) & 0x07f00000u) | kCodeBase;
   const uint32_t sign = shifted<24 - 8 * kByte>(word) & 0x80000000u;
-  return from_bits(to_bits(from_bits(magnitude) - from_bits(kCodeBase)) | sign);
+  return from_bits(to_bits(from_bits(moved) - from_bits(kCodeBase)) | sign);
 }
 
-// Exponent and 4 bits of mantissa, for roots of second moments: they divide, so none is 0 unless
-// its block is.
-LRS_HOST_DEVICE uint32_t encode_root(float multiple, uint32_t random) {
+// Exponent and 4 bits of mantissa, bits 19 to 26 of the result, for roots of second moments: they
+// divide, so none is 0 unless its block is.
+LRS_HOST_DEVICE uint32_t coded_root(float multiple, uint32_t random) {
   const auto bits = static_cast<int32_t>(to_bits(multiple) + (random << 3));
   constexpr auto kLeast = static_cast<int32_t>(kCodeBase);
-  return static_cast<uint32_t>(bits < kLeast ? kLeast : bits) << 5;
+  return static_cast<uint32_t>(bits < kLeast ? kLeast : bits);
 }
 
 template <int kByte = 0>

@@ -43,7 +43,8 @@ struct SGD {
   static constexpr int kMaxStates = 1;  // momentum_buffer
   static constexpr int kRootState = -1;
 
-  float grad_factor, weight_decay, lr, momentum, grad_share, nesterov;
+  float grad_factor, weight_decay, lr, momentum, grad_share;
+  uint32_t nesterov;  // all bits 1, or 0
 
   // `step` counts this update: 1 is the first, whose momentum buffer becomes the gradient itself.
   // `grad_scale` multiplies the gradients.
@@ -54,18 +55,24 @@ struct SGD {
     update.lr = static_cast<float>(lr);
     update.momentum = static_cast<float>(hyper[kMomentum]);
     update.grad_share = step == 1.0 ? 1.0f : static_cast<float>(1.0 - hyper[kDampening]);
-    update.nesterov = static_cast<float>(hyper[kNesterov]);
+    update.nesterov = hyper[kNesterov] != 0.0 ? 0xffffffffu : 0;
     return update;
   }
 
-  template <int kNumStates, StateType>
+  template <int kNumStates, StateType kStateType>
   LRS_HOST_DEVICE void apply(float& param, float grad, float* state) const {
     grad *= grad_factor;
     grad = weight_decay != 0.0f ? grad + weight_decay * param : grad;
     if constexpr (kNumStates == 1) {
       float& momentum_buffer = state[0];
       momentum_buffer = momentum * momentum_buffer + grad_share * grad;
-      grad = nesterov != 0.0f ? grad + momentum * momentum_buffer : momentum_buffer;
+      const float ahead = grad + momentum * momentum_buffer;
+      if constexpr (kStateType == StateType::kFloat32) {
+        grad = nesterov != 0 ? ahead : momentum_buffer;
+      } else {
+        // In its loops over pairs, GCC does not vectorise two such conditions.
+        grad = from_bits((to_bits(ahead) & nesterov) | (to_bits(momentum_buffer) & ~nesterov));
+      }
     }
     param -= lr * grad;
   }
