@@ -15,18 +15,18 @@ struct Pair {
   float even, odd;
 };
 
-// Number i of the words that lie in an array of smaller values.
+// Number i of the words that lie in an array of smaller values, which need not be aligned for words.
 template <typename Word>
 LRS_HOST_DEVICE uint32_t load_word(const void* values, int32_t i) {
   Word word;
-  std::memcpy(&word, static_cast<const Word*>(values) + i, sizeof(word));
+  std::memcpy(&word, static_cast<const char*>(values) + sizeof(word) * i, sizeof(word));
   return word;
 }
 
 template <typename Word>
 LRS_HOST_DEVICE void store_word(void* values, int32_t i, uint32_t bits) {
   const Word word = static_cast<Word>(bits);
-  std::memcpy(static_cast<Word*>(values) + i, &word, sizeof(word));
+  std::memcpy(static_cast<char*>(values) + sizeof(word) * i, &word, sizeof(word));
 }
 
 LRS_HOST_DEVICE uint32_t high_halves(uint32_t even, uint32_t odd) {

@@ -329,6 +329,7 @@ void update_params(const Update& update, const Elements& elements, bool rounds_s
       update_blocks<Update, kNumStates, Param>(update, elements);
     } else if constexpr (State::kType == StateType::kBFloat16 &&
                          !std::is_same_v<typename Param::Value, float>) {
+      // Pairs of floats must be moved between lanes, at 10 % of the time with AVX2.
       update_all_pairs<Update, kNumStates, Param>(update, elements);
     } else {
       update_all<Update, kNumStates, Param, State>(update, elements);
