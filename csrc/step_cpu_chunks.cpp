@@ -108,15 +108,17 @@ LRS_HOST_DEVICE void update_elements(const Update& update,
 }
 
 template <typename Update, int kNumStates, typename Param, typename State>
-void update_all(const Update update, const Elements& elements) {
+LRS_HOST_DEVICE void update_all(const Update update, const Elements& elements) {
   visit_parts(elements.range, [&](int64_t begin, auto count) {
-    prefetch_ahead<kNumStates, Param, State>(elements, begin);
-    alignas(64) uint16_t random[kPart];
-    if constexpr (kRoundsAtRandom<kNumStates, Param, State>) {
-      fill_random(elements.random_key, begin, count, random);
-    }
+    if (count == kPart) prefetch_ahead<kNumStates, Param, State>(elements, begin);
     const Arrays<kNumStates, Param, State> arrays(elements.tensor, begin);
-    update_elements<Update>(update, arrays, count, random);
+    if constexpr (kRoundsAtRandom<kNumStates, Param, State>) {
+      alignas(64) uint16_t random[kPart];
+      fill_random(elements.random_key, begin, count, random);
+      update_elements(update, arrays, count, random);
+    } else {
+      update_elements(update, arrays, count, nullptr);
+    }
   });
 }
 
@@ -423,7 +425,7 @@ void step_chunks_of(const StepTable& table, const void* const* gradients, int64_
     const uint32_t key =
         is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
     Tensor next{};
-    if (range.end == entry.numel && i + 1 < last) next = tensor_of(i + 1);
+    if (range.end == entry.numel && entry.numel >= kPart && i + 1 < last) next = tensor_of(i + 1);
     if (next.gradient == nullptr) next.entry = nullptr;
     update_range(update, {tensor, range, key, next}, table);
   }
