@@ -15,7 +15,7 @@ struct Pair {
   float even, odd;
 };
 
-// Number i of the words that lie in an array of smaller values, which need not be aligned for words.
+// Number i of the words that lie in an array of smaller values, aligned for words or not.
 template <typename Word>
 LRS_HOST_DEVICE uint32_t load_word(const void* values, int32_t i) {
   Word word;
