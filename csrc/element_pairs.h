@@ -107,8 +107,8 @@ LRS_HOST_DEVICE void encode_pair(uint8_t* codes, int32_t i, Pair pair, float fac
   } else {
     const uint32_t even = coded_magnitude(even_multiple, even_random) >> 20 & 0x7fu;
     const uint32_t odd = coded_magnitude(odd_multiple, odd_random) >> 12 & 0x7f00u;
-    const uint32_t even_sign = to_bits(pair.even) >> 24 & 0x80u;
-    const uint32_t odd_sign = to_bits(pair.odd) >> 16 & 0x8000u;
+    const uint32_t even_sign = to_bits(even_multiple) >> 24 & 0x80u;
+    const uint32_t odd_sign = to_bits(odd_multiple) >> 16 & 0x8000u;
     store_word<uint16_t>(codes, i, even | odd | even_sign | odd_sign);
   }
 }

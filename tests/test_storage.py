@@ -176,9 +176,8 @@ def test_every_storage_matches_the_oracle(backend, row, storage):
         oracle.step()
 
 
-def bits_of_a_run(row, storage, backend, dtypes, steps=3):
+def bits_of_a_run(row, storage, backend, dtypes, shapes, steps=3):
     generator = torch.Generator().manual_seed(0)
-    shapes = INTERPRETED_SHAPES
     params = [
         leaf(torch.randn(shape, generator=generator), backend, dtype)
         for dtype in dtypes
@@ -201,9 +200,29 @@ def test_backends_agree_to_the_bit(backend, row, storage):
         pytest.skip("rounds differently in between")
     is_rounded = not (storage.master_weights or storage.stochastic_rounding)
     dtypes = cases.DTYPES[: 1 if backend.interpreted and is_rounded else 2]
-    found = bits_of_a_run(row, storage, backend, dtypes)
-    expected = bits_of_a_run(row, storage, cases.BACKENDS[0], dtypes)
+    shapes = INTERPRETED_SHAPES if backend.interpreted else SHAPES
+    found = bits_of_a_run(row, storage, backend, dtypes, shapes)
+    expected = bits_of_a_run(row, storage, cases.BACKENDS[0], dtypes, shapes)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("row", [cases.STORED_UPDATES[i] for i in (1, 4)], ids=str)
+def test_backends_agree_on_the_codes_beside_a_nan(backend, row):
+    """The scale of its block is nan; its own code may be any."""
+    codes = []
+    for each in (backend, cases.BACKENDS[0]):
+        values = torch.randn(300, generator=torch.Generator().manual_seed(0))
+        params = [leaf(values, each)]
+        opt = make(row, params, each, cases.StorageRow(torch.uint8))
+        values[5] = torch.nan
+        params[0].grad = values.to(each.device)
+        opt.step()
+        [state] = opt.state.values()
+        [(name, scale)] = [item for item in state.items() if item[0].endswith("_scale")]
+        assert scale.isnan().tolist() == [True, False, False]
+        kept = state[name.removesuffix("_scale")].cpu()
+        codes.append(torch.cat([kept[:5], kept[6:]]))
+    assert torch.equal(*codes)
 
 
 # Split parameters.
