@@ -53,9 +53,10 @@ Squares move_moments(const LAMB& update, const TensorEntry& entry, const void* g
       prefetch(exp_avg_sq + begin + kAhead);
     }
     float param_part[kPart], direction_part[kPart];
+    const int32_t elements = count;  // GCC ignores the pragma on a loop up to `count` itself
     // GCC forgets __restrict__ when it inlines, and would compare addresses before each loop.
 #pragma GCC ivdep
-    for (int32_t i = 0; i < count; ++i) {
+    for (int32_t i = 0; i < elements; ++i) {
       const float value = load(param[begin + i]);
       float moment1 = exp_avg[begin + i], moment2 = exp_avg_sq[begin + i];
       update.move_moments(load(grad[begin + i]), moment1, moment2);
@@ -96,8 +97,9 @@ void move_params(const LAMB& update, float step_size, const TensorEntry& entry, 
       prefetch(exp_avg + begin + kAhead);
       prefetch(exp_avg_sq + begin + kAhead);
     }
+    const int64_t end = begin + count;  // outside of the loop as above
 #pragma GCC ivdep
-    for (int64_t i = begin; i < begin + count; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const float value = load(param[i]);
       store(param[i], value - step_size * update.direction(value, exp_avg[i], exp_avg_sq[i]));
     }

@@ -1,4 +1,6 @@
 // The sums of squares of the CPU backend, compiled once for each instruction set (LRS_ISA).
+#include <algorithm>
+
 #include "array_parts.h"
 #include "float16_pieces.h"
 #include "step_cpu.h"
@@ -39,12 +41,13 @@ double sum_of_squares(const void* gradient, int64_t numel, Range range) {
 double sum_of_float16_squares(const void* gradient, int64_t numel, Range range) {
   const auto* grad = static_cast<const Float16*>(gradient);
   double sum = 0.0;
-  visit_parts(range, [&](int64_t begin, auto count) {
+  for (int64_t begin = range.begin; begin < range.end; begin += kPart) {
+    const int64_t count = std::min<int64_t>(kPart, range.end - begin);
     if (has_part(numel, begin + kAhead)) prefetch(grad + begin + kAhead);
     float part[kPart];
     widen(grad + begin, count, part);
     sum += sum_of_squares<float>(part, count, {0, count});
-  });
+  }
   return sum;
 }
 

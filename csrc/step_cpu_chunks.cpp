@@ -17,7 +17,19 @@ struct Tensor {
   const void* gradient;
 };
 
-// The elements of one tensor that one loop updates, and the tensor that comes next, if any.
+// Whether the loop over one tensor can ask for the memory of another: their arrays are of the same
+// types, and none is null in one alone.
+bool are_alike(const TensorEntry& entry, const TensorEntry& other) {
+  const auto is_shared = [](const void* array, const void* of_other) {
+    return (array == nullptr) == (of_other == nullptr);
+  };
+  bool alike = entry.dtype == other.dtype && is_shared(entry.remainder, other.remainder);
+  for (int s = 0; s < kMaxStates; ++s) alike &= is_shared(entry.states[s], other.states[s]);
+  return alike;
+}
+
+// The elements of one tensor that one loop updates, and the tensor that comes next, if any and if
+// it is alike.
 struct Elements {
   Tensor tensor;
   Range range;
@@ -425,8 +437,10 @@ void step_chunks_of(const StepTable& table, const void* const* gradients, int64_
     const uint32_t key =
         is_random(table) ? random_key(*table.step, entry.position, range.begin) : 0;
     Tensor next{};
-    if (range.end == entry.numel && entry.numel >= kPart && i + 1 < last) next = tensor_of(i + 1);
-    if (next.gradient == nullptr) next.entry = nullptr;
+    if (range.end == entry.numel && entry.numel >= kPart && i + 1 < last) {
+      const Tensor follower = tensor_of(i + 1);
+      if (follower.gradient != nullptr && are_alike(entry, *follower.entry)) next = follower;
+    }
     update_range(update, {tensor, range, key, next}, table);
   }
 }
