@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <cmath>
 
+#ifdef LRS_X86_ISAS
+#include <cpuid.h>
+#endif
+
 namespace lrs {
 namespace {
 
@@ -17,17 +21,24 @@ struct InstructionSet {
   SquareLoop* square_chunks;
 };
 
+#ifdef LRS_X86_ISAS
+// Older clangs do not know it in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 InstructionSet best_instruction_set() {
 #ifdef LRS_X86_ISAS
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      __builtin_cpu_supports("fma") && has_f16c()) {
     return {"avx512", avx512::step_chunks, avx512::lamb_moments, avx512::lamb_params,
             avx512::square_chunks};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     return {"avx2", avx2::step_chunks, avx2::lamb_moments, avx2::lamb_params, avx2::square_chunks};
   }
 #endif
