@@ -53,6 +53,8 @@ LRS_HOST_DEVICE void update_elements(const Update& update,
   }
 }
 
+// Inlined, since a call counts where tensors are short. By value, so that the coefficients stay in
+// registers.
 template <typename Update, int kNumStates, typename Param, typename State>
 LRS_HOST_DEVICE void update_all(const Update update, const Elements& elements) {
   visit_parts(elements.range, [&](int64_t begin, auto count) {
@@ -126,6 +128,7 @@ struct KeptBlock {
   uint32_t largest[kNumStates];  // the bits of the largest magnitude
 };
 
+// The largest of a magnitude's bits and those of a pair.
 template <bool kIsRoot>
 LRS_HOST_DEVICE uint32_t larger(uint32_t bits, float even, float odd) {
   const uint32_t even_bits = magnitude_bits<kIsRoot>(even), odd_bits = magnitude_bits<kIsRoot>(odd);
