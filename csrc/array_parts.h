@@ -11,23 +11,38 @@ namespace lrs {
 inline namespace LRS_ISA {
 
 constexpr int32_t kPart = kQuantBlock;  // elements
-// How many elements before its turn a part is asked for. Of 4 to 12 parts the best on a Xeon, where
-// AdamW over 32M elements takes 8 % (float32) to 25 % (all bfloat16) less time with it.
-constexpr int64_t kAhead = 6 * kPart;
+
+// Where what is asked for goes. L1 waits for few lines at a time, and loads and stores need their
+// turn: AdamW over 32M float32 takes 12.4 ns for 16 elements on an EPYC 9004 if all goes
+// there, 11.5 without asking, 9.3 by way of L2. Loops that wait for arithmetic only are 7 % faster
+// with L1.
+enum class Cache { kL1, kL2 };
+
+// How many elements before its turn a part is asked for.
+template <Cache kCache>
+constexpr int64_t kAhead = (kCache == Cache::kL1 ? 6 : 12) * kPart;
 
 // Asks for one part.
-template <typename T>
+template <Cache kCache, typename T>
 LRS_HOST_DEVICE void prefetch(const T* values) {
 #if defined(__GNUC__)
   constexpr int kLine = 64, kBytes = kPart * static_cast<int>(sizeof(T));
+  constexpr int kLocality = kCache == Cache::kL1 ? 3 : 2;
   for (int byte = 0; byte < kBytes; byte += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(values) + byte);
+    __builtin_prefetch(reinterpret_cast<const char*>(values) + byte, /*rw=*/0, kLocality);
   }
 #endif
 }
 
 // Whether a tensor of `numel` elements has a whole part at `begin`.
 LRS_HOST_DEVICE bool has_part(int64_t numel, int64_t begin) { return begin + kPart <= numel; }
+
+// Asks for the part that comes kAhead after the one at `values`, if of so many values there is one.
+template <typename T>
+LRS_HOST_DEVICE void prefetch_ahead(const T* values, int64_t count) {
+  constexpr Cache kCache = Cache::kL2;
+  if (has_part(count, kAhead<kCache>)) prefetch<kCache>(values + kAhead<kCache>);
+}
 
 // Calls body(begin, count) for the parts of a range; the count of all but the last is a constant
 // that the compiler sees.

@@ -53,16 +53,16 @@ void visit_as_float32(const TensorEntry& entry, const void* gradient, Range rang
   TensorEntry piece = entry;
   piece.dtype = DType::kFloat32;
   for (int64_t begin = range.begin; begin < range.end; begin += kPart) {
+    const int64_t left = entry.numel - begin;
     const int64_t count = std::min<int64_t>(kPart, range.end - begin);
     Float16* param = static_cast<Float16*>(entry.param) + begin;
-    const bool asks = has_part(entry.numel, begin + kAhead);
     alignas(64) float param_piece[kPart], grad_piece[kPart];
     widen(param, count, param_piece);
-    if (asks) prefetch(param + kAhead);
+    prefetch_ahead(param, left);
     if (gradient != nullptr) {
       const auto* grad = static_cast<const Float16*>(gradient) + begin;
       widen(grad, count, grad_piece);
-      if (asks) prefetch(grad + kAhead);
+      prefetch_ahead(grad, left);
     }
     piece.param = param_piece;
     piece.numel = count;
@@ -70,7 +70,7 @@ void visit_as_float32(const TensorEntry& entry, const void* gradient, Range rang
       if (entry.states[s] == nullptr) continue;
       float* state = static_cast<float*>(entry.states[s]) + begin;
       piece.states[s] = state;
-      if (asks) prefetch(state + kAhead);
+      prefetch_ahead(state, left);
     }
     body(piece, grad_piece, Range{0, count});
     if constexpr (kWritesParam) narrow(param_piece, count, param);

@@ -46,12 +46,11 @@ Squares move_moments(const LAMB& update, const TensorEntry& entry, const void* g
   float* __restrict__ exp_avg_sq = static_cast<float*>(entry.states[1]);
   SumOfSquares params, directions;
   visit_parts(range, [&](int64_t begin, auto count) {
-    if (has_part(entry.numel, begin + kAhead)) {
-      prefetch(param + begin + kAhead);
-      prefetch(grad + begin + kAhead);
-      prefetch(exp_avg + begin + kAhead);
-      prefetch(exp_avg_sq + begin + kAhead);
-    }
+    const int64_t left = entry.numel - begin;
+    prefetch_ahead(param + begin, left);
+    prefetch_ahead(grad + begin, left);
+    prefetch_ahead(exp_avg + begin, left);
+    prefetch_ahead(exp_avg_sq + begin, left);
     float param_part[kPart], direction_part[kPart];
     const int32_t elements = count;  // GCC ignores the pragma on a loop up to `count` itself
     // GCC forgets __restrict__ when it inlines, and would compare addresses before each loop.
@@ -92,11 +91,10 @@ void move_params(const LAMB& update, float step_size, const TensorEntry& entry, 
   const float* __restrict__ exp_avg = static_cast<float*>(entry.states[0]);
   const float* __restrict__ exp_avg_sq = static_cast<float*>(entry.states[1]);
   visit_parts(range, [&](int64_t begin, auto count) {
-    if (has_part(entry.numel, begin + kAhead)) {
-      prefetch(param + begin + kAhead);
-      prefetch(exp_avg + begin + kAhead);
-      prefetch(exp_avg_sq + begin + kAhead);
-    }
+    const int64_t left = entry.numel - begin;
+    prefetch_ahead(param + begin, left);
+    prefetch_ahead(exp_avg + begin, left);
+    prefetch_ahead(exp_avg_sq + begin, left);
     const int64_t end = begin + count;  // outside of the loop as above
 #pragma GCC ivdep
     for (int64_t i = begin; i < end; ++i) {

@@ -19,7 +19,7 @@ double sum_of_squares(const void* gradient, int64_t numel, Range range) {
   const Grad* grad = static_cast<const Grad*>(gradient);
   double sums[kLanes] = {};
   visit_parts(range, [&](int64_t begin, auto count) {
-    if (has_part(numel, begin + kAhead)) prefetch(grad + begin + kAhead);
+    prefetch_ahead(grad + begin, numel - begin);
     const int32_t whole = count / kLanes * kLanes;
     for (int32_t i = 0; i < whole; i += kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -43,7 +43,7 @@ double sum_of_float16_squares(const void* gradient, int64_t numel, Range range) 
   double sum = 0.0;
   for (int64_t begin = range.begin; begin < range.end; begin += kPart) {
     const int64_t count = std::min<int64_t>(kPart, range.end - begin);
-    if (has_part(numel, begin + kAhead)) prefetch(grad + begin + kAhead);
+    prefetch_ahead(grad + begin, numel - begin);
     float part[kPart];
     widen(grad + begin, count, part);
     sum += sum_of_squares<float>(part, count, {0, count});

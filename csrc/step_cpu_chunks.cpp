@@ -58,7 +58,7 @@ LRS_HOST_DEVICE void update_elements(const Update& update,
 template <typename Update, int kNumStates, typename Param, typename State>
 LRS_HOST_DEVICE void update_all(const Update update, const Elements& elements) {
   visit_parts(elements.range, [&](int64_t begin, auto count) {
-    if (count == kPart) prefetch_ahead<kNumStates, Param, State>(elements, begin);
+    if (count == kPart) prefetch_ahead<Cache::kL2, kNumStates, Param, State>(elements, begin);
     const Arrays<kNumStates, Param, State> arrays(elements.tensor, begin);
     if constexpr (kRoundsAtRandom<kNumStates, Param, State>) {
       alignas(64) uint16_t random[kPart];
@@ -108,14 +108,14 @@ void update_all_pairs(const Update update, const Elements& elements) {
   const Range range = elements.range;
   const int64_t end = even_end(range);
   visit_parts({range.begin, end}, [&](int64_t begin, auto count) {
-    prefetch_ahead<kNumStates, Param, BFloat16State>(elements, begin);
+    prefetch_ahead<Cache::kL2, kNumStates, Param, BFloat16State>(elements, begin);
     update_pairs(update, PartArrays(elements.tensor, begin), count / 2,
                  key_from(elements.random_key, begin));
   });
   if (end < range.end) {
     const PartArrays arrays(elements.tensor, end);
     EvenCopy copy(arrays, static_cast<int32_t>(range.end - end));
-    update_pairs(update, copy.arrays(), copy.pairs(), key_from(elements.random_key, end));
+    update_pairs(update, copy.arrays(), copy.count() / 2, key_from(elements.random_key, end));
     copy.write_to(arrays);
   }
 }
@@ -123,24 +123,58 @@ void update_all_pairs(const Update update, const Elements& elements) {
 // What is left to encode of a block of quantisation whose elements have been updated.
 template <int kNumStates>
 struct KeptBlock {
-  alignas(64) uint32_t random[kPart / 2];
-  alignas(64) float even[kNumStates][kPart / 2], odd[kNumStates][kPart / 2];
+  alignas(64) uint16_t random[kPart];
+  alignas(64) float states[kNumStates][kPart];
   uint32_t largest[kNumStates];  // the bits of the largest magnitude
 };
 
-// The largest of a magnitude's bits and those of a pair.
-template <bool kIsRoot>
-LRS_HOST_DEVICE uint32_t larger(uint32_t bits, float even, float odd) {
-  const uint32_t even_bits = magnitude_bits<kIsRoot>(even), odd_bits = magnitude_bits<kIsRoot>(odd);
-  const uint32_t larger_bits = even_bits > odd_bits ? even_bits : odd_bits;
-  return bits > larger_bits ? bits : larger_bits;
+LRS_HOST_DEVICE uint32_t larger(uint32_t bits, uint32_t other) {
+  return bits > other ? bits : other;
 }
 
-// Updates pairs of elements of a block of quantisation.
+// The largest of a magnitude's bits and those of a pair.
+template <bool kIsRoot>
+LRS_HOST_DEVICE uint32_t larger(uint32_t bits, Pair pair) {
+  return larger(bits,
+                larger(magnitude_bits<kIsRoot>(pair.even), magnitude_bits<kIsRoot>(pair.odd)));
+}
+
+// Updates `count` elements of a block of quantisation whose parameters are float32, of which pairs
+// would have to be moved between lanes. There must be room for an even number.
+template <typename Update, int kNumStates>
+LRS_HOST_DEVICE void update_block(
+    const Update& update, const Arrays<kNumStates, NearestParam<float>, Block8State>& arrays,
+    float scale0, float scale1, int32_t count, uint32_t key, KeptBlock<kNumStates>& kept) {
+  constexpr bool kIsRoot1 = Update::kRootState == 1;
+  auto* __restrict__ param = arrays.param;
+  const auto* __restrict__ grad = arrays.grad;
+  const auto* __restrict__ codes0 = arrays.states[0];
+  const auto* __restrict__ codes1 = arrays.states[1];
+  fill_random(key, 0, count, kept.random);
+  uint32_t largest0 = 0, largest1 = 0;
+#pragma GCC ivdep
+  for (int32_t i = 0; i < count; ++i) {
+    float value = param[i], state[kMaxStates];
+    state[0] = Block8State::decode<false>(codes0[i], scale0);
+    if constexpr (kNumStates > 1) state[1] = Block8State::decode<kIsRoot1>(codes1[i], scale1);
+    update.template apply<kNumStates, StateType::kBlock8>(value, grad[i], state);
+    param[i] = value;
+    kept.states[0][i] = state[0];
+    largest0 = larger(largest0, magnitude_bits<false>(state[0]));
+    if constexpr (kNumStates > 1) {
+      kept.states[1][i] = state[1];
+      largest1 = larger(largest1, magnitude_bits<kIsRoot1>(state[1]));
+    }
+  }
+  kept.largest[0] = largest0;
+  if constexpr (kNumStates > 1) kept.largest[1] = largest1;
+}
+
+// The same by pairs. Of the states that are left to encode, the even ones come first.
 template <typename Update, int kNumStates, typename Param>
 LRS_HOST_DEVICE void update_block(const Update& update,
                                   const Arrays<kNumStates, Param, Block8State>& arrays,
-                                  float scale0, float scale1, int32_t pairs, uint32_t key,
+                                  float scale0, float scale1, int32_t count, uint32_t key,
                                   KeptBlock<kNumStates>& kept) {
   constexpr bool kIsRoot1 = Update::kRootState == 1;
   auto* __restrict__ param = arrays.param;
@@ -150,7 +184,7 @@ LRS_HOST_DEVICE void update_block(const Update& update,
   const auto* __restrict__ codes1 = arrays.states[1];
   uint32_t largest0 = 0, largest1 = 0;
 #pragma GCC ivdep
-  for (int32_t i = 0; i < pairs; ++i, key += kKeyStep) {
+  for (int32_t i = 0; i < count / 2; ++i, key += kKeyStep) {
     const uint32_t random = random_pair(key, 0);
     const Pair gradient = load_pair(grad, i);
     const Pair old0 = decode_pair<false>(codes0, i, scale0);
@@ -159,14 +193,14 @@ LRS_HOST_DEVICE void update_block(const Update& update,
     float even[kMaxStates] = {old0.even, old1.even}, odd[kMaxStates] = {old0.odd, old1.odd};
     update.template apply<kNumStates, StateType::kBlock8>(value.even, gradient.even, even);
     update.template apply<kNumStates, StateType::kBlock8>(value.odd, gradient.odd, odd);
-    kept.random[i] = random;
-    kept.even[0][i] = even[0];
-    kept.odd[0][i] = odd[0];
-    largest0 = larger<false>(largest0, even[0], odd[0]);
+    store_word<uint32_t>(kept.random, i, random);
+    kept.states[0][i] = even[0];
+    kept.states[0][kPart / 2 + i] = odd[0];
+    largest0 = larger<false>(largest0, {even[0], odd[0]});
     if constexpr (kNumStates > 1) {
-      kept.even[1][i] = even[1];
-      kept.odd[1][i] = odd[1];
-      largest1 = larger<kIsRoot1>(largest1, even[1], odd[1]);
+      kept.states[1][i] = even[1];
+      kept.states[1][kPart / 2 + i] = odd[1];
+      largest1 = larger<kIsRoot1>(largest1, {even[1], odd[1]});
     }
     store_param_pair<Param>(param, remainder, i, value, random);
   }
@@ -174,15 +208,24 @@ LRS_HOST_DEVICE void update_block(const Update& update,
   if constexpr (kNumStates > 1) kept.largest[1] = largest1;
 }
 
-// Encodes state s of a block and writes its scale.
-template <bool kIsRoot, int kNumStates>
-LRS_HOST_DEVICE void encode_state(const KeptBlock<kNumStates>& kept, int s, int32_t pairs,
+// Encodes state s of a block and writes its scale. By pairs, `count` must be even.
+template <bool kIsRoot, bool kByPairs, int kNumStates>
+LRS_HOST_DEVICE void encode_state(const KeptBlock<kNumStates>& kept, int s, int32_t count,
                                   uint8_t* __restrict__ codes, float& scale) {
   scale = block_scale<kIsRoot>(kept.largest[s]);
   const float factor = multiple_factor(scale);
+  const float* states = kept.states[s];
+  if constexpr (kByPairs) {
 #pragma GCC ivdep
-  for (int32_t i = 0; i < pairs; ++i) {
-    encode_pair<kIsRoot>(codes, i, {kept.even[s][i], kept.odd[s][i]}, factor, kept.random[i]);
+    for (int32_t i = 0; i < count / 2; ++i) {
+      const uint32_t random = load_word<uint32_t>(kept.random, i);
+      encode_pair<kIsRoot>(codes, i, {states[i], states[kPart / 2 + i]}, factor, random);
+    }
+  } else {
+#pragma GCC ivdep
+    for (int32_t i = 0; i < count; ++i) {
+      codes[i] = Block8State::encode<kIsRoot>(states[i] * factor, kept.random[i]) >> 24;
+    }
   }
 }
 
@@ -192,21 +235,23 @@ template <typename Update, int kNumStates, typename Param>
 void update_blocks(const Update& update, const Elements& elements) {
   using BlockArrays = Arrays<kNumStates, Param, Block8State>;
   constexpr bool kIsRoot1 = Update::kRootState == 1;
+  constexpr bool kByPairs = !std::is_same_v<typename Param::Value, float>;
+  constexpr Cache kCache = kByPairs ? Cache::kL1 : Cache::kL2;
   constexpr int64_t kBatch = 4 * kQuantBlock;
   const TensorEntry& entry = *elements.tensor.entry;
-  const auto update_one = [&](const BlockArrays& arrays, int64_t begin, int32_t pairs,
+  const auto update_one = [&](const BlockArrays& arrays, int64_t begin, int32_t count,
                               KeptBlock<kNumStates>& kept) {
     const int64_t block = begin / kQuantBlock;
     const float scale1 = kNumStates > 1 ? entry.scales[1][block] : 0.0f;
     const uint32_t key = key_from(elements.random_key, begin);
-    update_block(update, arrays, entry.scales[0][block], scale1, pairs, key, kept);
+    update_block(update, arrays, entry.scales[0][block], scale1, count, key, kept);
   };
-  const auto encode_one = [&](const BlockArrays& arrays, int64_t begin, int32_t pairs,
+  const auto encode_one = [&](const BlockArrays& arrays, int64_t begin, int32_t count,
                               const KeptBlock<kNumStates>& kept) {
     const int64_t block = begin / kQuantBlock;
-    encode_state<false>(kept, 0, pairs, arrays.states[0], entry.scales[0][block]);
+    encode_state<false, kByPairs>(kept, 0, count, arrays.states[0], entry.scales[0][block]);
     if constexpr (kNumStates > 1) {
-      encode_state<kIsRoot1>(kept, 1, pairs, arrays.states[1], entry.scales[1][block]);
+      encode_state<kIsRoot1, kByPairs>(kept, 1, count, arrays.states[1], entry.scales[1][block]);
     }
   };
   KeptBlock<kNumStates> kept[kBatch / kQuantBlock];
@@ -215,18 +260,18 @@ void update_blocks(const Update& update, const Elements& elements) {
   for (int64_t batch = range.begin; batch < end; batch += kBatch) {
     const Range part{batch, batch + kBatch < end ? batch + kBatch : end};
     visit_parts(part, [&](int64_t begin, auto count) {
-      prefetch_ahead<kNumStates, Param, Block8State>(elements, begin);
-      update_one({elements.tensor, begin}, begin, count / 2, kept[(begin - batch) / kQuantBlock]);
+      prefetch_ahead<kCache, kNumStates, Param, Block8State>(elements, begin);
+      update_one({elements.tensor, begin}, begin, count, kept[(begin - batch) / kQuantBlock]);
     });
     visit_parts(part, [&](int64_t begin, auto count) {
-      encode_one({elements.tensor, begin}, begin, count / 2, kept[(begin - batch) / kQuantBlock]);
+      encode_one({elements.tensor, begin}, begin, count, kept[(begin - batch) / kQuantBlock]);
     });
   }
   if (end < range.end) {
     const BlockArrays arrays(elements.tensor, end);
     EvenCopy copy(arrays, static_cast<int32_t>(range.end - end));
-    update_one(copy.arrays(), end, copy.pairs(), kept[0]);
-    encode_one(copy.arrays(), end, copy.pairs(), kept[0]);
+    update_one(copy.arrays(), end, copy.count(), kept[0]);
+    encode_one(copy.arrays(), end, copy.count(), kept[0]);
     copy.write_to(arrays);
   }
 }

@@ -57,20 +57,20 @@ struct Arrays {
 };
 
 // Asks for the part that comes kAhead after the one at `begin`, or for one of the next tensor.
-template <int kNumStates, typename Param, typename State>
+template <Cache kCache, int kNumStates, typename Param, typename State>
 LRS_HOST_DEVICE void prefetch_ahead(const Elements& elements, int64_t begin) {
   Tensor tensor = elements.tensor;
-  int64_t ahead = begin + kAhead;
+  int64_t ahead = begin + kAhead<kCache>;
   if (!has_part(tensor.entry->numel, ahead)) {
     ahead = std::max<int64_t>(ahead - tensor.entry->numel, 0);
     tensor = elements.next;
     if (tensor.entry == nullptr || !has_part(tensor.entry->numel, ahead)) return;
   }
   const Arrays<kNumStates, Param, State> arrays(tensor, ahead);
-  prefetch(arrays.param);
-  prefetch(arrays.grad);
-  if constexpr (Param::kIsSplit) prefetch(arrays.remainder);
-  for (int s = 0; s < kNumStates; ++s) prefetch(arrays.states[s]);
+  prefetch<kCache>(arrays.param);
+  prefetch<kCache>(arrays.grad);
+  if constexpr (Param::kIsSplit) prefetch<kCache>(arrays.remainder);
+  for (int s = 0; s < kNumStates; ++s) prefetch<kCache>(arrays.states[s]);
 }
 
 // A copy of an odd number of elements, the last of them twice: an even number.
@@ -84,7 +84,7 @@ class EvenCopy {
     for (int s = 0; s < kNumStates; ++s) fill(from.states[s], states_[s]);
   }
 
-  int32_t pairs() const { return (count_ + 1) / 2; }
+  int32_t count() const { return count_ + 1; }
 
   Arrays<kNumStates, Param, State> arrays() {
     Arrays<kNumStates, Param, State> arrays{};
