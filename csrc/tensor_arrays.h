@@ -60,7 +60,7 @@ struct Arrays {
 template <Cache kCache, int kNumStates, typename Param, typename State>
 LRS_HOST_DEVICE void prefetch_ahead(const Elements& elements, int64_t begin) {
   Tensor tensor = elements.tensor;
-  int64_t ahead = begin + kAhead<kCache>;
+  int64_t ahead = begin + kAhead;
   if (!has_part(tensor.entry->numel, ahead)) {
     ahead = std::max<int64_t>(ahead - tensor.entry->numel, 0);
     tensor = elements.next;
