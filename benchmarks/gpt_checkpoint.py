@@ -29,8 +29,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise JobError(f"no checkpoint at {path}: give --resume the .pt file of a stopped run")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise JobError(f"{path} is not a readable checkpoint: {error}") from error
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise JobError(
+            f"{path} is not a readable checkpoint: {str(error) or 'it is empty'}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise JobError(f"{path} is not a checkpoint of this job (expected format {FORMAT!r})")
     return content

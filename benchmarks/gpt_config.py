@@ -23,6 +23,7 @@ DEFAULT_LR = {
 }
 AUTO_BOUNDS = {"adamw": (1e-5, 1e-1), "adam": (1e-5, 1e-1), "sgd": (1e-3, 1e1)}
 WARMUP_FRACTION = 0.05
+MAX_SEED = 2**64 - 1  # of torch.manual_seed
 
 
 class JobError(Exception):
@@ -82,21 +83,33 @@ def positive(kind: type) -> Any:
 
 
 def learning_rate(text: str) -> float | None:
-    return None if text == "auto" else positive(float)(text)
+    try:
+        return None if text == "auto" else positive(float)(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text}") from None
 
 
 def learning_rate_bounds(text: str) -> tuple[float, float]:
-    low, _, high = text.partition(",")
-    bounds = float(low), float(high)
-    if not 0.0 < bounds[0] < bounds[1] < math.inf:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be two numbers LOW,HIGH, got {text}") from None
+    if not 0.0 < low < high < math.inf:
         raise argparse.ArgumentTypeError(f"must be 0 < low < high < inf, got {text}")
-    return bounds
+    return low, high
 
 
 def count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = count(text)
+    if value > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_SEED}, got {text}")
     return value
 
 
@@ -127,11 +140,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Request:
         help="train each schedule at the same budget, e.g. rex,linear,cosine",
     )
     parser.add_argument("--optimizer", choices=tuple(DEFAULT_LR["cpu"]), help="(adamw)")
-    rates = ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR["cpu"].items())
+    rates = "; ".join(
+        f"{device}: " + ", ".join(f"{name} {lr:g}" for name, lr in lrs.items())
+        for device, lrs in DEFAULT_LR.items()
+    )
     parser.add_argument(
         "--lr",
         type=learning_rate,
-        help=f"peak learning rate, or auto to let AutoLRS find it (cpu: {rates})",
+        help=f"peak learning rate, or auto to let AutoLRS find it ({rates})",
     )
     parser.add_argument(
         "--lr-bounds",
@@ -143,7 +159,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Request:
     backends = ("cuda", "triton", "cpu", "reference")
     parser.add_argument("--backend", choices=backends, help="optimizer backend (by device)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
-    parser.add_argument("--seed", type=count, help="of the weights and the data order (0)")
+    parser.add_argument("--seed", type=seed, help="of the weights and the data order (0)")
     sizes = {
         "steps": "budget in updates",
         "layers": "transformer blocks",
@@ -219,6 +235,8 @@ def resumed_config(given: dict[str, Any], saved: Config, checkpoint: Path) -> Co
             if name == "schedules":
                 option = "schedule" if len(value) == 1 else "compare"
                 value, before = ",".join(value), ",".join(before)
+            if name == "lr_bounds":
+                value, before = (f"{low:g},{high:g}" for low, high in (value, before))
             if name == "lr":
                 value, before = ("auto" if rate is None else rate for rate in (value, before))
             before = "the default" if before is None else before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,15 @@ class Job:
             before = Config.from_dict(self.saved["config"])
             self.config = resumed_config(request.given, before, request.resume)
             folder, name = request.out or request.resume.parent, request.resume.stem
-        folder.mkdir(parents=True, exist_ok=True)
         self.base = folder / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise JobError(
+                f"cannot write to {folder}: {error.strerror}: give another folder by --out"
+            ) from error
         self.finished: dict[str, History] = {}
 
     def path(self, ending: str) -> Path:
@@ -49,7 +57,11 @@ class Job:
 
     def load_text(self) -> Corpus:
         """The text to train on, checked against the checkpoint and the context."""
-        corpus, context = load_corpus(), self.config.context
+        try:
+            corpus = load_corpus()
+        except FileNotFoundError as error:
+            raise JobError(str(error)) from error
+        context = self.config.context
         if self.saved is not None and self.saved["text"] != corpus.digest:
             raise JobError(
                 "the standard library differs from the one this checkpoint was trained on:"
@@ -86,17 +98,18 @@ class Job:
             print(f"resume with:\n  {self.resume_command()}")
             raise
         if run.auto is not None:
-            self.report_search(run.auto, schedule)
+            searched = len(run.auto.history.losses) - run.auto.to_schedule().total_steps
+            run.history.searched = searched
+            self.report_search(run.auto, schedule, searched)
         return run.history
 
-    def report_search(self, auto: AutoLRS, schedule: str) -> None:
+    def report_search(self, auto: AutoLRS, schedule: str, searched: int) -> None:
         """Print what AutoLRS has found and draw how."""
-        share = len(auto.history.losses) - auto.to_schedule().total_steps
         ending = "-search.png" if len(self.config.schedules) == 1 else f"-{schedule}-search.png"
         auto.plot().savefig(self.path(ending), dpi=150)
         print(
             f"AutoLRS found the peak learning rate {auto.to_schedule().lr:.3g} for {schedule}"
-            f" in {share} of {auto.total_steps} updates: {self.path(ending)}"
+            f" in {searched} of {auto.total_steps} updates: {self.path(ending)}"
         )
 
     def run(self) -> None:

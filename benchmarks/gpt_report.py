@@ -29,38 +29,56 @@ def write_csv(path: Path, history: History) -> None:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last ``window`` values, fewer at the start."""
-    total = np.cumsum(np.concatenate(([0.0], values)))
+    """Mean over those of the last ``window`` values that are finite, NaN where none is."""
+    is_finite = np.isfinite(values)
+    total = np.cumsum(np.concatenate(([0.0], np.where(is_finite, values, 0.0))))
+    count = np.cumsum(np.concatenate(([0], is_finite)))
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - window, 0)
-    return (total[end] - total[start]) / (end - start)
+    counted = count[end] - count[start]
+    return np.where(counted > 0, (total[end] - total[start]) / np.maximum(counted, 1), np.nan)
 
 
 def draw(path: Path, histories: dict[str, History], title: str) -> None:
-    """Losses above, learning rates below; one colour a schedule, the end enlarged to compare."""
+    """Losses above, learning rates below; one colour a schedule, the end enlarged to compare.
+
+    Trials of a search are beyond the limits where their losses or learning rates are.
+    """
     alone = len(histories) == 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 6.5), layout="constrained")
         top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
         inset = None if alone else top.inset_axes((0.19, 0.52, 0.37, 0.44))
-        highest, lowest = 0.0, math.inf
+        highest, lowest, peak = 0.0, math.inf, 0.0
         for color, (schedule, history) in zip(cycle(COLORS), histories.items()):
-            losses = np.asarray(history.losses.tolist())
-            steps = np.arange(len(losses))
-            smoothed = smooth(losses, max(1, len(losses) // 50))
+            losses, rates = (
+                np.asarray(v.tolist()) for v in (history.losses, history.learning_rates)
+            )
+            searched, steps = history.searched, np.arange(len(losses))
+            smoothed = smooth(losses[searched:], max(1, len(losses) // 50))
             if alone:
                 top.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
             strength = {"linewidth": 1.5} if alone else {"linewidth": 1, "alpha": 0.4}
-            top.plot(steps, smoothed, color=color, label="training" if alone else None, **strength)
+            top.plot(
+                steps[searched:],
+                smoothed,
+                color=color,
+                label="training" if alone else None,
+                **strength,
+            )
             done, validation = np.asarray(history.validation).T
             label = f"{schedule}: validation {validation[-1]:.4f}"
             style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.2}
             top.plot(done - 1, validation, label=label, **style)
             if inset is not None:
                 inset.plot(done[-INSET:] - 1, validation[-INSET:], **style)
-            bottom.plot(steps, history.learning_rates.tolist(), color=color)
-            highest = max(highest, smoothed[len(losses) // 30], *validation)
-            lowest = min(lowest, np.quantile(losses, 0.02), *validation)
+            bottom.plot(steps, rates, color=color)
+            trained = validation[done > searched]
+            trained = trained[np.isfinite(trained)]
+            finite = losses[searched:][np.isfinite(losses[searched:])]
+            highest = max(highest, smoothed[len(smoothed) // 30], *trained)
+            lowest = min(lowest, np.quantile(finite, 0.02), *trained)
+            peak = max(peak, rates[searched:].max())
         margin = 0.05 * (highest - lowest)
         top.set_ylim(lowest - margin, highest + margin)  # leaves the first steep steps out
         top.set_ylabel("loss (nats per byte)")
@@ -68,6 +86,7 @@ def draw(path: Path, histories: dict[str, History], title: str) -> None:
         top.legend(frameon=False, loc="upper right")
         bottom.set_ylabel("learning rate")
         bottom.set_xlabel("step")
+        bottom.set_ylim(-0.05 * peak, 1.05 * peak)
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         for axes in (top, bottom):
             axes.grid(alpha=0.25)

@@ -62,12 +62,14 @@ class History:
         learning_rates: float64 (steps,) on the host, the rate that each update used.
         validation: pairs (updates done, validation loss in nats per byte).
         seconds: training time, evaluation included.
+        searched: updates of AutoLRS's trials, which come first.
     """
 
     losses: Tensor
     learning_rates: Tensor
     validation: list[tuple[int, float]]
     seconds: float
+    searched: int = 0
 
     @staticmethod
     def empty(steps: int, device: str) -> History:
@@ -130,17 +132,17 @@ class Run:
 
     def __init__(self, schedule: str, config: Config, corpus: Corpus) -> None:
         self.schedule, self.config = schedule, config
-        self.train_text = corpus.train.to(config.device)
-        self.validation_text = corpus.validation.to(config.device)
-        torch.manual_seed(config.seed)
         try:
+            self.train_text = corpus.train.to(config.device)
+            self.validation_text = corpus.validation.to(config.device)
+            torch.manual_seed(config.seed)
             size = {"layers": config.layers, "width": config.width, "context": config.context}
             self.model = GPT(**size).to(config.device)
             self.optimizer = build_optimizer(self.model, schedule, config)
             self.auto = build_auto(self.model, self.optimizer, schedule, config)
+            self.history = History.empty(config.steps, config.device)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise JobError(str(error)) from error
-        self.history = History.empty(config.steps, config.device)
         self.step = 0
         self.batch_numbers = self.number_batches()
 
@@ -234,11 +236,13 @@ class Run:
     def check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
             lr = self.history.learning_rates.nan_to_num(0.0).max().item()
+            lower = f"a lower peak, e.g. --lr {lr / 10:g} (it was {lr:g})"
+            if self.auto is not None:
+                lower = "lower --lr-bounds"
             raise JobError(
                 f"the {what} is {value} at step {step} ({self.schedule}, learning rate"
                 f" {self.history.learning_rates[step].item():.3g}): training stopped."
-                f" Start again with a lower peak, e.g. --lr {lr / 10:g} (it was {lr:g}),"
-                " or a longer --warmup-steps"
+                f" Start again with {lower}, or a longer --warmup-steps"
             )
 
 

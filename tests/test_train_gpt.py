@@ -11,8 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -23,6 +25,7 @@ from gpt_checkpoint import load_checkpoint, save_checkpoint
 from gpt_config import SCHEDULES, new_config
 from gpt_data import Corpus, load_corpus, sample_batch
 from gpt_model import GPT
+from gpt_report import smooth
 
 TINY = shlex.split("--device cpu --layers 1 --width 32 --context 32 --batch-size 4")
 STEPS = 60
@@ -222,6 +225,37 @@ def test_a_loss_that_is_infinite_once_is_found(job, monkeypatch):
     assert "the loss is inf at step 3 (rex, learning rate 0.003)" in err
 
 
+@pytest.mark.filterwarnings("ignore:AutoLRS")
+def test_trials_that_diverge_leave_the_picture_readable(job, monkeypatch, tmp_path):
+    """The search may meet any loss and rate; the limits are those of the training after it."""
+    figures, save = [], Figure.savefig
+
+    def kept(figure, *args, **kwargs):
+        figures.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    options = ["--optimizer", "sgd", "--lr", "auto", "--lr-bounds", "1e-3,1e30"]
+    code, out, err = job(*options, "--steps", 100)
+    assert code == 0, err
+    found, searched = re.search(r"peak learning rate (\S+) for rex in (\d+) of 100", out).groups()
+    table = rows(printed_path(out, "csv"))
+    losses = [float(row["train_loss"]) for row in table]
+    assert not all(map(math.isfinite, losses[: int(searched)]))
+    assert all(map(math.isfinite, losses[int(searched) :]))
+    top, bottom = figures[-1].axes
+    assert bottom.get_ylim()[1] == pytest.approx(1.05 * float(found), rel=1e-2)
+    assert top.get_ylim()[1] < 2 * math.log(256)
+    (line,) = (line for line in top.lines if line.get_label() == "training")
+    assert len(line.get_ydata()) == 100 - int(searched)
+    assert all(map(math.isfinite, line.get_ydata()))
+
+
+def test_the_mean_of_the_last_values_leaves_out_what_is_not_finite():
+    smoothed = smooth(np.array([math.nan, 1.0, math.inf, 4.0, 6.0]), 2)
+    np.testing.assert_array_equal(smoothed, [math.nan, 1.0, 1.0, 4.0, 5.0])
+
+
 @pytest.fixture
 def checkpoint(job):
     code, out, _ = job("--steps", 12)
@@ -253,12 +287,14 @@ def test_conflicting_options_are_refused_on_resume(job, checkpoint):
 
 
 def test_what_cannot_be_resumed_is_refused(job, checkpoint, corpus, monkeypatch, tmp_path):
-    torn, other = tmp_path / "torn.pt", tmp_path / "other.pt"
+    torn, empty, other = (tmp_path / f"{name}.pt" for name in ("torn", "empty", "other"))
     torn.write_bytes(checkpoint.read_bytes()[:1000])
+    empty.touch()
     torch.save({"weights": torch.zeros(2)}, other)
     for path, message in (
         (tmp_path / "none.pt", "no checkpoint at {}: give --resume the .pt file of a stopped run"),
         (torn, "{} is not a readable checkpoint"),
+        (empty, "{} is not a readable checkpoint: it is empty"),
         (other, "{} is not a checkpoint of this job"),
     ):
         code, _, err = job("--resume", path, tiny=False)
@@ -294,10 +330,11 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         (["--steps", "5", "--warmup-steps", "5"], "must be less than 5, got 5"),
         (["--width", "33"], "width must be a multiple of 32, got 33"),
         (["--context", str(10**9)], "--context must be less than"),
+        (["--out", __file__], f"cannot write to {__file__}: File exists: give another folder by"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message, tmp_path, capsys):
-    assert train_gpt.main([*options, "--out", str(tmp_path)]) == 1
+    assert train_gpt.main(["--out", str(tmp_path), *options]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -306,7 +343,11 @@ def test_options_that_cannot_work_are_refused(options, message, tmp_path, capsys
     [
         (["--steps", "0"], "must be positive and finite, got 0"),
         (["--lr", "nan"], "must be positive and finite, got nan"),
+        (["--lr", "high"], "must be a number or auto, got high"),
+        (["--lr-bounds", "1e-3"], "must be two numbers LOW,HIGH, got 1e-3"),
+        (["--lr-bounds", "1,0.1"], "must be 0 < low < high < inf, got 1,0.1"),
         (["--seed", "-1"], "must not be negative, got -1"),
+        (["--seed", str(2**64)], f"must be at most {2**64 - 1}, got {2**64}"),
         (["--compare", "rex,sawtooth"], "unknown schedule 'sawtooth': choose from rex, "),
         (["--compare", "rex,rex"], "names a schedule twice: rex,rex"),
         (["--compare", "rex,linear", "--schedule", "rex"], "not allowed with"),
