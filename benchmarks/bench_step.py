@@ -281,7 +281,7 @@ def run_cases(args: argparse.Namespace, bench: dict[str, Any]) -> None:
         bench["cases"].append(result)
         bench["checks"] += checks(case, result, device)
         if args.json is not None:  # after each case: whoever stops this keeps what there is
-            args.json.write_text(json.dumps(bench, indent=1) + "\n", encoding="utf-8")
+            results_page.write_whole(args.json, json.dumps(bench, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

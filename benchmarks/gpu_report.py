@@ -5,7 +5,8 @@
 
 Needs no network, but lrs_ext and pytest installed; with pytest-xdist it takes much less time. What
 measures no time runs side by side, then the benchmarks one by one. A stage that fails or runs out
-of time is recorded and the others go on; the exit code is 0 only if every stage passed.
+of time is recorded and the others go on; the exit code is 0 only if every stage passed. Ctrl-C and
+SIGTERM end all commands and write what there is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -46,6 +48,7 @@ SHORTEST_STAGE = 5.0  # seconds; with less than that nothing is started
 GRACE = 10.0  # seconds from an interrupt to the end of a stage that ran out of time
 OUTPUT_LINES = 25
 LISTED_FAILURES = 50
+RUNNING: set[int] = set()  # process groups of the commands, to be ended with this process
 
 Outcome = dict[str, Any]
 
@@ -97,6 +100,7 @@ def run_command(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # to end it with all its children
         )
+        RUNNING.add(process.pid)
         try:
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -105,11 +109,17 @@ def run_command(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end_group(process.pid)  # what it started may go on without it
+            RUNNING.discard(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that the driver holds
+                process.wait(GRACE)
         log.seek(0)
         return code, log.read().decode(errors="replace")
+
+
+def end_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def ending(code: int | None, output: str, limit: float) -> str:
@@ -334,16 +344,21 @@ def run_stages(
 
     together = [name for name, stage in planned.items() if not stage.is_timed]
     with ThreadPoolExecutor(len(planned)) as pool:
-        list(pool.map(run, together))
+        try:
+            list(pool.map(run, together))
+        except KeyboardInterrupt:
+            for group in tuple(RUNNING):  # which the threads wait for
+                end_group(group)
+            raise
     for name, stage in planned.items():
         if stage.is_timed:
             run(name)
 
 
 def outcome_of(stage: Stage, deadline: float) -> Outcome:
-    """Runs a stage as long as there is time."""
+    """Runs a stage as long as there is time, that of an end by force included."""
     started = time.monotonic()
-    limit = min(stage.longest, deadline - started)
+    limit = min(stage.longest, deadline - GRACE - started)
     if limit < SHORTEST_STAGE:
         outcome: Outcome = {"passed": False, "detail": "no time was left: give more --minutes"}
     else:
@@ -361,6 +376,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=12.0, help="for all stages together (12)")
     parser.add_argument("--out", type=Path, default=results_page.FOLDER, help="results folder")
     args = parser.parse_args(argv)
+    if not 0.0 < args.minutes < math.inf:
+        parser.error(f"--minutes must be positive and finite, got {args.minutes:g}")
     deadline = time.monotonic() + 60 * args.minutes
     reason = unusable_reason()
     if reason is not None:
@@ -370,9 +387,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     document: dict[str, Any] = {"machine": machine, "stages": {}}
     name = results_page.slug(machine["device"])
     save = functools.partial(results_page.write_json, document, args.out, name)
-    with tempfile.TemporaryDirectory() as folder:
-        run_stages(stages(Path(folder)), document, save, deadline)
+    is_stopped = False
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run_stages(stages(Path(folder)), document, save, deadline)
+    except KeyboardInterrupt:
+        is_stopped = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print("written: " + ", ".join(map(str, results_page.write(document, args.out, name))))
+    if is_stopped:
+        print("gpu_report.py: stopped: other stages have not run", file=sys.stderr)
+        return 130
     return 0 if all(stage["passed"] for stage in document["stages"].values()) else 1
 
 

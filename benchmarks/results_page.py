@@ -9,6 +9,7 @@ data of bench_step.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,15 @@ def write(document: dict[str, Any], folder: Path, name: str) -> list[Path]:
 def write_json(document: dict[str, Any], folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(document, indent=1) + "\n")
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside `path`, then renames: who is killed meanwhile leaves the old file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def slug(device: str) -> str:
@@ -108,7 +116,7 @@ def bench_tables(bench: dict[str, Any]) -> str:
                 [
                     case["name"],
                     row["name"],
-                    in_units(step["median"]),
+                    in_units(step["median"]) + (", host" if step.get("has_waited") else ""),
                     f"{in_units(step['lower'])} to {in_units(step['upper'])}",
                     "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
                     f"{row['bytes_per_parameter']:g}",
@@ -125,7 +133,8 @@ def bench_tables(bench: dict[str, Any]) -> str:
     ]
     parts = [
         f"A copy moves {copy / 1e9:.1f} GB/s, read and written. The ratio says how many times "
-        "faster than its case's first optimizer a step is.",
+        "faster than its case's first optimizer a step is; times with the word host are those of a "
+        "GPU that waited for the host.",
         table(header, rows),
         *([bullets(notes)] if notes else []),
         *(storage_table(case) for case in bench["cases"] if case["compares_storage"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,21 +12,27 @@ import torch
 
 Call = Callable[[], object]
 
-SPIN_CYCLES_PER_SECOND = 2e9  # at least the clock of any present GPU
+SPIN_CYCLES_PER_SECOND = 3e9  # at least the clock of any present GPU
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}  # beyond any cache
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Quartiles of what the rounds measured, in seconds."""
+    """Quartiles of what the rounds measured, in seconds.
+
+    Attributes:
+        has_waited: whether the device waited for the host in most rounds, see `device_seconds`.
+    """
 
     lower: float
     median: float
     upper: float
+    has_waited: bool = False
 
     @staticmethod
     def of(samples: list[float]) -> Spread:
-        return Spread(*(float(value) for value in np.percentile(samples, (25, 50, 75))))
+        lower, median, upper = (float(value) for value in np.percentile(samples, (25, 50, 75)))
+        return Spread(lower, median, upper)
 
 
 def host_seconds(
@@ -59,11 +66,15 @@ def device_seconds(
 ) -> dict[str, Spread]:
     """Measures how long the GPU is busy with each call, without waits for the host in between.
 
+    A call of more launches than the driver's queue takes (about a thousand), or one that itself
+    waits for the device, cannot be enqueued ahead: its spread says that it has waited.
+
     Args:
         host: what `host_seconds` returned for the same calls.
     """
     longest = max(spread.upper for spread in host.values())
     cycles = int(SPIN_CYCLES_PER_SECOND * min(2 * longest + 5e-5, 0.1))
+    waits: list[bool] = []
 
     def measure(call: Call) -> float:
         start, end = _event(), _event()
@@ -71,11 +82,17 @@ def device_seconds(
         _spin(cycles)  # the host enqueues the whole call in the meantime
         start.record()
         call()
+        # The device has come here before all was enqueued.
+        waits.append(bool(start.query()))  # type: ignore[no-untyped-call]
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
-    return _in_turn(calls, rounds, measure, None)
+    spreads = _in_turn(calls, rounds, measure, None)
+    return {
+        name: dataclasses.replace(spread, has_waited=2 * sum(waits[i :: len(calls)]) > rounds)
+        for i, (name, spread) in enumerate(spreads.items())
+    }
 
 
 def _event() -> torch.cuda.Event:

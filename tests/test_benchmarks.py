@@ -106,6 +106,60 @@ def test_medians_and_quartiles(monkeypatch):
         timing.host_seconds({"a": int}, 0, CPU)
 
 
+class Device:
+    """A stream that runs what is enqueued in order, in seconds, and a host that enqueues it."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.end = 0.0
+        device, clock = self, 1e9  # cycles a second
+
+        class Event:
+            def record(self):
+                device.enqueue(0.0)
+                self.time = device.end
+
+            def query(self):
+                return self.time <= device.host
+
+            def synchronize(self):
+                device.host = max(device.host, self.time)
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.time - self.time)
+
+        monkeypatch.setattr(timing, "_event", Event)
+        monkeypatch.setattr(timing, "_spin", lambda cycles: self.enqueue(cycles / clock))
+        monkeypatch.setattr(timing, "synchronize", lambda device: self.wait())
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host)
+
+    def enqueue(self, seconds, host_seconds=0.0):
+        self.host += host_seconds
+        self.end = max(self.end, self.host) + seconds
+
+    def wait(self):
+        self.host = max(self.host, self.end)
+
+
+def test_seconds_of_the_device_say_when_it_has_waited_for_the_host(monkeypatch):
+    device = Device(monkeypatch)
+
+    def waiting():
+        device.enqueue(0.001, host_seconds=0.01)
+        device.wait()
+        device.enqueue(0.001, host_seconds=0.01)
+
+    calls = {
+        "short": lambda: device.enqueue(0.002, host_seconds=0.01),
+        "waiting": waiting,
+        "long": lambda: [device.enqueue(1e-5, host_seconds=0.001) for _ in range(5_000)],
+    }
+    host = timing.host_seconds(calls, 3, CPU)
+    found = timing.device_seconds(calls, 3, CPU, host)
+    assert [spread.has_waited for spread in found.values()] == [False, True, True]
+    assert found["short"].median == pytest.approx(0.002)
+    assert found["long"].median > 1.0
+
+
 def test_copy_bandwidth_and_the_machine():
     assert 1e6 < timing.copy_bandwidth(CPU, 2**16, rounds=3) < 1e15
     facts = machines.machine(CPU)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -61,6 +62,87 @@ def test_commands_end_in_time():
     code, output = gpu_report.run_command([sys.executable, "-c", waits], 1.0)
     assert time.monotonic() - started < 20
     assert gpu_report.ending(code, output, 1.0) == "did not finish within 1 s"
+
+
+GRANDCHILD = """
+import subprocess, sys
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True)"
+child += "; time.sleep(600)"
+process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
+process.stdout.readline()
+print(process.pid, flush=True)
+"""
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_ended(pid):
+    deadline = time.monotonic() + 20
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look at")
+@pytest.mark.parametrize("waits", ["", "process.wait()"])
+def test_nothing_that_a_command_started_outlives_it(waits):
+    """It would disturb the benchmarks that follow."""
+    command = [sys.executable, "-c", GRANDCHILD + waits]
+    code, output = gpu_report.run_command(command, 5.0 if waits else 60.0)
+    assert code == (None if waits else 0)
+    wait_until_ended(int(output.split()[0]))
+
+
+def test_a_stopped_report_ends_its_commands_and_writes_what_there_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_report, "unusable_reason", lambda: None)
+    monkeypatch.setattr(gpu_report.machines, "machine", lambda device: {"device": "GPU 1"})
+    sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+    def sleep(limit):
+        gpu_report.run_command(sleeps, limit)
+        return {"passed": False, "detail": "ended"}
+
+    def stop(limit):
+        while not gpu_report.RUNNING:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        return {"passed": True, "detail": "fine"}
+
+    planned = {name: gpu_report.Stage(run, 300) for name, run in {"a": sleep, "b": stop}.items()}
+    planned["timed"] = gpu_report.Stage(stop, 300, is_timed=True)
+    monkeypatch.setattr(gpu_report, "stages", lambda folder: planned)
+    handler, started = signal.getsignal(signal.SIGTERM), time.monotonic()
+    assert gpu_report.main(["--out", str(tmp_path)]) == 130
+    assert time.monotonic() - started < 60
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert not gpu_report.RUNNING
+    stages = json.loads((tmp_path / "gpu-1.json").read_text())["stages"]
+    assert {name: stage["passed"] for name, stage in stages.items()} == {"a": False, "b": True}
+    assert "| b " in (tmp_path / "gpu-1.md").read_text()
+    assert "stopped: other stages have not run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf"])
+def test_minutes_that_make_no_sense_are_refused(minutes, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        gpu_report.main(["--minutes", minutes, "--out", str(tmp_path)])
+    assert "--minutes must be positive and finite" in capsys.readouterr().err
+
+
+def test_a_stage_and_its_end_by_force_fit_into_what_is_left():
+    limits = []
+
+    def run(limit):
+        limits.append(limit)
+        return {"passed": True, "detail": ""}
+
+    gpu_report.outcome_of(gpu_report.Stage(run, 300), time.monotonic() + 100)
+    assert limits[0] <= 100 - gpu_report.GRACE
 
 
 def test_commands_give_their_exit_code_and_output():
