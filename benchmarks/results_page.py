@@ -131,10 +131,11 @@ def bench_tables(bench: dict[str, Any]) -> str:
         (check["case"], check["what"], check["measured"], check["target"], verdict(check["passed"]))
         for check in bench["checks"]
     ]
+    waits = any(row["step"].get("has_waited") for case in bench["cases"] for row in case["rows"])
     parts = [
         f"A copy moves {copy / 1e9:.1f} GB/s, read and written. The ratio says how many times "
-        "faster than its case's first optimizer a step is; times with the word host are those of a "
-        "GPU that waited for the host.",
+        "faster than its case's first optimizer a step is.",
+        *(["Where it says host, the GPU waited for the host within the step."] if waits else []),
         table(header, rows),
         *([bullets(notes)] if notes else []),
         *(storage_table(case) for case in bench["cases"] if case["compares_storage"]),

@@ -385,6 +385,30 @@ def test_storage_types_are_held_against_the_speed_of_float32(document):
     assert results_page.storage_table(bench["cases"][0]) in results_page.bench_tables(bench)
 
 
+def test_a_time_of_a_gpu_that_waited_says_so(document):
+    bench = document["stages"]["step benchmark"]["bench"]
+    sentence = "the GPU waited for the host within the step"
+    assert sentence not in results_page.bench_tables(bench)
+    measured = bench["cases"][0]["rows"][0]
+    measured["step"] = {**spread(0.109), "has_waited": True}
+    page = results_page.bench_tables(bench)
+    assert sentence in page
+    assert page.count("109.000 ms, host") == 1
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "numbers.json"
+    results_page.write_whole(path, "old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results_page.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        results_page.write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
 def test_plot_has_a_line_for_each_dtype(document):
     bench = document["stages"]["step benchmark"]["bench"]
     found = step_plot.lines(bench)
