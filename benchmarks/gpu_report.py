@@ -3,10 +3,10 @@
     python benchmarks/gpu_report.py               # writes benchmarks/results/<device>.json and .md
     python benchmarks/gpu_report.py --minutes 20  # on a slower machine
 
-Needs no network, but lrs_ext, pytest and hypothesis; with pytest-xdist it takes much less time. What
-measures no time runs side by side, then the benchmarks one by one. A stage that fails or runs out
-of time is recorded and the others go on; the exit code is 0 only if every stage passed. Ctrl-C and
-SIGTERM end all commands and write what there is.
+Needs no network, but lrs_ext, pytest and hypothesis; with pytest-xdist it takes much less time.
+What measures no time runs side by side, then the benchmarks one by one. A stage that fails or runs
+out of time is recorded and the others go on; the exit code is 0 only if every stage passed. Ctrl-C
+and SIGTERM end all commands and write what there is.
 """
 
 from __future__ import annotations
