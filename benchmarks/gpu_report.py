@@ -44,6 +44,7 @@ INSTALL = "pip install --no-build-isolation -e ."
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 JOB_STEPS = 200
 ROUNDS = 11  # of the step benchmark: a GPU's times vary by a percent
+LONGEST_TOGETHER = 420.0  # seconds for what runs side by side: most of it compiles Triton kernels
 SHORTEST_STAGE = 5.0  # seconds; with less than that nothing is started
 GRACE = 10.0  # seconds from an interrupt to the end of a stage that ran out of time
 OUTPUT_LINES = 25
@@ -301,15 +302,15 @@ def run_job(limit: float, *, folder: Path, lr: str | None = None) -> Outcome:
 
 def stages(folder: Path) -> dict[str, Stage]:
     """The stages by name."""
-    found = {"GPU tests": Stage(functools.partial(run_tests, folder=folder), 420)}
-    for name in gpu_features.CHECKS:
-        found[name] = Stage(functools.partial(run_feature, name=name), 240)
-    for tool in SANITIZERS:
-        found[tool] = Stage(functools.partial(run_sanitizer, tool=tool), 240)
-    found["main job"] = Stage(functools.partial(run_job, folder=folder), 240)
-    auto_folder = folder / "auto"
-    run_auto = functools.partial(run_job, folder=auto_folder, lr="auto")
-    found["main job with AutoLRS"] = Stage(run_auto, 240)
+    together: dict[str, Callable[[float], Outcome]] = {
+        "GPU tests": functools.partial(run_tests, folder=folder)
+    }
+    together |= {name: functools.partial(run_feature, name=name) for name in gpu_features.CHECKS}
+    together |= {tool: functools.partial(run_sanitizer, tool=tool) for tool in SANITIZERS}
+    together["main job"] = functools.partial(run_job, folder=folder)
+    run_auto = functools.partial(run_job, folder=folder / "auto", lr="auto")
+    together["main job with AutoLRS"] = run_auto
+    found = {name: Stage(run, LONGEST_TOGETHER) for name, run in together.items()}
     found["kernels alone"] = Stage(functools.partial(run_kernels, folder=folder), 90, is_timed=True)
     run_bench = functools.partial(run_benchmark, folder=folder)
     found["step benchmark"] = Stage(run_bench, 240, is_timed=True)

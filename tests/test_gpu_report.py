@@ -260,6 +260,8 @@ def test_the_report_has_a_stage_for_each_feature(monkeypatch, tmp_path):
     assert features == set(gpu_features.CHECKS)
     assert features < set(planned)
     assert next(iter(planned)) == "GPU tests"
+    together = [stage for stage in planned.values() if not stage.is_timed]
+    assert {stage.longest for stage in together} == {gpu_report.LONGEST_TOGETHER}
     commands = []
 
     def run_command(command, limit):
