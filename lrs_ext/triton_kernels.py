@@ -108,7 +108,8 @@ def update_piece(
     lanes = tl.arange(0, PIECE)
     pointers = [pointers_of(array, start, lanes, LANE) for array in arrays]
     mask = None if LANE > 1 else lanes < (end - start).to(tl.int32)
-    scale_pointers = [scale + (start + lanes) // QUANT_BLOCK for scale in scales]
+    blocks = tl.arange(0, PIECE // LANE) // (QUANT_BLOCK // LANE)
+    scale_pointers = [scale + start // QUANT_BLOCK + blocks for scale in scales]
     param = tl.load(pointers[0], mask)
     if PARAM_KIND == SPLIT:
         value = join(param, tl.load(pointers[len(arrays) - 1], mask))
@@ -139,7 +140,6 @@ def update_piece(
             mask,
             STATE_TYPE,
             i == ROOT_STATE,
-            PIECE,
         )
 
 

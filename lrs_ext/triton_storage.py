@@ -134,10 +134,12 @@ def load_state(
     STATE_TYPE: tl.constexpr,
     IS_ROOT: tl.constexpr,
 ) -> tl.tensor:
-    """Returns a state; for block-quantised ones, `scales` points to each element's."""
+    """Returns a state; for block-quantised ones, `scales` points to each lane's."""
     if STATE_TYPE == BLOCK8_STATE:
         codes = tl.load(pointers, mask)
-        scale = tl.load(scales, mask)
+        LANE: tl.constexpr = pointers.shape[0] // scales.shape[0]
+        scale = tl.expand_dims(tl.load(scales, mask), 1)
+        scale = tl.reshape(tl.broadcast_to(scale, (scales.shape[0], LANE)), pointers.shape)
         if IS_ROOT:
             root = decode_root(codes) * scale
             return root * root
@@ -154,9 +156,8 @@ def store_state(
     mask: tl.tensor | None,
     STATE_TYPE: tl.constexpr,
     IS_ROOT: tl.constexpr,
-    PIECE: tl.constexpr,
 ) -> None:
-    """Stores a state; all of a block are in the piece."""
+    """Stores a state, of which there are whole blocks; `scales` is as for `load_state`."""
     if STATE_TYPE == BLOCK8_STATE:
         kept = tl.sqrt_rn(state) if IS_ROOT else state
         if mask is not None:
@@ -164,17 +165,18 @@ def store_state(
         # The order of magnitudes is that of their bits, nan above infinity; see block_scale.
         CARRY: tl.constexpr = 0x080000 if IS_ROOT else 0x100100
         magnitudes = (to_bits(kept) & 0x7FFFFFFF).to(tl.int32)
-        blocks = tl.reshape(magnitudes, (PIECE // QUANT_BLOCK, QUANT_BLOCK))
-        largest = tl.max(blocks, 1, keep_dims=True)
-        largest = tl.broadcast_to(largest, (PIECE // QUANT_BLOCK, QUANT_BLOCK))
-        largest = tl.reshape(largest, (PIECE,)).to(tl.uint32)
+        BLOCKS: tl.constexpr = pointers.shape[0] // QUANT_BLOCK
+        blocks = tl.reshape(magnitudes, (BLOCKS, QUANT_BLOCK))
+        largest = tl.max(blocks, 1, keep_dims=True).to(tl.uint32)
         is_finite = largest < 0x7F000000 - CARRY
         scale_bits = tl.where(is_finite, (largest + CARRY) & 0x7F800000, 0x7FC00000).to(tl.uint32)
-        scale = from_bits(scale_bits)
-        multiple = kept * from_bits(0x7F000000 - scale_bits)
+        factor = tl.broadcast_to(from_bits(0x7F000000 - scale_bits), (BLOCKS, QUANT_BLOCK))
+        multiple = kept * tl.reshape(factor, pointers.shape)
         codes = encode_root(multiple, random) if IS_ROOT else encode_signed(multiple, random)
         tl.store(pointers, codes, mask)
-        tl.store(scales, scale, mask)  # the same number from each element of a block
+        # The same number from each lane of a block: the threads that have it need not exchange it.
+        scale = tl.broadcast_to(from_bits(scale_bits), (BLOCKS, scales.shape[0] // BLOCKS))
+        tl.store(scales, tl.reshape(scale, scales.shape), mask)
     elif STATE_TYPE == BFLOAT16_STATE:
         tl.store(pointers, rounded_stochastically(state, random), mask)
     else:

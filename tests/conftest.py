@@ -23,6 +23,7 @@ from lrs_ext import param_devices
 
 if not HAS_GPU and importlib.util.find_spec("triton"):
     interpreter.speed_up()
+    interpreter.round_to_nearest()
 
 torch.set_num_threads(1)  # also for fixtures of modules
 hypothesis.settings.register_profile("lrs_ext", deadline=None, derandomize=True, max_examples=200)
