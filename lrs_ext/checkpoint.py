@@ -63,8 +63,9 @@ def check_complete(states: Mapping[Any, Any], needed: Sequence[str]) -> None:
 
     What is missing would begin at 0 beside what has been counted and averaged for long.
     """
-    for state in states.values():
-        found = [name for name in needed if isinstance(state, dict) and name in state]
+    for param, state in states.items():
+        is_of_param = isinstance(param, Tensor) and isinstance(state, dict)
+        found = [name for name in needed if is_of_param and name in state]
         if found and len(found) < len(needed):
             missing = [name for name in needed if name not in found]
             raise ValueError(
