@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,23 @@ def unwrap_state(param: Any, saved: Any, storage: Storage, names: Sequence[str])
         elif value is not None:
             state[name] = value
     return state | storage.loaded(param, arrays, names)
+
+
+def check_complete(states: Mapping[Any, Any], needed: Sequence[str]) -> None:
+    """Raises ValueError if a loaded state has some of what an update needs, but not all.
+
+    What is missing would begin at 0 beside what has been counted and averaged for long.
+    """
+    for param, state in states.items():
+        is_of_param = isinstance(param, Tensor) and isinstance(state, dict)
+        found = [name for name in needed if is_of_param and name in state]
+        if found and len(found) < len(needed):
+            missing = [name for name in needed if name not in found]
+            raise ValueError(
+                f"the loaded state of a parameter has {', '.join(found)}, but not "
+                f"{', '.join(missing)}: the checkpoint belongs to another optimizer; without any "
+                "of these the parameter starts anew"
+            )
 
 
 def last_step(states: dict[Any, Any]) -> int | None:

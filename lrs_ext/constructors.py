@@ -279,7 +279,7 @@ def inverse_sqrt(
 
     Args:
         warmup_steps: positive.
-        capacity: how many values a buffer gets, of which the last one holds.
+        capacity: how many values a buffer gets, `warmup_steps` or more; the last one holds.
         lr, min_lr, sampling: see `rex`.
 
     Raises:

@@ -34,13 +34,7 @@ HYPER_NAMES = {
 }
 
 
-# The operator makes its tables at each call: a CUDA graph would keep those of one.
-@torch.library.custom_op(
-    "lrs_ext::step",
-    mutates_args=("params", "states", "counters", "position"),
-    tags=torch.Tag.cudagraph_unsafe,
-)
-def step(
+def _step(
     algorithm: str,
     params: list[Tensor],
     grads: list[Tensor],
@@ -142,6 +136,16 @@ def step(
             "parameters are the same tensor"
         )
     table.run()
+
+
+# The operator makes its tables at each call: a CUDA graph would keep those of one.
+step = torch.library.custom_op(
+    "lrs_ext::step",
+    _step,
+    mutates_args=("params", "states", "counters", "position"),
+    tags=torch.Tag.cudagraph_unsafe,
+)
+step.__doc__ = _step.__doc__  # for help()
 
 
 def _check_memory(

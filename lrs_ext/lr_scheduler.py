@@ -115,7 +115,8 @@ class ScheduleLR(LRScheduler):
 
 def _schedules(schedule: Schedule | Sequence[Schedule], base_lrs: list[float]) -> list[Schedule]:
     if not isinstance(schedule, Schedule):
-        schedules = list(schedule) if isinstance(schedule, Sequence) else [schedule]
+        is_list = isinstance(schedule, Sequence) and not isinstance(schedule, str)
+        schedules: list[Any] = list(schedule) if is_list else [schedule]
         for index, entry in enumerate(schedules):
             if not isinstance(entry, Schedule):
                 raise TypeError(f"schedule must be a Schedule, got {entry!r} for group {index}")

@@ -93,6 +93,11 @@ class ProfileSchedule(Schedule):
             raise ValueError(f"total_steps must be given for the profile {self.profile!r}")
         if self.profile == "inverse_sqrt" and self.warmup_steps == 0:
             raise ValueError("warmup_steps must be positive for inverse_sqrt, got 0")
+        if self.profile == "inverse_sqrt" and self.capacity < self.warmup_steps:
+            raise ValueError(
+                f"capacity must be at least warmup_steps = {self.warmup_steps}, which a buffer "
+                f"must hold, got {self.capacity}"
+            )
         if self.profile == "one_cycle" and self.warmup_steps > 0:
             raise ValueError(
                 f"warmup_steps must be 0 for one_cycle, which rises by itself, got "

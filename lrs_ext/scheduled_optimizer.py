@@ -14,8 +14,14 @@ from lrs_ext import capture_checks
 from lrs_ext.backends import select_backends
 from lrs_ext.buffer import ScheduleBuffer
 from lrs_ext.capture_checks import CAPTURE_AGAIN
-from lrs_ext.checkpoint import last_step, replace_states, unwrap_state, wrap_tensors
-from lrs_ext.functional import STATE_NAMES
+from lrs_ext.checkpoint import (
+    check_complete,
+    last_step,
+    replace_states,
+    unwrap_state,
+    wrap_tensors,
+)
+from lrs_ext.functional import FEWEST_STATES, STATE_NAMES
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
@@ -162,7 +168,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         0.3
         """
         if not isinstance(schedule, Schedule):
-            raise TypeError(f"set_schedule takes a Schedule, got {schedule!r}")
+            raise TypeError(
+                f"set_schedule takes a Schedule, got {schedule!r}: write a number into group['lr']"
+            )
         if group is not None:
             self._check_index(group)
         indices = range(len(self.param_groups)) if group is None else [group]
@@ -360,7 +368,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         fewer, may have been put into `param_groups`, as Lightning's `BaseFinetuning` does.
 
         Raises:
-            ValueError: the parameter groups do not match, as in torch.
+            ValueError: the parameter groups do not match, as in torch, or states do not.
             RuntimeError: there are more or fewer than before, and a CUDA graph holds a step.
         """
         if len(self.param_groups) != self._preparation.tables.num_groups:
@@ -541,6 +549,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             param: unwrap_state(param, saved, self._storage, names)
             for param, saved in saved_state.items()
         }
+        needed = names[: FEWEST_STATES[self.algorithm]]
+        if len(needed) > 1:  # most implementations of Lion, which has one, keep no count
+            check_complete(states, ["step", *needed])
         updates = last_step(states)
         in_place = groups is self.param_groups
         positions = self._numbers.resume(groups, updates, in_place)

@@ -388,18 +388,19 @@ def test_the_optimizer_comes_first():
 
 
 @pytest.mark.parametrize(
-    ("loss", "error"),
+    ("loss", "error", "way_out"),
     [
-        (1.0, TypeError),
-        (torch.ones(1), ValueError),
-        (torch.ones(2), ValueError),
-        (torch.tensor(1), ValueError),
+        (1.0, TypeError, r"leave out \.item"),
+        (None, TypeError, "compute and return it"),
+        (torch.ones(1), ValueError, "take its mean"),
+        (torch.ones(2), ValueError, "take its mean"),
+        (torch.tensor(1), ValueError, r"convert it by \.float"),
     ],
 )
-def test_a_loss_must_be_a_0d_floating_tensor(loss, error):
+def test_a_loss_must_be_a_0d_floating_tensor(loss, error, way_out):
     run = Training().run(3)
     before = run.weights()
-    with pytest.raises(error, match="the loss must be"):
+    with pytest.raises(error, match=f"the loss must be .*{way_out}"):
         run.auto.step(loss)
     assert same(run.weights(), before)
     run.run()

@@ -1,5 +1,6 @@
 """What AutoLRS warns of: choices that are guesses, and training that was rolled back."""
 
+import itertools
 import warnings
 
 import autolrs_runs
@@ -31,6 +32,22 @@ def test_trials_that_are_not_told_apart():
         run.run()
     # It points to the call of `step`.
     assert [each.filename for each in found] == [autolrs_runs.__file__]
+
+
+@pytest.mark.parametrize(
+    ("batches", "has_val_loss", "is_told"),
+    [(7, False, True), (1, False, False), (7, True, False)],
+)
+def test_trials_that_see_other_batches(batches, has_val_loss, is_told):
+    falling = itertools.count(100.0, -1.0)
+    val_loss = (lambda: torch.tensor(next(falling))) if has_val_loss else None
+    run = Training("sgd", val_loss=val_loss)
+    run.stream = itertools.cycle(autolrs_runs.list_of_batches()[:batches])  # not `auto.batches`
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run.run()
+    told = ["draw the batches from auto.batches" in str(each.message) for each in found]
+    assert any(told) == is_told
 
 
 def test_negative_losses_without_a_forecast():

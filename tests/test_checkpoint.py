@@ -268,6 +268,34 @@ def test_a_longer_schedule_is_refused_while_a_graph_reads_the_rows(backend):
     assert opt.schedule_buffer.step.item() == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "missing"),
+    [("Adam", "exp_avg_sq"), ("AdamW", "exp_avg"), ("AdamW", "step"), ("LAMB", "exp_avg_sq")],
+)
+def test_a_state_that_lacks_a_part_is_refused(backend, row, missing):
+    """torch fails at the first step. What is missing must not begin at 0 beside the others."""
+    opt = make(row, make_params(backend), backend, lr=0.5)
+    update(params_of(opt), opt, 2)
+    saved = through_file(opt.state_dict())
+    del saved["state"][1][missing]
+    before = through_file(opt.state_dict())
+    with pytest.raises(ValueError, match=f"but not {missing}: the checkpoint belongs to another"):
+        opt.load_state_dict(saved)
+    torch.testing.assert_close(opt.state_dict()["state"], before["state"], rtol=0, atol=0)
+    saved["state"][1].clear()  # starts anew
+    opt.load_state_dict(saved)
+    update(params_of(opt), opt, 3)
+    assert [state["step"].item() for state in opt.state.values()] == [2, 1, 2]
+
+
+def test_a_checkpoint_of_lion_does_not_serve_adamw(backend):
+    saved = make("Lion", make_params(backend), backend, lr=0.5)
+    update(params_of(saved), saved, 2)
+    opt = make("AdamW", make_params(backend), backend, lr=0.5)
+    with pytest.raises(ValueError, match="has step, exp_avg, but not exp_avg_sq"):
+        opt.load_state_dict(saved.state_dict())
+
+
 @rows
 def test_states_of_16_bit_parameters_are_loaded_in_float32(backend, row):
     opt = make(row, make_params(backend, torch.bfloat16), backend, lr=REX)

@@ -91,6 +91,7 @@ def test_a_height_that_is_that_of_no_group_is_pointed_out():
     ("schedule", "error", "message"),
     [
         (0.1, TypeError, "schedule must be a Schedule, got 0.1"),
+        ("rex", TypeError, "schedule must be a Schedule, got 'rex'"),
         ([REX, 0.1], TypeError, "must be a Schedule, got 0.1 for group 1"),
         ([REX], ValueError, "expected 2 schedules, got 1"),
         (lrs_ext.constant(0.0), ValueError, "must have a positive lr"),

@@ -52,6 +52,9 @@ def test_inverse_sqrt_checks_its_numbers():
         lrs_ext.inverse_sqrt(0.1, warmup_steps=0)
     with pytest.raises(ValueError, match="capacity must be positive, got 0"):
         lrs_ext.inverse_sqrt(0.1, warmup_steps=1, capacity=0)
+    with pytest.raises(ValueError, match=r"capacity must be at least warmup_steps = 4, .*got 3"):
+        lrs_ext.inverse_sqrt(0.1, warmup_steps=4, capacity=3)
+    assert lrs_ext.inverse_sqrt(0.1, warmup_steps=4, capacity=4).capacity == 4
     with pytest.raises(ValueError, match="sampling at fractions needs total_steps"):
         lrs_ext.inverse_sqrt(0.1, warmup_steps=1, sampling=(0.5,))
 

@@ -14,14 +14,15 @@ RATIO_TOLERANCE = 1e-5  # relative: a learning rate that was saved in float32 ha
 def check_loss(loss: Tensor, what: str) -> None:
     """Raises TypeError or ValueError if `loss` is no floating 0-d tensor."""
     if not isinstance(loss, Tensor):
+        way_out = ": compute and return it" if loss is None else ": leave out .item()"
         raise TypeError(
-            f"{what} must be a tensor, which nobody waits for, got {type(loss).__name__}: "
-            "leave out .item()"
+            f"{what} must be a tensor, which nobody waits for, got {type(loss).__name__}{way_out}"
         )
     if loss.dim() != 0 or not loss.is_floating_point():
+        way_out = "take its mean" if loss.is_floating_point() else "convert it by .float()"
         raise ValueError(
             f"{what} must be a 0-d floating tensor, got {loss.dtype} of shape "
-            f"{tuple(loss.shape)}: take its mean"
+            f"{tuple(loss.shape)}: {way_out}"
         )
 
 

@@ -286,8 +286,8 @@ class AutoLRS:
                 up; or a scheduler of torch has written a learning rate.
 
         Warns:
-            UserWarning: the trials did not tell the learning rates apart, or training has diverged
-                and was rolled back; once the host knows.
+            UserWarning: the trials did not tell the learning rates apart or saw other batches, or
+                training has diverged and was rolled back; once the host knows.
         """
         if self._open:
             self._finish()
@@ -399,6 +399,9 @@ class AutoLRS:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was called; model, optimizer and `extra_state` load their own.
 
+        `batches` then passes over what the saved run has drawn of the loader's epoch, but not if
+        the loader is in `extra_state`.
+
         Raises:
             ValueError: the state is not one of AutoLRS, or belongs to another plan (other bounds,
                 budget, trials, ...) or to another model.
@@ -479,7 +482,8 @@ class AutoLRS:
             rate = self._search.choose(segment.stage)
             (first, *_), _ = self._timetable.stage(segment.stage)
             judged_by, _ = self._measured.of_trial(first, 0)
-            self._notices.expect(*self._search.doubts(segment.stage, judged_by))
+            first_losses = self._measured.first_losses(segment.stage)
+            self._notices.expect(*self._search.doubts(segment.stage, judged_by, first_losses))
         if self._replicas is not None:
             self._replicas.join()
         self._write_rate(rate)

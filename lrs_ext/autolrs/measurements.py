@@ -108,6 +108,16 @@ class Measurements:
         (first, *_), _ = self._timetable.stage(stage)
         return self.trials[stage, : first.steps, 0].to(torch.float64)
 
+    def first_losses(self, stage: int) -> Tensor:
+        """Returns the loss of each trial's first update, (k,), equal if they saw the same batches.
+
+        It is one loss alone where others may differ: trials are judged by `val_loss`, or waves of
+        them by the batches of other ranks.
+        """
+        self._ranks.wait()
+        losses = self.trials[stage, 0].to(torch.float64)
+        return losses if self._val_loss is None and self._replicas is None else losses[:1]
+
     def state_dict(self) -> dict[str, Any]:
         self._ranks.wait()
         return {name: getattr(self, name).clone() for name in _TENSORS}

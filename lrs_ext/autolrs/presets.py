@@ -36,7 +36,7 @@ class Search:
     """
 
     forecasts: ClassVar[bool]  # whether an objective is a forecast for the stage's end
-    _doubt: ClassVar[str]
+    _doubts: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -103,20 +103,22 @@ class Search:
         self.best[stage].copy_(self.agree(self._choice(stage)))
         return self.agree(search.rate_at(self.best[stage]))
 
-    def doubts(self, stage: int, losses: Tensor) -> tuple[Tensor, list[str]]:
+    def doubts(self, stage: int, losses: Tensor, first_losses: Tensor) -> tuple[Tensor, list[str]]:
         """Returns what to tell of a choice, for `Notices`.
 
         Args:
             losses: what the first trial was judged by, (n,).
+            first_losses: see `Measurements.first_losses`.
         """
         low, high = self.bounds
         tried = f"between {low:g} and {high:g} that was tried"
         has_any = self.objectives[stage].isfinite().any()
         texts = [
             f"every learning rate {tried} has diverged: lower lr_bounds",
-            self._doubt.format(tried=tried),
+            *(doubt.format(tried=tried) for doubt in self._doubts),
         ]
-        return torch.where(has_any, 2.0 * self._is_doubtful(stage, losses), 1.0), texts
+        doubt = self._doubt(stage, losses, first_losses)
+        return torch.where(has_any, doubt + (doubt > 0), 1), texts
 
     def seen(self, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns positions, objectives and deviations that the choice is made from."""
@@ -157,8 +159,8 @@ class Search:
     def _choice(self, stage: int) -> Tensor:
         raise NotImplementedError
 
-    def _is_doubtful(self, stage: int, losses: Tensor) -> Tensor:
-        """Returns whether to tell `_doubt`, 0-d; see `doubts`."""
+    def _doubt(self, stage: int, losses: Tensor, first_losses: Tensor) -> Tensor:
+        """Returns k to tell the k-th of `_doubts`, 0 to tell none, 0-d; see `doubts`."""
         raise NotImplementedError
 
 
@@ -170,10 +172,13 @@ class PeakSearch(Search):
     """
 
     forecasts = False
-    _doubt = (
+    _doubts = (
+        "the first losses of the trials differ, though all start from the same state, so they saw "
+        "other batches and the choice is little better than a guess: draw the batches from "
+        "auto.batches(loader), or judge by a val_loss",
         "no learning rate {tried} has visibly lowered the loss, compared with the lowest one and "
         "the noise, so the choice is little better than a guess: judge by a val_loss, make trials "
-        "longer (trial_steps), or give other lr_bounds"
+        "longer (trial_steps), or give other lr_bounds",
     )
 
     def _position(self, stage: int, trial: int, objectives: Tensor) -> float | Tensor:
@@ -205,9 +210,11 @@ class PeakSearch(Search):
             positions, values, self.start[stage], self.grid, gap=second - lowest
         )
 
-    def _is_doubtful(self, stage: int, losses: Tensor) -> Tensor:
+    def _doubt(self, stage: int, losses: Tensor, first_losses: Tensor) -> Tensor:
         _, values, _ = self._trials(stage, slice(None), self.objectives[stage])
-        return values[0] - values.amin() <= search.VISIBLE * noise_std(losses)
+        is_unclear = values[0] - values.amin() <= search.VISIBLE * noise_std(losses)
+        is_unpaired = search.are_unpaired(first_losses, self.start[stage], values.amin())
+        return torch.where(is_unpaired, 1, 2 * is_unclear)
 
     def _spread(self) -> list[float]:
         timetable = self.timetable
@@ -230,9 +237,9 @@ class PaperSearch(Search):
     """
 
     forecasts = True
-    _doubt = (
+    _doubts = (
         'there are negative losses, of which preset="paper" cannot make a forecast, so the choice '
-        'is little better than a guess: add a constant to the loss, or take preset="peak"'
+        'is little better than a guess: add a constant to the loss, or take preset="peak"',
     )
 
     def _position(self, stage: int, trial: int, objectives: Tensor) -> float | Tensor:
@@ -266,5 +273,5 @@ class PaperSearch(Search):
         # Where nothing went well, the least rate there is.
         return torch.where(any_finite, search.best_tried(*self.seen(stage)), self.grid[0])
 
-    def _is_doubtful(self, stage: int, losses: Tensor) -> Tensor:
-        return (losses < 0.0).any()
+    def _doubt(self, stage: int, losses: Tensor, first_losses: Tensor) -> Tensor:
+        return 1 * (losses < 0.0).any()

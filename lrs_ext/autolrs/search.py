@@ -27,6 +27,7 @@ MARGIN_DECADES = 0.1  # on top
 VALLEY_LENGTHSCALES = (0.6, 1.2, 2.4)  # decades: what looks narrower, a few losses have made up
 RIDGE = 0.5  # share of the progress of lower rates that a rate may lose; beyond, luck decides
 VISIBLE = 0.05  # standard deviations of the loss from batch to batch: less may be noise
+SAME_LOSS = 1e-3  # relative: more than kernels with another order of sums make of one batch
 FAR = 2.0  # times a positive loss: no noise, but a divergence
 PAPER_KAPPA = 1.96  # the reference code's 1e6 would ignore the posterior mean
 
@@ -105,6 +106,18 @@ def first_valley(positions: Tensor, objectives: Tensor, start: Tensor) -> Tensor
     is_ridge = values > least + RIDGE * (start - least).clamp(min=0.0)
     is_beyond = (is_ridge.cumsum(0) > 0).index_select(0, order.argsort())
     return torch.where(is_beyond, objectives.maximum(start), objectives)
+
+
+def are_unpaired(first_losses: Tensor, start: Tensor, best: Tensor) -> Tensor:
+    """Returns whether trials saw batches so different that these decide between them, bool, 0-d.
+
+    Args:
+        first_losses: of each trial, (k,), all from the same state.
+        start: the loss before any trial, 0-d.
+        best: the lowest objective, 0-d.
+    """
+    difference = first_losses.amax() - first_losses.amin()
+    return (difference > NEARLY * (start - best)) & (difference > SAME_LOSS * start.abs())
 
 
 def next_by_bound(positions: Tensor, objectives: Tensor, noise: Tensor, grid: Tensor) -> Tensor:
