@@ -140,7 +140,7 @@ LRS_HOST_DEVICE uint32_t larger(uint32_t bits, Pair pair) {
 }
 
 // Updates `count` elements of a block of quantisation whose parameters are float32, of which pairs
-// would have to be moved between lanes. There must be room for an even number.
+// would have to be moved between lanes.
 template <typename Update, int kNumStates>
 LRS_HOST_DEVICE void update_block(
     const Update& update, const Arrays<kNumStates, NearestParam<float>, Block8State>& arrays,
