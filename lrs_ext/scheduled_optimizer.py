@@ -255,7 +255,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, or differs from its parameter in dtype or device.
-            ValueError: somebody put an invalid number into a parameter group.
+            ValueError: somebody put a negative learning rate, or another number that is not finite,
+                into a parameter group; more is not checked there, as in torch.
         """
         loss = None
         if closure is not None:
