@@ -134,7 +134,7 @@ class DeviceTables:
             Whether any was missing.
         """
         names = self._names[index]
-        if not self._storage.arrays(param, names, "meta"):
+        if not self._storage.has_arrays(param, names):
             return False
         dense = param if is_dtensor(param) else self.copies.get(param, param)
         return self._storage.complete(dense, state[param], names)

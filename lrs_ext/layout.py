@@ -12,14 +12,18 @@ def is_dense(tensor: Tensor) -> bool:
     """Returns whether the tensor covers its memory without gaps or overlaps, in any order."""
     if tensor.layout != torch.strided:
         return False
-    return same_layout(tensor, torch.empty_like(tensor, device="meta"))
+    return tensor.is_contiguous() or same_layout(tensor, torch.empty_like(tensor, device="meta"))
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Returns whether both visit memory in the same order; single entries have no stride."""
-    return a.shape == b.shape and all(
-        size == 1 or stride_a == stride_b
-        for size, stride_a, stride_b in zip(a.shape, a.stride(), b.stride(), strict=True)
+    shape, strides_a, strides_b = a.shape, a.stride(), b.stride()
+    return shape == b.shape and (
+        strides_a == strides_b
+        or all(
+            size == 1 or stride_a == stride_b
+            for size, stride_a, stride_b in zip(shape, strides_a, strides_b, strict=True)
+        )
     )
 
 
@@ -35,6 +39,8 @@ def memory_order(tensor: Tensor) -> Tensor:
 
 def may_overlap(tensor: Tensor) -> bool:
     """Returns whether two elements of a strided tensor may share memory."""
+    if tensor.is_contiguous():
+        return False
     sizes = sorted((t, n) for n, t in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
     reach = 1  # of the dimensions with smaller strides
     for stride, size in sizes:

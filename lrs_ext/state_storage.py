@@ -92,6 +92,10 @@ class Storage:
             arrays[REMAINDER] = torch.zeros_like(param, dtype=torch.int16, device=device)
         return arrays
 
+    def has_arrays(self, param: Tensor, names: Sequence[str]) -> bool:
+        """Returns whether anything is kept for a parameter with states of these names."""
+        return bool(names) or self._is_split(param)
+
     def complete(self, param: Tensor, state: State, names: Sequence[str]) -> bool:
         """Adds what is missing to a parameter's state, and converts what is of another kind.
 
