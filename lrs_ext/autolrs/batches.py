@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import random
@@ -20,7 +21,10 @@ _GENERATORS = (  # of a loader, where torch has them
     "sampler.generator",
     "batch_sampler.generator",
     "batch_sampler.sampler.generator",
+    "batch_sampler.batch_sampler.sampler.generator",  # Accelerate's, with several processes
 )
+# What shuffles anew in each epoch, besides the loader itself.
+_SHUFFLED = ("sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
 
 
 class Tape:
@@ -312,10 +316,15 @@ def _skipped(loader: Iterable[Any], epoch: int, count: int) -> Iterator[Any]:
 
 
 def _set_epoch(loader: Iterable[Any], epoch: int) -> None:
-    """Tells a distributed sampler which epoch begins, so that it shuffles anew."""
-    set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-    if callable(set_epoch):
-        set_epoch(epoch)
+    """Tells a loader and what is in it which epoch begins, so that they shuffle anew."""
+    parts = [loader]
+    for place in _SHUFFLED:
+        with contextlib.suppress(AttributeError):
+            parts.append(operator.attrgetter(place)(loader))
+    for part in {id(part): part for part in parts}.values():
+        set_epoch = getattr(part, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
 
 
 def _new_stream() -> dict[str, Any]:
