@@ -330,6 +330,33 @@ def test_loggers_get_the_numbers_of_the_search(fit):
     assert values["autolrs/best_lr"][-1] == callback.auto.history.stages[0].best_lr
 
 
+def test_a_loader_that_is_replayed_is_told_the_epoch(fit):
+    class Sampler(torch.utils.data.SequentialSampler):
+        epochs = ()
+
+        def set_epoch(self, epoch):
+            self.epochs = (*self.epochs, epoch)
+
+    sampler = Sampler(POINTS)
+    loader = torch.utils.data.DataLoader(POINTS, batch_size=4, sampler=sampler)
+    fit(with_number, search(), loader=loader)
+    assert sampler.epochs == (0, 1)
+
+
+def test_processes_that_would_train_on_the_same_batches_are_refused(fit, monkeypatch):
+    """Lightning divides up what loaders of torch yield, but not what is around them."""
+    connector = "trainer.connectors.accelerator_connector._AcceleratorConnector.is_distributed"
+    monkeypatch.setattr(f"{pl.__name__}.{connector}", True)
+    loader = torch.utils.data.DataLoader(POINTS, batch_size=4)
+    with pytest.raises(RuntimeError, match=r"same batches.*sampler=DistributedSampler"):
+        fit(with_number, search(), loader=loader)
+    sampler = torch.utils.data.DistributedSampler(POINTS, num_replicas=2, rank=1, shuffle=False)
+    loader = torch.utils.data.DataLoader(POINTS, batch_size=4, sampler=sampler)
+    module, _, _ = fit(with_number, search(), loader=loader)
+    assert torch.equal(module.seen[0], POINTS[1:8:2][0])
+    fit(with_number, search(), loader=list(torch.utils.data.DataLoader(POINTS, batch_size=4)))
+
+
 def test_without_replays_the_trials_see_fresh_batches(fit):
     callback = search()
     module, _, _ = fit(with_number, callback, replayed=False)

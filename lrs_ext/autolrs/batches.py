@@ -236,7 +236,7 @@ class Tape:
             "random": random_state(),
             "generators": {place: generator.get_state() for place, generator in generators},
         }
-        _set_epoch(loader, self._epoch)
+        set_epoch(loader, self._epoch)
         self._iterator = iter(loader)
         for batch in self._iterator:
             self._drawn = 1
@@ -302,7 +302,7 @@ def _skipped(loader: Iterable[Any], epoch: int, count: int) -> Iterator[Any]:
     Raises:
         RuntimeError: there are fewer.
     """
-    _set_epoch(loader, epoch)
+    set_epoch(loader, epoch)
     iterator = iter(loader)
     for found in range(count):
         try:
@@ -315,16 +315,16 @@ def _skipped(loader: Iterable[Any], epoch: int, count: int) -> Iterator[Any]:
     return iterator
 
 
-def _set_epoch(loader: Iterable[Any], epoch: int) -> None:
+def set_epoch(loader: Iterable[Any], epoch: int) -> None:
     """Tells a loader and what is in it which epoch begins, so that they shuffle anew."""
     parts = [loader]
     for place in _SHUFFLED:
         with contextlib.suppress(AttributeError):
             parts.append(operator.attrgetter(place)(loader))
     for part in {id(part): part for part in parts}.values():
-        set_epoch = getattr(part, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(epoch)
+        told = getattr(part, "set_epoch", None)
+        if callable(told):
+            told(epoch)
 
 
 def _new_stream() -> dict[str, Any]:
