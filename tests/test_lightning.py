@@ -5,7 +5,18 @@ import warnings
 
 import pytest
 import torch
-from framework_jobs import BOUNDS, POINTS, RATES, REX, SEARCH, STEPS, make_net, mse, same_search
+from framework_jobs import (
+    BOUNDS,
+    INPUTS,
+    POINTS,
+    RATES,
+    REX,
+    SEARCH,
+    STEPS,
+    make_net,
+    mse,
+    same_search,
+)
 from framework_jobs import weights as weights_of
 from packaging.version import Version
 
@@ -374,6 +385,26 @@ def test_a_search_resumes_to_the_bit(fit, step, accumulation):
     )
     assert same_search(callbacks[0].auto, callbacks[1].auto)
     assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+def of_another_rank(checkpoint):
+    """Makes a checkpoint what the first of two ranks has saved, as the second one finds it."""
+    saved = torch.load(checkpoint, weights_only=False)
+    (search,) = [state["autolrs"] for state in saved["callbacks"].values() if "autolrs" in state]
+    search["of_this_rank"] = ((1, 2), search["of_this_rank"][1])
+    torch.save(saved, checkpoint)
+    return checkpoint
+
+
+def test_what_another_rank_has_drawn_is_not_made_up(fit):
+    """Training begins with the batches of the trials; the rest of them is left out here."""
+    whole, _, folder = fit(with_number, search(), every=6)
+    with pytest.raises(RuntimeError, match=r"another rank.*before the search or after it"):
+        fit(with_number, search(), resume=of_another_rank(folder / "step=6.ckpt"))
+    resumed, _, _ = fit(with_number, search(), resume=of_another_rank(folder / "step=18.ckpt"))
+    fresh = torch.stack([INPUTS[4 * k] for k in range(18, 24)])
+    assert torch.equal(torch.stack(resumed.seen[:6])[:, 0], fresh)
+    assert torch.equal(torch.stack(resumed.seen[6:]), torch.stack(whole.seen[24:]))
 
 
 @pytest.mark.parametrize("step", [4, 30])  # before the last update of a trial, at rate 0

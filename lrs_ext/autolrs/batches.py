@@ -161,7 +161,7 @@ class Tape:
 
         Raises:
             RuntimeError: the loader has fewer batches than the saved one had given, or would have
-                to draw again what another rank has kept.
+                to draw again what another rank has kept, and cannot.
         """
         if self._loader is not None and self._loader is not loader:
             self._iterator, self._has_begun = None, False
@@ -175,6 +175,16 @@ class Tape:
                 "extra_state cannot draw this rank's again: save and load AutoLRS.state_dict on "
                 "each rank, or leave the loader out of extra_state"
             )
+        if is_missing and isinstance(loader, Drawn):
+            if self._is_recording:
+                raise RuntimeError(
+                    "the batches of the present trials are those of another rank, and what the "
+                    "framework has drawn here is gone: resume from a checkpoint that was saved "
+                    "before the search or after it, or with a loop of your own, which can save "
+                    "AutoLRS.state_dict on each rank"
+                )
+            self._origins.clear()
+            is_missing = False
         training = random_state()
         try:
             if is_missing:
@@ -247,6 +257,17 @@ class Tape:
             + ": pass something that can be iterated again, such as a DataLoader or a list, "
             "not an iterator or a generator"
         )
+
+
+class Drawn:
+    """An endless loader of whatever somebody else has drawn last, which cannot be drawn again."""
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.batch
 
 
 def cloned(batch: Any) -> Any:
