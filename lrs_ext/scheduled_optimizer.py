@@ -40,6 +40,7 @@ from lrs_ext.step_counters import StepCounters
 from lrs_ext.step_hooks import watched_step
 from lrs_ext.table_set import Launches
 from lrs_ext.tensor_checks import check_numbers, check_params
+from lrs_ext.wrappers import whole_optimizer
 
 
 class ScheduledOptimizer(torch.optim.Optimizer):
@@ -266,8 +267,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         is_captured = self._preparation.is_captured
         launches = self._ready_launches(is_captured)
         has_released = self._released.finish()
-        has_params = any(group["params"] for group in self.param_groups)  # on this rank, in ZeRO
-        if has_params and not any(launches) and not has_released:
+        if not any(launches) and not has_released and not self._others_step():
             self._scaling = StepScaling()  # a limit was for this step
             return loss
         if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
@@ -335,6 +335,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "gradients released in the backward pass cannot be clipped together: take "
                 "step_in_backward() back by remove()"
+            )
+        if whole_optimizer(self) is not None:
+            raise RuntimeError(
+                "in ZeroRedundancyOptimizer each rank's optimizer sees only its own share of the "
+                "gradients: use torch.nn.utils.clip_grad_norm_ for those of the model"
             )
         launches = self._ready_launches(self._preparation.is_captured)
         norms = [(part.grad_norm(), part.spread) for parts in launches for part in parts]
@@ -494,6 +499,13 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self.sync_groups()
         table = self._preparation.single(param, self.param_groups, self.state, frozen)
         table.run(commits_step=False)
+
+    def _others_step(self) -> bool:
+        """Returns whether this is a part of a step with gradients on other ranks only."""
+        whole = whole_optimizer(self)
+        if whole is None:
+            return not params_of(self.param_groups)
+        return any(param.grad is not None for param in params_of(whole.param_groups))
 
     def _any_gradient(self) -> bool:
         """Returns whether any gradient has an entry that is not zero, on any rank; waits."""

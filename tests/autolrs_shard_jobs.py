@@ -11,7 +11,7 @@ from autolrs_rank_jobs import Batches, on_device, place
 from autolrs_runs import BOUNDS, PRESETS
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -251,5 +251,16 @@ def first_of_all(options, stop, folder):
     try:
         Run(**options).auto.load_state_dict(state)
     except ValueError as error:
+        return str(error)
+    return None
+
+
+def loss_that_is_spread(options):
+    """Returns what is said of a loss whose summands the ranks have."""
+    loss = torch.ones((), device=rank_jobs.device)
+    loss = DTensor.from_local(loss, rank_jobs.mesh_of(), [Partial()])
+    try:
+        Run(**options).auto.step(loss)
+    except TypeError as error:
         return str(error)
     return None

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import cases
+import pytest
 import rank_jobs
 import torch
 import torch.distributed as dist
@@ -174,6 +175,33 @@ def a_rank_without_parameters_keeps_up():
             assert int(alone.schedule_buffer.step) == 3
             assert alone.param_groups[0]["lr"] == REX(3)
             assert alone.state_dict()["state"][0]["step"] == 3.0
+
+
+def a_rank_without_gradients_keeps_up():
+    """All parameters of a rank may be frozen for a while; without any gradient nothing happens."""
+    wholes = [rank_jobs.random((size,), size) for size in (4, 3)]
+    params, alone = ([torch.nn.Parameter(w.clone()) for w in wholes] for _ in range(2))
+    opt = ZeroRedundancyOptimizer(params, lrs_ext.AdamW, lr=REX)
+    alone_opt = lrs_ext.AdamW(alone, lr=REX)
+    for step, trained in enumerate([(0, 1), (0,), (), (1,), (0,), (0, 1)]):
+        for k, pair in enumerate(zip(params, alone, strict=True)):
+            for param in pair:
+                param.grad = rank_jobs.random(param.shape, 10 * step + k) if k in trained else None
+        opt.step()
+        alone_opt.step()
+        assert opt.param_groups[0]["lr"] == alone_opt.param_groups[0]["lr"]
+        assert torch.equal(opt.optim.schedule_buffer.step, alone_opt.schedule_buffer.step)
+        assert all(map(torch.equal, params, alone))
+    assert alone_opt.param_groups[0]["lr"] == REX(5)
+
+
+def errors_say_the_way_out():
+    run = Run("AdamW")
+    with pytest.raises(RuntimeError, match=r"its own share.*torch\.nn\.utils\.clip_grad_norm_"):
+        lrs_ext.clip_grad_norm_(run.inner, 1.0)
+    for opt in (run.opt, run.inner):
+        with pytest.raises(TypeError, match=r"ZeroRedundancyOptimizer.*fully_shard"):
+            lrs_ext.AutoLRS(opt, run.model, (1e-4, 1e-1), 100)
 
 
 def what_the_host_changes_after_loading_counts(folder):

@@ -151,6 +151,11 @@ def test_another_ranks_part_is_refused(engine, stop, tmp_path):
     assert "the copy of the training state belongs to what another rank has" in second
 
 
+def test_a_loss_that_is_spread_is_refused(engine):
+    for text in call(engine, 2, "loss_that_is_spread", {"name": "AdamW"}):
+        assert "got a DTensor with placements (Partial(sum),): pass its .full_tensor()" in text
+
+
 MOVED = [
     ({"name": "AdamW"}, 20),
     ({"name": "AdamW"}, 90),

@@ -205,6 +205,53 @@ def test_a_loader_with_its_own_generator_resumes_on_the_same_batches(place, draw
     assert all(torch.equal(a[1], b[1]) for a, b in zip(wanted, found, strict=True))
 
 
+class Epochs:
+    """Yields 0 to 3 in epoch 0, 4 to 7 in epoch 1, ..., as a sampler or as something else."""
+
+    def __init__(self, wrap=int):
+        self.epoch, self._wrap = 0, wrap
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return (self._wrap(4 * self.epoch + k) for k in range(4))
+
+
+class Stream(Epochs, torch.utils.data.IterableDataset):
+    pass
+
+
+def loader_that_is_told(place):
+    """Returns a loader that yields 0, 1, 2, ... if what is in this place is told the epochs."""
+    data = range(100)
+    if place == "loader":  # as those of Accelerate
+        return Epochs()
+    if place == "dataset":
+        return torch.utils.data.DataLoader(Stream(), batch_size=None)
+    if place == "sampler":
+        return torch.utils.data.DataLoader(data, batch_size=1, sampler=Epochs())
+    if place == "batch sampler":
+        return torch.utils.data.DataLoader(data, batch_sampler=Epochs(lambda index: [index]))
+    batches = torch.utils.data.BatchSampler(Epochs(), 1, drop_last=False)
+    return torch.utils.data.DataLoader(data, batch_sampler=batches)
+
+
+@pytest.mark.parametrize(
+    "place", ["loader", "dataset", "sampler", "batch sampler", "sampler of a batch sampler"]
+)
+def test_whatever_shuffles_is_told_the_epoch(place):
+    tape, loader = Tape(), loader_that_is_told(place)
+    assert draw(tape, loader, 10) == list(range(10))
+    other, fresh = Tape(), loader_that_is_told(place)
+    other.load_state_dict(tape.state_dict())
+    other.resume(fresh, restores_itself=False)
+    assert draw(other, fresh, 10) == list(range(10, 20))
+
+
 def test_a_loader_that_is_shorter_than_the_saved_one_is_refused():
     tape, state = Tape(), random_state()
     draw(tape, [1, 2, 3, 4], 3)

@@ -5,7 +5,18 @@ import warnings
 
 import pytest
 import torch
-from framework_jobs import BOUNDS, POINTS, RATES, REX, SEARCH, STEPS, make_net, mse, same_search
+from framework_jobs import (
+    BOUNDS,
+    INPUTS,
+    POINTS,
+    RATES,
+    REX,
+    SEARCH,
+    STEPS,
+    make_net,
+    mse,
+    same_search,
+)
 from framework_jobs import weights as weights_of
 from packaging.version import Version
 
@@ -330,6 +341,33 @@ def test_loggers_get_the_numbers_of_the_search(fit):
     assert values["autolrs/best_lr"][-1] == callback.auto.history.stages[0].best_lr
 
 
+def test_a_loader_that_is_replayed_is_told_the_epoch(fit):
+    class Sampler(torch.utils.data.SequentialSampler):
+        epochs = ()
+
+        def set_epoch(self, epoch):
+            self.epochs = (*self.epochs, epoch)
+
+    sampler = Sampler(POINTS)
+    loader = torch.utils.data.DataLoader(POINTS, batch_size=4, sampler=sampler)
+    fit(with_number, search(), loader=loader)
+    assert sampler.epochs == (0, 1)
+
+
+def test_processes_that_would_train_on_the_same_batches_are_refused(fit, monkeypatch):
+    """Lightning divides up what loaders of torch yield, but not what is around them."""
+    connector = "trainer.connectors.accelerator_connector._AcceleratorConnector.is_distributed"
+    monkeypatch.setattr(f"{pl.__name__}.{connector}", True)
+    loader = torch.utils.data.DataLoader(POINTS, batch_size=4)
+    with pytest.raises(RuntimeError, match=r"same batches.*sampler=DistributedSampler"):
+        fit(with_number, search(), loader=loader)
+    sampler = torch.utils.data.DistributedSampler(POINTS, num_replicas=2, rank=1, shuffle=False)
+    loader = torch.utils.data.DataLoader(POINTS, batch_size=4, sampler=sampler)
+    module, _, _ = fit(with_number, search(), loader=loader)
+    assert torch.equal(module.seen[0], POINTS[1:8:2][0])
+    fit(with_number, search(), loader=list(torch.utils.data.DataLoader(POINTS, batch_size=4)))
+
+
 def test_without_replays_the_trials_see_fresh_batches(fit):
     callback = search()
     module, _, _ = fit(with_number, callback, replayed=False)
@@ -347,6 +385,26 @@ def test_a_search_resumes_to_the_bit(fit, step, accumulation):
     )
     assert same_search(callbacks[0].auto, callbacks[1].auto)
     assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+def of_another_rank(checkpoint):
+    """Makes a checkpoint what the first of two ranks has saved, as the second one finds it."""
+    saved = torch.load(checkpoint, weights_only=False)
+    (search,) = [state["autolrs"] for state in saved["callbacks"].values() if "autolrs" in state]
+    search["of_this_rank"] = ((1, 2), search["of_this_rank"][1])
+    torch.save(saved, checkpoint)
+    return checkpoint
+
+
+def test_what_another_rank_has_drawn_is_not_made_up(fit):
+    """Training begins with the batches of the trials; the rest of them is left out here."""
+    whole, _, folder = fit(with_number, search(), every=6)
+    with pytest.raises(RuntimeError, match=r"another rank.*before the search or after it"):
+        fit(with_number, search(), resume=of_another_rank(folder / "step=6.ckpt"))
+    resumed, _, _ = fit(with_number, search(), resume=of_another_rank(folder / "step=18.ckpt"))
+    fresh = torch.stack([INPUTS[4 * k] for k in range(18, 24)])
+    assert torch.equal(torch.stack(resumed.seen[:6])[:, 0], fresh)
+    assert torch.equal(torch.stack(resumed.seen[6:]), torch.stack(whole.seen[24:]))
 
 
 @pytest.mark.parametrize("step", [4, 30])  # before the last update of a trial, at rate 0

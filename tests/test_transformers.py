@@ -125,6 +125,14 @@ def test_other_optimizers_are_left_to_the_trainer(train):
     assert logged(trainer)[-1] == pytest.approx(1e-2 / STEPS)
 
 
+def test_a_number_is_left_to_the_trainer_too(train):
+    """As of an optimizer of torch; there is no schedule to keep."""
+    for options in ({"lr_scheduler_type": "cosine"}, {"how": "optimizer alone"}):
+        rates = logged(train(1e-2, **options))
+        assert rates == logged(train(1e-2, optimizer=torch.optim.AdamW, **options))
+        assert len(set(rates)) == STEPS
+
+
 def test_the_scheduler_for_other_optimizers_shows_the_same_rates(train):
     class WithREX(transformers.Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):

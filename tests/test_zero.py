@@ -31,9 +31,15 @@ def test_another_number_of_ranks_goes_on(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "check", ["a_saved_state_stays_as_it_is", "a_rank_without_parameters_keeps_up"]
+    "check",
+    [
+        "a_saved_state_stays_as_it_is",
+        "a_rank_without_parameters_keeps_up",
+        "a_rank_without_gradients_keeps_up",
+        "errors_say_the_way_out",
+    ],
 )
-def test_consolidated_states(engine, check):
+def test_shares(engine, check):
     call(engine, check)
 
 

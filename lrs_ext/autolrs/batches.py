@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import random
@@ -20,7 +21,10 @@ _GENERATORS = (  # of a loader, where torch has them
     "sampler.generator",
     "batch_sampler.generator",
     "batch_sampler.sampler.generator",
+    "batch_sampler.batch_sampler.sampler.generator",  # Accelerate's, with several processes
 )
+# What shuffles anew in each epoch, besides the loader itself.
+_SHUFFLED = ("sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
 
 
 class Tape:
@@ -157,7 +161,7 @@ class Tape:
 
         Raises:
             RuntimeError: the loader has fewer batches than the saved one had given, or would have
-                to draw again what another rank has kept.
+                to draw again what another rank has kept, and cannot.
         """
         if self._loader is not None and self._loader is not loader:
             self._iterator, self._has_begun = None, False
@@ -171,6 +175,16 @@ class Tape:
                 "extra_state cannot draw this rank's again: save and load AutoLRS.state_dict on "
                 "each rank, or leave the loader out of extra_state"
             )
+        if is_missing and isinstance(loader, Drawn):
+            if self._is_recording:
+                raise RuntimeError(
+                    "the batches of the present trials are those of another rank, and what the "
+                    "framework has drawn here is gone: resume from a checkpoint that was saved "
+                    "before the search or after it, or with a loop of your own, which can save "
+                    "AutoLRS.state_dict on each rank"
+                )
+            self._origins.clear()
+            is_missing = False
         training = random_state()
         try:
             if is_missing:
@@ -232,7 +246,7 @@ class Tape:
             "random": random_state(),
             "generators": {place: generator.get_state() for place, generator in generators},
         }
-        _set_epoch(loader, self._epoch)
+        set_epoch(loader, self._epoch)
         self._iterator = iter(loader)
         for batch in self._iterator:
             self._drawn = 1
@@ -243,6 +257,17 @@ class Tape:
             + ": pass something that can be iterated again, such as a DataLoader or a list, "
             "not an iterator or a generator"
         )
+
+
+class Drawn:
+    """An endless loader of whatever somebody else has drawn last, which cannot be drawn again."""
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.batch
 
 
 def cloned(batch: Any) -> Any:
@@ -298,7 +323,7 @@ def _skipped(loader: Iterable[Any], epoch: int, count: int) -> Iterator[Any]:
     Raises:
         RuntimeError: there are fewer.
     """
-    _set_epoch(loader, epoch)
+    set_epoch(loader, epoch)
     iterator = iter(loader)
     for found in range(count):
         try:
@@ -311,11 +336,16 @@ def _skipped(loader: Iterable[Any], epoch: int, count: int) -> Iterator[Any]:
     return iterator
 
 
-def _set_epoch(loader: Iterable[Any], epoch: int) -> None:
-    """Tells a distributed sampler which epoch begins, so that it shuffles anew."""
-    set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-    if callable(set_epoch):
-        set_epoch(epoch)
+def set_epoch(loader: Iterable[Any], epoch: int) -> None:
+    """Tells a loader and what is in it which epoch begins, so that they shuffle anew."""
+    parts = [loader]
+    for place in _SHUFFLED:
+        with contextlib.suppress(AttributeError):
+            parts.append(operator.attrgetter(place)(loader))
+    for part in {id(part): part for part in parts}.values():
+        told = getattr(part, "set_epoch", None)
+        if callable(told):
+            told(epoch)
 
 
 def _new_stream() -> dict[str, Any]:

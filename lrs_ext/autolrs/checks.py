@@ -8,15 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lrs_ext.shards import is_dtensor
+
 RATIO_TOLERANCE = 1e-5  # relative: a learning rate that was saved in float32 has been rounded
 
 
 def check_loss(loss: Tensor, what: str) -> None:
-    """Raises TypeError or ValueError if `loss` is no floating 0-d tensor."""
+    """Raises TypeError or ValueError if `loss` is no floating 0-d tensor of this rank's own."""
     if not isinstance(loss, Tensor):
         way_out = ": compute and return it" if loss is None else ": leave out .item()"
         raise TypeError(
             f"{what} must be a tensor, which nobody waits for, got {type(loss).__name__}{way_out}"
+        )
+    if is_dtensor(loss):
+        raise TypeError(
+            f"{what} must be a plain tensor, got a DTensor with placements {loss.placements}: pass "
+            "its .full_tensor()"
         )
     if loss.dim() != 0 or not loss.is_floating_point():
         way_out = "take its mean" if loss.is_floating_point() else "convert it by .float()"

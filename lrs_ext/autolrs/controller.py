@@ -241,7 +241,8 @@ class AutoLRS:
         """Yields the loader's batches until the budget is used up, and a trial's for every trial.
 
         The batches of a trial are kept, also in checkpoints, and training begins with them. A
-        loader at its end is iterated again; the sampler's ``set_epoch`` is called if it has one.
+        loader at its end is iterated again; ``set_epoch`` is called where the loader, its dataset
+        or one of its samplers has it.
         What prefetches belongs around the loader, not around this: it would draw ahead of a trial.
 
         Raises:

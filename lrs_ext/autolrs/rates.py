@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrs_ext.param_devices import first_device, on_device
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+from lrs_ext.wrappers import is_zero_redundancy, whole_optimizer
 
 Group = dict[str, Any]
 
@@ -22,14 +23,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
     Raises:
         TypeError: it is no optimizer, or its `step` needs a closure: that is many evaluations, not
-            one update.
+            one update; or its states are in another optimizer, which is not rolled back.
         ValueError: ``foreach=True``, which torch serves with a number from the host only.
     """
-    if isinstance(optimizer, ScheduledOptimizer):
-        return
     name = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"the first argument must be an optimizer, got {name}")
+    if is_zero_redundancy(optimizer) or whole_optimizer(optimizer) is not None:
+        raise TypeError(
+            "AutoLRS does not serve ZeroRedundancyOptimizer, which writes its own learning rates "
+            "into the optimizer that has a rank's states: use an optimizer of all parameters, or "
+            "fully_shard"
+        )
+    if isinstance(optimizer, ScheduledOptimizer):
+        return
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(

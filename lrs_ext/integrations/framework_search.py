@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lrs_ext.autolrs.batches import Drawn
 from lrs_ext.autolrs.controller import AutoLRS
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 
@@ -22,7 +23,7 @@ class FrameworkSearch:
 
     def __init__(self, auto: AutoLRS) -> None:
         self.auto = auto
-        self._drawn = _Drawn()
+        self._drawn = Drawn()
         self._stream: Iterator[Any] | None = None
         self._loss: Tensor | None = None
         self._random: dict[str, Any] | None = None  # where training goes on, in a trial
@@ -77,14 +78,3 @@ class FrameworkSearch:
 
     def _keep_random_state(self) -> None:
         self._random = random_state() if self.auto.phase == "search" else None
-
-
-class _Drawn:
-    """An endless loader of whatever the framework has drawn last."""
-
-    def __init__(self) -> None:
-        self.batch: Any = None
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            yield self.batch

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from lrs_ext.autolrs.batches import set_epoch
 from lrs_ext.autolrs.controller import AutoLRS
 from lrs_ext.integrations.framework_search import FrameworkSearch
 from lrs_ext.wrappers import unwrapped
@@ -54,6 +56,7 @@ class AutoLRSCallback(Callback):
         self._lr_bounds, self._options = lr_bounds, options
         self._search: FrameworkSearch | None = None
         self._loaded: dict[str, Any] | None = None
+        self._trainer: Any = None
         self._updates = 0  # of the Trainer, of which the search has been told
 
     @property
@@ -81,6 +84,11 @@ class AutoLRSCallback(Callback):
         """Returns what to train on in place of a fresh batch; see `FrameworkSearch.batch`."""
         return fresh if self._search is None else self._search.batch(fresh)
 
+    def begin_epoch(self, loader: SizedLoader) -> None:
+        """Tells a loader that is replayed the epoch, as Lightning tells its own."""
+        if self._trainer is not None:
+            set_epoch(loader, self._trainer.current_epoch)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Makes the controller, when all that a checkpoint brings is in place."""
         if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
@@ -93,6 +101,9 @@ class AutoLRSCallback(Callback):
                 "a scheduler would write over the learning rates of AutoLRS: return the optimizer "
                 "alone from configure_optimizers"
             )
+        self._trainer = trainer
+        if isinstance(trainer.train_dataloader, Replayed):
+            trainer.train_dataloader.check_divided(trainer)
         total_steps = trainer.estimated_stepping_batches
         if not math.isfinite(total_steps) or total_steps < 1:
             raise ValueError(
@@ -155,8 +166,24 @@ class Replayed:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
+        self._callback.begin_epoch(self._loader)
         for batch in self._loader:
             yield self._callback.batch(batch)
+
+    def check_divided(self, trainer: Any) -> None:
+        """Raises RuntimeError if all processes would get the same batches.
+
+        Lightning gives a sampler of its own to each `DataLoader`, but to nothing around one.
+        """
+        connector = trainer._data_connector
+        if isinstance(self._loader, DataLoader) and connector._requires_distributed_sampler(
+            self._loader
+        ):
+            raise RuntimeError(
+                "all processes would train on the same batches, as Lightning divides up those of a "
+                "DataLoader that it gets itself only: return replayed(DataLoader(dataset, ..., "
+                "sampler=DistributedSampler(dataset))) from train_dataloader"
+            )
 
 
 class StatefulReplayed(Replayed):

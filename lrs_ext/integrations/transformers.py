@@ -112,16 +112,16 @@ class SearchedSchedule(OwnSchedule):
 
 
 class ScheduleMixin:
-    """For a `Trainer`: optimizers of `lrs_ext` keep their schedule, and AutoLRS is served.
+    """For a `Trainer`: optimizers of `lrs_ext` keep their schedules, and AutoLRS is served.
 
     ``class MyTrainer(ScheduleMixin, SFTTrainer)`` does it for a Trainer of your own. With other
-    optimizers and without an `AutoLRSCallback` nothing changes.
+    optimizers, or numbers as learning rates, and without an `AutoLRSCallback` nothing changes.
     """
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Makes the scheduler as in the Trainer; for an optimizer of `lrs_ext` an `OwnSchedule`.
+        """Makes the scheduler as in the Trainer; for an optimizer with schedules an `OwnSchedule`.
 
         Raises:
             RuntimeError: there is an `AutoLRSCallback` and the optimizer has another scheduler.
@@ -143,7 +143,7 @@ class ScheduleMixin:
             scaler = getattr(trainer.accelerator, "scaler", None)
             callback.begin(optimizer, trainer.model, num_training_steps, scaler)
             trainer.lr_scheduler = SearchedSchedule(optimizer, callback)
-        elif trainer.lr_scheduler is None and isinstance(unwrapped(optimizer), ScheduledOptimizer):
+        elif trainer.lr_scheduler is None and _has_schedule(unwrapped(optimizer)):
             trainer.lr_scheduler = OwnSchedule(optimizer)
         else:
             return super().create_scheduler(  # type: ignore[misc]
@@ -189,6 +189,13 @@ class ScheduleMixin:
         trainer: Any = self
         callbacks = trainer.callback_handler.callbacks
         return next((c for c in callbacks if isinstance(c, AutoLRSCallback)), None)
+
+
+def _has_schedule(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether a learning rate of an optimizer of `lrs_ext` follows a schedule."""
+    if not isinstance(optimizer, ScheduledOptimizer):
+        return False
+    return any(schedule is not None for schedule in optimizer.schedule_buffer.schedules)
 
 
 class Trainer(ScheduleMixin, transformers.Trainer):
