@@ -37,6 +37,7 @@ from lrs_ext.autolrs.rates import check_optimizer, rates_of
 from lrs_ext.autolrs.ratios import check_ratios, group_ratios
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
 from lrs_ext.autolrs.scheduler_watch import SchedulerWatch
+from lrs_ext.autolrs.search import rate_at
 from lrs_ext.autolrs.shapes import Shapes, usual_warmup
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
@@ -329,7 +330,7 @@ class AutoLRS:
             "autolrs/trial": float(segment.trial),
             "autolrs/searching": float(self.phase == "search"),
             "autolrs/lr": self._rates.rate.item() * shape,
-            "autolrs/best_lr": 10.0 ** self._search.best[segment.stage].item(),
+            "autolrs/best_lr": rate_at(self._search.best[segment.stage]).item(),
         }
 
     def to_schedule(self) -> Schedule:
@@ -348,7 +349,7 @@ class AutoLRS:
                 "the search has not ended: call it when auto.phase is 'train', in the last stage"
             )
         if self.preset == "peak":
-            return self._shapes.schedule.scaled(10.0 ** self._search.best[0].item())
+            return self._shapes.schedule.scaled(rate_at(self._search.best[0]).item())
         rates = read_learning_rates(
             self._search, self._shapes, self._scales, self.total_steps, self._base_lr
         )
