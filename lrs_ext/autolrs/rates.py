@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from lrs_ext.param_devices import first_device, on_device
+from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
-
-Group = dict[str, Any]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
