@@ -33,6 +33,11 @@ class Number:
     limit: float
 
     def of(self, group: Group) -> Any:
+        """Returns what the group has: a number, a tensor or a schedule.
+
+        Raises:
+            TypeError: betas are no pair.
+        """
         value = group[self.key]
         if self.key != "betas":
             return value
@@ -41,6 +46,7 @@ class Number:
         return value[0]
 
     def put(self, group: Group, value: Any) -> None:
+        """Makes `value` what the group has."""
         group[self.key] = (value, *group["betas"][1:]) if self.key == "betas" else value
 
     def peak(self, schedule: Schedule) -> float:
