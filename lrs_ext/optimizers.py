@@ -398,7 +398,7 @@ def check_betas(group: Group) -> None:
 
 
 def number(value: float | Tensor) -> float:
-    """Returns `value` as a float; waits for the device if it is a tensor there."""
+    """Returns a number as it is, a one-element tensor as a float; waits if that is on a device."""
     if not isinstance(value, Tensor):
         return value
     host_value = ops.host_value(value)

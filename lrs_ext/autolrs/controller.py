@@ -228,7 +228,7 @@ class AutoLRS:
 
     @property
     def snapshot_bytes(self) -> int:
-        """Memory that the copy of the training state takes."""
+        """Bytes of memory that the copy of the training state takes."""
         return self._snapshot.nbytes
 
     @property
@@ -321,7 +321,11 @@ class AutoLRS:
         self._notices.give()
 
     def metrics(self) -> dict[str, float]:
-        """Returns plain numbers for a logger; waits for the device."""
+        """Returns plain numbers for a logger; waits for the device.
+
+        "autolrs/lr" is that of the next update in the first group, "autolrs/best_lr" NaN before the
+        search has ended.
+        """
         segment = self._segment
         shape = self._shapes.at(segment, min(self._updates, segment.end - 1) - segment.start)
         return {
