@@ -10,6 +10,7 @@ of the same curve walk that far, from the steps that it manages in a fraction of
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -52,11 +53,19 @@ def schedules(steps: int) -> dict[str, Schedule]:
 PEERS: dict[str, Walk] = {
     "linear": lambda opt, steps: lr_scheduler.LinearLR(opt, 1.0, 0.0, steps),
     "cosine": lambda opt, steps: lr_scheduler.CosineAnnealingLR(opt, steps),
-    "exponential": lambda opt, steps: lr_scheduler.ExponentialLR(opt, 0.01 ** (1 / steps)),
+    "exponential": lambda opt, steps: lr_scheduler.ExponentialLR(opt, math.exp(-3 / steps)),
     "step_decay": lambda opt, steps: lr_scheduler.MultiStepLR(opt, [steps // 2, steps // 4 * 3]),
     "polynomial, power 2": lambda opt, steps: lr_scheduler.PolynomialLR(opt, steps, 2.0),
     "polynomial, power 0.9": lambda opt, steps: lr_scheduler.PolynomialLR(opt, steps, 0.9),
-    "one_cycle": lambda opt, steps: lr_scheduler.OneCycleLR(opt, 0.1, steps),
+    "one_cycle": lambda opt, steps: lr_scheduler.OneCycleLR(
+        opt,
+        max_lr=0.1,
+        total_steps=steps + 1,
+        pct_start=0.5,
+        anneal_strategy="linear",
+        div_factor=10.0,
+        final_div_factor=1.0,
+    ),
 }
 
 

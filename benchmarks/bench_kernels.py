@@ -17,9 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import results_page
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
@@ -45,17 +47,24 @@ def built(folder: Path, architecture: str) -> Path:
     return folder / "kernels"
 
 
-def measured(program: Path, rounds: int) -> list[Case]:
-    """Runs the program; the copy comes first."""
+def measured(program: Path, rounds: int) -> Iterator[Case]:
+    """Runs the program and yields its cases as they come; the copy comes first.
+
+    Raises:
+        SystemExit: the program has failed.
+    """
     command = [program, str(rounds), *map(str, CHUNKS)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{program.name} ended with {done.returncode}: {done.stderr}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            for line in process.stdout:
+                yield json.loads(line)
+        if process.returncode != 0:
+            errors.seek(0)
+            raise SystemExit(f"{program.name} ended with {process.returncode}: {errors.read()}")
 
 
 def table(cases: Sequence[Case]) -> list[str]:
-    """Returns the lines of the table."""
+    """Returns the lines of the table; the last row may lack some lengths."""
     copy, *steps = cases
     bandwidth = copy["bytes"] / copy["seconds"][1]
     lines = [f"copy: {bandwidth / 1e12:.3f} TB/s"]
@@ -68,8 +77,21 @@ def table(cases: Sequence[Case]) -> list[str]:
         best = min(row, key=lambda case: float(case["seconds"][1]))
         times = [f"{case['seconds'][1] * 1e6:>9.1f}{'*' if case is best else ' '}" for case in row]
         share = best["bytes"] / best["seconds"][1] / bandwidth
-        lines.append(f"{shape:<16}{storage:<26}" + "".join(times) + f"{share:>7.0%}")
+        lines.append(f"{shape:<16}{storage:<26}{''.join(times):<{10 * len(CHUNKS)}}{share:>7.0%}")
     return lines
+
+
+def report(measurements: Iterable[Case], path: Path | None) -> None:
+    """Prints the table and writes the numbers, of what there is also where a measurement fails."""
+    cases: list[Case] = []
+    try:
+        for case in measurements:
+            cases.append(case)
+            if path is not None:
+                results_page.write_whole(path, json.dumps(cases, indent=1))
+    finally:
+        if cases:
+            print("\n".join(table(cases)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,10 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"torch {torch.__version__} sees no CUDA device: the kernels need one")
     major, minor = torch.cuda.get_device_capability()
     with tempfile.TemporaryDirectory() as folder:
-        cases = measured(built(Path(folder), f"{major}{minor}"), options.rounds)
-    print("\n".join([torch.cuda.get_device_name(), *table(cases)]))
-    if options.json is not None:
-        options.json.write_text(json.dumps(cases, indent=1), encoding="utf-8")
+        program = built(Path(folder), f"{major}{minor}")
+        print(torch.cuda.get_device_name())
+        report(measured(program, options.rounds), options.json)
     return 0
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
-from autolrs_contestants import rate_bounds
+from autolrs_contestants import DECADES, rate_bounds
 from autolrs_tasks import TASKS
 from job_runner import ONE_THREAD
 from torch import distributed
@@ -36,7 +36,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lrs_ext
 
-DECADES = 4.0
 TIMEOUT = datetime.timedelta(minutes=10)
 OTHER_DATA = 1000  # between the seeds of two ranks' batches
 

@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 import tempfile
-import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lrs_ext import AutoLRS
 
 def run_name(config: Config) -> str:
     schedules = "-".join(config.schedules)
-    moment = time.strftime("%Y%m%d-%H%M%S")
+    moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # runs may start in the same second
     return f"gpt-{config.optimizer}-{schedules}-seed{config.seed}-{moment}"
 
 

@@ -272,14 +272,15 @@ def run_suggestion(limit: float, *, folder: Path) -> Outcome:
 
 
 def run_kernels(limit: float, *, folder: Path) -> Outcome:
-    """Builds and runs bench_kernels.py, whose table is kept whole."""
+    """Builds and runs bench_kernels.py; its table is kept whole, or as far as it went."""
     numbers = folder / "bench_kernels.json"
     command = [sys.executable, BENCHMARKS / "bench_kernels.py", "--json", numbers]
     code, output = run_command(command, limit)
     outcome: Outcome = {"passed": code == 0, "detail": ending(code, output, limit)}
     if numbers.exists():
         outcome["kernels"] = json.loads(numbers.read_text(encoding="utf-8"))
-        outcome["detail"] = f"{len(outcome['kernels'])} cases"
+        cases = f"{len(outcome['kernels'])} cases"
+        outcome["detail"] = cases if code == 0 else f"{cases}; {outcome['detail']}"
     outcome["output"] = without_paths(output)
     return outcome
 

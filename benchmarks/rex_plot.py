@@ -8,12 +8,12 @@ import rex_paper
 from rex_outcome import HIGH, LOW, Outcome, seven
 from rex_ranks import standings
 from rex_settings import SCHEDULES
+from rex_tables import OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS = "REX"
 COLORS = {"REX": "#0b6bcb", "REX d=0.9": "#74c0fc", "linear": "#d9480f", "cosine": "#2b8a3e"}
 COLORS |= {"none": "#868e96", "step": "#862e9c", "plateau": "#e599f7", "exponential": "#5c940d"}
 COLORS |= {"OneCycle": "#c92a2a", "delayed 50 %": "#f08c00", "delayed 75 %": "#fcc419"}

@@ -22,6 +22,7 @@ _CARRIES = {False: 0x100100, True: 0x080000}  # from the largest multiple to 2, 
 
 
 def num_blocks(numel: int) -> int:
+    """Returns how many blocks hold so many elements; the last one may be shorter."""
     return -(-numel // ops.QUANT_BLOCK)
 
 
@@ -74,6 +75,11 @@ def decode(codes: Tensor, scales: Tensor, is_root: bool) -> Tensor:
     return values
 
 
+def bits_of(values: Tensor) -> Tensor:
+    """Returns the bits of contiguous float32 values: int64."""
+    return values.view(torch.int32).long() & 0xFFFFFFFF
+
+
 def random_bits(step: Tensor, tensor: int, numel: int) -> Tensor:
     """Returns 16 random bits for each element of a tensor in one step: int64, shape (numel,).
 
@@ -99,7 +105,7 @@ def _scrambled(bits: Tensor) -> Tensor:
 
 def _scales(values: Tensor, is_root: bool) -> Tensor:
     kept = memory_order(values)
-    magnitudes = _bits(kept.sqrt() if is_root else kept) & 0x7FFFFFFF
+    magnitudes = bits_of(kept.sqrt() if is_root else kept) & 0x7FFFFFFF
     largest = _of_blocks(magnitudes, 0).amax(1)
     carry = _CARRIES[is_root]
     bits = torch.where(largest < 0x7F000000 - carry, largest + carry & 0x7F800000, 0x7FC00000)
@@ -108,13 +114,13 @@ def _scales(values: Tensor, is_root: bool) -> Tensor:
 
 def _encoded(values: Tensor, scales: Tensor, is_root: bool, random: Tensor | int) -> Tensor:
     kept = memory_order(values)
-    factors = (0x7F000000 - _bits(scales)).int().view(torch.float32)
+    factors = (0x7F000000 - bits_of(scales)).int().view(torch.float32)
     multiples = (kept.sqrt() if is_root else kept) * _spread(factors, kept.numel())
     if is_root:
-        words = (_bits(multiples) + (random << 3)).clamp(min=_CODE_BASE) >> 19 & 0xFF
+        words = (bits_of(multiples) + (random << 3)).clamp(min=_CODE_BASE) >> 19 & 0xFF
     else:
         moved = multiples + torch.full_like(multiples, _OFFSET).copysign(multiples)
-        bits = _bits(moved) + (random << 4)
+        bits = bits_of(moved) + (random << 4)
         words = (bits >> 24 & 0x80) | (bits >> 20 & 0x7F)
     codes = torch.empty_like(values, dtype=torch.uint8)
     memory_order(codes).copy_(words)
@@ -125,10 +131,6 @@ def _are_kept(values: Tensor, codes: Tensor, scales: Tensor, is_root: bool) -> T
     """Returns for each block whether codes stand for exactly these numbers."""
     are_same = decode(codes, scales, is_root) == values
     return _of_blocks(memory_order(are_same).byte(), 1).amin(1).bool()
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view(torch.int32).long() & 0xFFFFFFFF
 
 
 def _of_blocks(elements: Tensor, filler: int) -> Tensor:

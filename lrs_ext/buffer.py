@@ -20,6 +20,13 @@ class ScheduleBuffer:
     device. Both tensors keep their addresses for the life of the buffer. Those of an optimizer with
     parameters on several devices are twins: `fill_` and `write_` on one write to all.
 
+    Args:
+        rows, capacity: the shape of `values`, at least (0, 1).
+        device: of both tensors, None is torch's default.
+
+    Raises:
+        ValueError: there are fewer rows, or they are shorter.
+
     Attributes:
         values: float32, shape (rows, capacity). An optimizer has one row per parameter group.
         step: int64, 0-d: committed updates.
@@ -58,6 +65,7 @@ class ScheduleBuffer:
 
     @property
     def capacity(self) -> int:
+        """The length of a row: updates whose learning rates may differ."""
         return self.values.shape[1]
 
     def fill_(self, row: int, schedule: Schedule) -> ScheduleBuffer:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 
-_drivers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]] = (
+_drivers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[object]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -24,6 +23,6 @@ def check_free(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def register(optimizer: torch.optim.Optimizer, driver: Any) -> None:
+def register(optimizer: torch.optim.Optimizer, driver: object) -> None:
     """Notes that `driver` drives the optimizer, for as long as it lives."""
     _drivers[optimizer] = weakref.ref(driver)

@@ -63,8 +63,8 @@ def _step(
 
     Raises:
         ValueError: the lists do not fit together, or a number is not finite.
-        RuntimeError: a tensor has a dtype, device or layout that the kernels do not serve, or the
-            stream is being captured into a CUDA graph.
+        RuntimeError: a tensor has a dtype, device or layout that the kernels do not serve, the
+            stream is being captured into a CUDA graph, or LRS_EXT_BACKEND asks for "reference".
 
     >>> import torch, lrs_ext
     >>> p, position = torch.ones(2), torch.tensor(0)
@@ -112,6 +112,12 @@ def _step(
         )
     if not params:
         return
+    backend = select_backend(None, position.device)
+    if backend == "reference":
+        raise RuntimeError(
+            "lrs_ext.functional.step has no reference backend, which LRS_EXT_BACKEND asks for: "
+            "unset it, or call the step() of an optimizer"
+        )
     groups = ops.GroupTable(1, position.device)
     groups.write(0, lr.detach(), numbers)
     state = {
@@ -119,7 +125,7 @@ def _step(
         for i, param in enumerate(params)
     }
     table = ops.StepTable(
-        backend=select_backend(None, position.device),
+        backend=backend,
         algorithm=algorithm,
         param_lists=[params],
         positions=list(range(len(params))),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext import ops
-from lrs_ext.hyper_schedules import HyperSchedules, Number, put_schedules
+from lrs_ext.hyper_schedules import HyperSchedules, MovableNumber, put_schedules
 from lrs_ext.learning_rates import Kept, LearningRates, Mark
 from lrs_ext.positions import (
     POSITION,
@@ -46,7 +46,7 @@ class GroupNumbers:
 
     def __init__(
         self,
-        numbers: Sequence[Number],
+        numbers: Sequence[MovableNumber],
         groups: list[Group],
         devices: Sequence[torch.device],
         step: int = 0,
@@ -196,7 +196,7 @@ class GroupNumbers:
 
 
 def put_all_schedules(
-    numbers: Sequence[Number], group: Group, schedules: Mapping[str, Any]
+    numbers: Sequence[MovableNumber], group: Group, schedules: Mapping[str, Any]
 ) -> None:
     """Puts what `GroupNumbers.schedules` has returned into a group."""
     if "lr" in schedules:

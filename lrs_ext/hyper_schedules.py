@@ -17,7 +17,7 @@ from lrs_ext.schedules import Schedule
 
 
 @dataclass(frozen=True, eq=False)
-class Number:
+class MovableNumber:
     """A hyper-parameter that may follow a schedule.
 
     Attributes:
@@ -33,6 +33,11 @@ class Number:
     limit: float
 
     def of(self, group: Group) -> Any:
+        """Returns what the group has: a number, a tensor or a schedule.
+
+        Raises:
+            TypeError: betas are no pair.
+        """
         value = group[self.key]
         if self.key != "betas":
             return value
@@ -41,6 +46,7 @@ class Number:
         return value[0]
 
     def put(self, group: Group, value: Any) -> None:
+        """Makes `value` what the group has."""
         group[self.key] = (value, *group["betas"][1:]) if self.key == "betas" else value
 
     def peak(self, schedule: Schedule) -> float:
@@ -59,18 +65,18 @@ class Number:
 
 
 NUMBERS = (
-    Number("weight_decay", "weight_decay", "Invalid weight_decay value", float("inf")),
-    Number("momentum", "momentum", "Invalid momentum value", 1.0),
-    Number("beta1", "betas", "Invalid beta parameter at index 0", 1.0),
+    MovableNumber("weight_decay", "weight_decay", "Invalid weight_decay value", float("inf")),
+    MovableNumber("momentum", "momentum", "Invalid momentum value", 1.0),
+    MovableNumber("beta1", "betas", "Invalid beta parameter at index 0", 1.0),
 )
 
 
-def numbers_of(defaults: Group) -> tuple[Number, ...]:
+def numbers_of(defaults: Group) -> tuple[MovableNumber, ...]:
     """Returns the numbers that groups with these keys have."""
     return tuple(number for number in NUMBERS if number.key in defaults)
 
 
-def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
+def with_peaks(numbers: Sequence[MovableNumber], group: Group) -> Group:
     """Returns the group with the largest value of each schedule in its place.
 
     Whether there is a momentum at all, and what torch checks once, is a matter of that value.
@@ -98,7 +104,7 @@ def with_peaks(numbers: Sequence[Number], group: Group) -> Group:
 
 
 def put_schedules(
-    numbers: Sequence[Number], group: Group, schedules: Mapping[str, Schedule]
+    numbers: Sequence[MovableNumber], group: Group, schedules: Mapping[str, Schedule]
 ) -> None:
     """Puts schedules, by the kernels' names of their numbers, into a group."""
     for number in numbers:
@@ -120,8 +126,8 @@ class _Followed:
 
 @dataclass
 class _GroupState:
-    followed: dict[Number, _Followed] = field(default_factory=dict)
-    seen: dict[Number, Any] = field(default_factory=dict)  # the numbers at the last sync
+    followed: dict[MovableNumber, _Followed] = field(default_factory=dict)
+    seen: dict[MovableNumber, Any] = field(default_factory=dict)  # the numbers at the last sync
     held: dict[str, Any] = field(default_factory=dict)  # what the group held under their keys then
     rows: list[dict[str, Tensor]] = field(default_factory=list)  # those in charge, on each device
     is_listed: bool = False  # among the groups with schedules
@@ -143,7 +149,7 @@ class HyperSchedules:
 
     def __init__(
         self,
-        numbers: Sequence[Number],
+        numbers: Sequence[MovableNumber],
         groups: list[Group],
         devices: Sequence[torch.device],
         step: int,
@@ -328,7 +334,7 @@ class HyperSchedules:
                 state.seen[number] = value
         self._settle(state, group)
 
-    def _follow(self, state: _GroupState, number: Number, schedule: Schedule) -> None:
+    def _follow(self, state: _GroupState, number: MovableNumber, schedule: Schedule) -> None:
         present = state.followed.get(number)
         if present is not None and len(present.rows[0]) >= schedule.capacity:
             rows = present.rows
@@ -342,7 +348,7 @@ class HyperSchedules:
         value = schedule.value_in_row()
         state.followed[number] = _Followed(schedule, value, number.peak(schedule), rows, value(0))
 
-    def _show(self, state: _GroupState, number: Number, group: Group, step: int) -> None:
+    def _show(self, state: _GroupState, number: MovableNumber, group: Group, step: int) -> None:
         followed = state.followed[number]
         value = followed.value(step)
         if value != followed.shown:  # copies of the group elsewhere hold the very float

@@ -9,6 +9,7 @@ from lrs_ext.optimizers import (
     LearningRate,
     Number,
     check_betas,
+    check_not_negative,
     check_tensor_lr,
     number,
 )
@@ -85,11 +86,9 @@ class LAMB(ScheduledOptimizer):
 
     @staticmethod
     def _check(group: Group) -> None:
-        if not group["eps"] >= 0.0:
-            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        check_not_negative(group, "eps", "epsilon")
         check_betas(group)
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        check_not_negative(group, "weight_decay")
 
     @staticmethod
     def _state_names(group: Group) -> list[str]:

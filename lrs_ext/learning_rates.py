@@ -59,11 +59,11 @@ class LearningRates:
     """Keeps each ``group["lr"]`` and its rows of the schedule buffers in step, without a sync.
 
     A group with a `Schedule`, which runs scaled by the group's ``lr_scale`` if it has one, shows on
-    the host, as a float, what the next update will use. Any
-    other float put there takes over from the next update. The very float that was found there hands
-    control back: saving and restoring ``group["lr"]``, as distributed checkpoints do, changes
-    nothing. A tensor is read at every update: where it is if it is float32 and on the device,
-    otherwise through a copy, for which a CPU waits.
+    the host, as a float, what the next update will use. Any other float put there takes over from
+    the next update. The very float that was found there hands control back: saving and restoring
+    ``group["lr"]``, as distributed checkpoints do, changes nothing. A tensor is read at every
+    update: where it is if it is float32 and on the device, otherwise through a copy, for which a
+    CPU waits.
 
     Args:
         groups: the optimizer's parameter groups; a `Schedule` in ``group["lr"]`` is replaced by its

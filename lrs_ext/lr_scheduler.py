@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lrs_ext import ops
 from lrs_ext.learning_rates import at_height_of
+from lrs_ext.optimizers import number
 from lrs_ext.schedules import Schedule
 
 
@@ -54,7 +54,7 @@ class ScheduleLR(LRScheduler):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
         base_lrs = [
-            _number(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
+            float(number(group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups
         ]
         schedules = _schedules(schedule, base_lrs)
         if isinstance(schedule, Schedule):
@@ -110,7 +110,7 @@ class ScheduleLR(LRScheduler):
     def _is_in_charge(self) -> bool:
         """Whether the optimizer has what was set here: a SequentialLR may have moved on."""
         pairs = zip(self.optimizer.param_groups, self.get_lr(), strict=True)
-        return all(_is_close(_number(group["lr"]), float(lr)) for group, lr in pairs)
+        return all(_is_close(number(group["lr"]), float(lr)) for group, lr in pairs)
 
 
 def _schedules(schedule: Schedule | Sequence[Schedule], base_lrs: list[float]) -> list[Schedule]:
@@ -136,12 +136,6 @@ def _schedules(schedule: Schedule | Sequence[Schedule], base_lrs: list[float]) -
         schedule if is_same else schedule.scaled(lr / schedule.lr)
         for lr, is_same in zip(base_lrs, are_same, strict=True)
     ]
-
-
-def _number(lr: float | Tensor) -> float:
-    """Returns a learning rate as a float; waits for a device tensor."""
-    host = ops.host_value(lr) if isinstance(lr, Tensor) else lr
-    return float(lr if host is None else host)
 
 
 def _is_close(a: float, b: float) -> bool:

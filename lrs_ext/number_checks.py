@@ -43,6 +43,7 @@ def checked_real(name: str, value: Any) -> float:
 
 
 def checked_integer(name: str, value: Any) -> int:
+    """Returns `value` as an integer; a float is none, even without a fraction."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -62,6 +63,7 @@ def checked_count(name: str, value: Any) -> int:
 
 
 def checked_positive_count(name: str, value: Any) -> int:
+    """Returns `value` as an integer of at least 1."""
     count = checked_integer(name, value)
     if count <= 0:
         raise ValueError(f"{name} must be positive, got {count}")

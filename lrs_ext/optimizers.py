@@ -94,10 +94,8 @@ class SGD(ScheduledOptimizer):
 
     @staticmethod
     def _check(group: Group) -> None:
-        if not group["momentum"] >= 0.0:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}")
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        check_not_negative(group, "momentum")
+        check_not_negative(group, "weight_decay")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
@@ -208,11 +206,9 @@ class Adam(ScheduledOptimizer):
 
     @staticmethod
     def _check(group: Group) -> None:
-        if not group["eps"] >= 0.0:
-            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        check_not_negative(group, "eps", "epsilon")
         check_betas(group)
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        check_not_negative(group, "weight_decay")
 
     @staticmethod
     def _state_names(group: Group) -> list[str]:
@@ -356,8 +352,7 @@ class Lion(ScheduledOptimizer):
     @staticmethod
     def _check(group: Group) -> None:
         check_betas(group)
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        check_not_negative(group, "weight_decay")
 
     @staticmethod
     def _state_names(group: Group) -> list[str]:
@@ -380,6 +375,12 @@ def check_tensor_lr(lr: LearningRate, foreach: bool | None, capturable: bool) ->
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
 
 
+def check_not_negative(group: Group, key: str, name: str | None = None) -> None:
+    """Raises ValueError for a negative number or NaN; torch calls it `name`, None is the key."""
+    if not group[key] >= 0.0:
+        raise ValueError(f"Invalid {name or key} value: {group[key]}")
+
+
 def check_betas(group: Group) -> None:
     """Raises ValueError for betas out of range, in the words of `torch.optim.Adam`."""
     betas = group["betas"]
@@ -397,7 +398,7 @@ def check_betas(group: Group) -> None:
 
 
 def number(value: float | Tensor) -> float:
-    """Returns `value` as a float; waits for the device if it is a tensor there."""
+    """Returns a number as it is, a one-element tensor as a float; waits if that is on a device."""
     if not isinstance(value, Tensor):
         return value
     host_value = ops.host_value(value)

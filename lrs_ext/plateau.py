@@ -17,7 +17,7 @@ from lrs_ext.number_checks import (
     checked_number,
     checked_real,
 )
-from lrs_ext.plateau_groups import groups_of
+from lrs_ext.plateau_groups import Groups, groups_of
 from lrs_ext.wrappers import unwrapped
 
 
@@ -189,6 +189,6 @@ def _floors(min_lr: float | Sequence[float], groups: int) -> list[float]:
     return [checked_learning_rate(floor, "min_lr") for floor in min_lr]
 
 
-def _show(groups: Any) -> None:
+def _show(groups: Groups | None) -> None:
     if groups is not None:
         groups.show()

@@ -12,9 +12,8 @@ from torch import Tensor
 from lrs_ext.autolrs.rates import check_optimizer, usable_lr, warn_of_waiting
 from lrs_ext.host_copy import HostCopy
 from lrs_ext.param_devices import first_device, on_device
+from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
-
-Group = dict[str, Any]
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> Groups:

@@ -55,7 +55,7 @@ def plot_schedules(schedules: Mapping[str, Schedule], axes: Axes | None = None) 
 
     Args:
         schedules: by label; one without an end is drawn as far as the longest of the others, and
-            alone as far as 1,000 updates or the end of its warm-up.
+            alone 1,000 updates further than a row must reach to hold it, a million at most.
         axes: where to draw instead of in a new figure.
 
     Raises:

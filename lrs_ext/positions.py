@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrs_ext.number_checks import checked_learning_rate
 from lrs_ext.schedules import Schedule
@@ -139,7 +140,7 @@ def _read(entry: Entry, tables: dict[str, Schedule]) -> dict[str, Any]:
     return saved
 
 
-def _table_text(values: np.ndarray[Any, Any]) -> str:
+def _table_text(values: NDArray[np.float64]) -> str:
     """Returns float64 values as text, to the bit, of half the length if they are float32."""
     with np.errstate(over="ignore"):
         short = values.astype("<f4")
@@ -147,6 +148,6 @@ def _table_text(values: np.ndarray[Any, Any]) -> str:
     return f"{array.dtype.str}:{base64.b64encode(array.tobytes()).decode()}"
 
 
-def _table_values(text: str) -> np.ndarray[Any, Any]:
+def _table_values(text: str) -> NDArray[np.float64]:
     dtype, _, code = text.partition(":")
     return np.frombuffer(base64.b64decode(code), dtype)

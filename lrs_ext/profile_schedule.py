@@ -154,7 +154,7 @@ class ProfileSchedule(Schedule):
         own = parameter_names(fields["profile"]) if "profile" in fields else ()
         fields = dict(fields)
         if "d" not in own and fields.get("d") == 0.0:
-            del fields["d"]  # once every schedule had one
+            del fields["d"]  # dicts of the first version have one for every profile
         common = {field.name for field in dataclasses.fields(cls)} - {"parameters"}
         optional = common - {"profile", "lr"}
         fields = checked_keys(fields, {"profile", "lr", *own}, optional)

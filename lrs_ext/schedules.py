@@ -47,11 +47,19 @@ class Schedule:
             raise TypeError("make a schedule by a constructor, as lrs_ext.rex(lr, total_steps)")
 
     def __call__(self, step: int) -> float:
-        """Returns the learning rate of update `step` (from 0) as a Python float."""
+        """Returns the learning rate of update `step` (from 0) as a Python float.
+
+        Raises:
+            TypeError, ValueError: `step` is no integer, or negative.
+        """
         return self._value(checked_count("step", step))
 
     def values(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Returns the learning rates of the updates start, ..., stop - 1, shape (stop - start,)."""
+        """Returns the learning rates of the updates start, ..., stop - 1, shape (stop - start,).
+
+        Raises:
+            TypeError, ValueError: they are no integers, negative, or `stop` is less than `start`.
+        """
         start, stop = checked_count("start", start), checked_count("stop", stop)
         if stop < start:
             raise ValueError(f"stop must not be less than start = {start}, got {stop}")
@@ -85,7 +93,11 @@ class Schedule:
         raise AttributeError(f"only one_cycle moves the momentum, not {self._name}")
 
     def scaled(self, factor: float) -> Schedule:
-        """Returns the same shape at `factor` times the height, floor included."""
+        """Returns the same shape at `factor` times the height, floor included.
+
+        Raises:
+            TypeError, ValueError: `factor` is no number, or negative or not finite.
+        """
         raise NotImplementedError
 
     def with_total_steps(self, total_steps: int) -> Schedule:
@@ -93,6 +105,10 @@ class Schedule:
 
         A warm-up and the boundaries of `join` keep their place in updates, shares of the budget
         move with it, and a table is stretched: what stood at progress p still stands there.
+
+        Raises:
+            TypeError, ValueError: it is no positive integer, too small for the warm-up or the last
+                boundary, or the schedule is `inverse_sqrt`, which has no end.
         """
         raise NotImplementedError
 

@@ -218,7 +218,7 @@ class Storage:
             random: 16 random bits for each element in the order of memory, int64.
         """
         if _is_in_halves(param, state):
-            bits = _bits(value)
+            bits = block_codes.bits_of(memory_order(value))
             bits = torch.where(_is_nan(bits), 0x7FC00000, bits)
             memory_order(state[REMAINDER]).copy_(_int16(bits & 0xFFFF))
             memory_order(param).view(torch.int16).copy_(_int16((bits + 0x8000) >> 16))
@@ -350,18 +350,13 @@ def unpacked(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Ten
     return numbers
 
 
-def _bits(values: Tensor) -> Tensor:
-    """Returns the bits of float32 values in the order of memory: int64."""
-    return memory_order(values).view(torch.int32).long() & 0xFFFFFFFF
-
-
 def _is_nan(bits: Tensor) -> Tensor:
     return (bits & 0x7FFFFFFF) > 0x7F800000
 
 
 def _round_stochastically(target: Tensor, values: Tensor, random: Tensor) -> None:
     """Writes float32 values to a bfloat16 target; `random` has 16 random bits for each."""
-    bits = _bits(values)
+    bits = block_codes.bits_of(memory_order(values))
     bits = torch.where(_is_nan(bits), 0x7FFF, (bits + random) >> 16)
     memory_order(target).view(torch.int16).copy_(_int16(bits))
 

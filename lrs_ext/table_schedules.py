@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class TableSchedule(Schedule):
     table: bytes
 
     @classmethod
-    def of(cls, values: Any) -> TableSchedule:
+    def of(cls, values: Sequence[float] | NDArray[Any]) -> TableSchedule:
         """Returns the schedule of at least two values, the last of which is the end's.
 
         Raises:
@@ -41,7 +41,7 @@ class TableSchedule(Schedule):
         """
         array = np.asarray(values)
         if array.ndim != 1 or len(array) < 2:
-            raise ValueError(f"values must be 1-d and not empty, got shape {array.shape}")
+            raise ValueError(f"values must be 1-d, at least 2 of them, got shape {array.shape}")
         if array.dtype.kind not in "iuf":
             for index, value in enumerate(values):
                 checked_learning_rate(value, f"values[{index}]")
@@ -112,7 +112,7 @@ class JoinedSchedule(Schedule):
     boundaries: tuple[int, ...]
 
     @classmethod
-    def of(cls, schedules: tuple[Schedule, ...], boundaries: Any) -> JoinedSchedule:
+    def of(cls, schedules: tuple[Schedule, ...], boundaries: Iterable[int]) -> JoinedSchedule:
         """Returns the schedules joined at the boundaries.
 
         Raises:

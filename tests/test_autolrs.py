@@ -284,6 +284,16 @@ def test_metrics_and_plot():
     assert "search" in [axes.get_title() for axes in Training().run().auto.plot().axes]
 
 
+def test_the_repr_of_a_history_has_no_arrays():
+    auto = Training().run().auto
+    [stage] = auto.history.stages
+    shown = repr(auto.history)
+    assert "array" not in shown
+    assert len(shown.splitlines()) == 1
+    assert all(f"lr={trial.lr!r}" in shown for trial in stage.trials)
+    assert auto.to_schedule().lr == auto.metrics()["autolrs/best_lr"] == stage.best_lr
+
+
 # What is refused
 
 
@@ -301,6 +311,9 @@ def controller(**options):
         ({"lr_bounds": (1.0, math.inf)}, ValueError, "0 < low < high < inf"),
         ({"lr_bounds": (math.nan, 1.0)}, ValueError, "0 < low < high < inf"),
         ({"lr_bounds": 0.1}, TypeError, "two numbers"),
+        ({"lr_bounds": (1e-5, 1e-3, 1e-1)}, TypeError, "two numbers"),
+        ({"lr_bounds": ("1e-5", 0.1)}, TypeError, r"lr_bounds\[0\] must be a number, got '1e-5'"),
+        ({"lr_bounds": "12"}, TypeError, r"lr_bounds\[0\] must be a number, got '1'"),
         ({"total_steps": 80}, ValueError, "lower num_trials or trial_steps"),
         ({"total_steps": 0}, ValueError, "total_steps must be at least 1"),
         ({"total_steps": 10.5}, TypeError, "total_steps must be an integer"),
@@ -311,7 +324,11 @@ def controller(**options):
         ({"schedule": "sawtooth"}, ValueError, "schedule must be one of"),
         ({"preset": "best"}, ValueError, '"peak" or "paper"'),
         ({"stage_steps": 10}, ValueError, "stage_steps is for"),
-        ({"warmup_steps": 111}, ValueError, "warmup_steps must not exceed"),
+        (
+            {"warmup_steps": 111},
+            ValueError,
+            "warmup_steps must not exceed the 86 updates after the search, got 111",
+        ),
         ({**PAPER, "trial_steps": None, "total_steps": 20}, ValueError, "first stage needs"),
         ({**PAPER, "trial_steps": 3}, ValueError, "at least 4 updates to forecast"),
         ({"snapshot": "disk"}, ValueError, "snapshot|placement"),

@@ -1,5 +1,6 @@
 """The benchmark of the kernels alone: its program compiles; its table, of made-up numbers."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -34,12 +35,26 @@ def test_no_device_is_an_error_that_says_so(monkeypatch, capsys):
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
-def test_a_program_that_fails_is_an_error_with_its_output(tmp_path):
+def test_a_program_that_fails_keeps_what_it_had_measured(tmp_path, capsys):
+    program, numbers = tmp_path / "kernels", tmp_path / "numbers.json"
+    cases = [case("copy", "", 0, 1000.0, 2e9), case("1 x 16K", "float32", 1024, 9.0, 2e6)]
+    lines = "\n".join(map(json.dumps, cases))
+    program.write_text(f"#!/bin/sh\necho '{lines}'\necho no memory >&2\nexit 3\n")
+    program.chmod(0o755)
+    with pytest.raises(SystemExit, match="kernels ended with 3: no memory"):
+        bench_kernels.report(bench_kernels.measured(program, 1), numbers)
+    assert json.loads(numbers.read_text()) == cases
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.split() == ["1", "x", "16K", "float32", "9.0*", "11%"]
+
+
+def test_a_program_that_fails_at_once_is_an_error_with_its_output(tmp_path, capsys):
     program = tmp_path / "kernels"
     program.write_text("#!/bin/sh\necho no memory >&2\nexit 3\n")
     program.chmod(0o755)
     with pytest.raises(SystemExit, match="kernels ended with 3: no memory"):
-        bench_kernels.measured(program, 1)
+        bench_kernels.report(bench_kernels.measured(program, 1), None)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

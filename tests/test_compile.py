@@ -202,5 +202,11 @@ def test_the_operator_refuses_what_does_not_fit(changes, error, message):
         call(**changes)
 
 
+def test_the_operator_does_not_pass_other_kernels_for_the_reference(monkeypatch):
+    monkeypatch.setenv("LRS_EXT_BACKEND", "reference")
+    with pytest.raises(RuntimeError, match="step has no reference backend, which LRS_EXT_BACKEND"):
+        call()
+
+
 def test_the_operator_without_parameters_does_nothing():
     call(params=[], grads=[], states=[], counters=[])

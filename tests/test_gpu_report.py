@@ -56,6 +56,18 @@ def test_a_skipped_gpu_test_fails_the_stage(kind, fails, monkeypatch, tmp_path):
     assert gpu_report.run_tests(10, folder=tmp_path)["passed"] is not fails
 
 
+def test_kernels_that_fail_keep_the_cases_before(monkeypatch, tmp_path):
+    def run_command(command, limit):
+        Path(command[-1]).write_text("[{}, {}]")
+        return 1, "a table\nkernels ended with 3: no memory"
+
+    monkeypatch.setattr(gpu_report, "run_command", run_command)
+    outcome = gpu_report.run_kernels(10, folder=tmp_path)
+    assert not outcome["passed"]
+    assert outcome["kernels"] == [{}, {}]
+    assert outcome["detail"] == "2 cases; exit code 1: kernels ended with 3: no memory"
+
+
 def test_commands_end_in_time():
     started = time.monotonic()
     waits = "import time; time.sleep(60)"

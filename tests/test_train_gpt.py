@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpt_training
 import train_gpt
 from gpt_checkpoint import load_checkpoint, save_checkpoint
-from gpt_config import SCHEDULES, new_config
+from gpt_config import SCHEDULES, Request, new_config
 from gpt_data import Corpus, load_corpus, sample_batch
+from gpt_job import Job
 from gpt_model import GPT
 
 TINY = shlex.split("--device cpu --layers 1 --width 32 --context 32 --batch-size 4")
@@ -122,6 +123,11 @@ def test_a_run_writes_what_it_prints(job, tmp_path):
     for word in ("loss=", "lr=", "tokens/s=", f"{STEPS}/{STEPS}"):
         assert word in err
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".csv", ".pt"}
+
+
+def test_runs_that_start_in_the_same_second_have_names_of_their_own(tmp_path):
+    request = Request({"device": "cpu"}, resume=None, out=tmp_path)
+    assert len({Job(request).base for _ in range(10)}) == 10
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lrs_ext.number_checks import checked_number
 from lrs_ext.shards import is_dtensor
 
 RATIO_TOLERANCE = 1e-5  # relative: a learning rate that was saved in float32 has been rounded
@@ -88,7 +89,7 @@ def check_plan(saved: dict[str, Any], plan: dict[str, Any]) -> None:
 
 
 def _same_ratios(saved: Any, ratios: list[float]) -> bool:
-    """Returns whether `ratios` of `rates.group_ratios` are those of a checkpoint; 0 is any."""
+    """Returns whether `ratios` of `group_ratios` are those of a checkpoint; 0 is any."""
     return len(saved) == len(ratios) and all(
         ratio == 0.0 or math.isclose(before, ratio, rel_tol=RATIO_TOLERANCE)
         for before, ratio in zip(saved, ratios, strict=True)
@@ -103,9 +104,10 @@ def checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
         ValueError: not 0 < low < high < inf.
     """
     try:
-        low, high = (float(bound) for bound in bounds)
+        first, second = bounds
     except (TypeError, ValueError):
         raise TypeError(f"lr_bounds must be two numbers (low, high), got {bounds!r}") from None
+    low, high = checked_number("lr_bounds[0]", first), checked_number("lr_bounds[1]", second)
     if not 0.0 < low < high < math.inf:
         raise ValueError(f"lr_bounds must be 0 < low < high < inf, got {(low, high)}")
     return low, high

@@ -37,6 +37,7 @@ from lrs_ext.autolrs.rates import check_optimizer, rates_of
 from lrs_ext.autolrs.ratios import check_ratios, group_ratios
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
 from lrs_ext.autolrs.scheduler_watch import SchedulerWatch
+from lrs_ext.autolrs.search import rate_at
 from lrs_ext.autolrs.shapes import Shapes, usual_warmup
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
@@ -227,7 +228,7 @@ class AutoLRS:
 
     @property
     def snapshot_bytes(self) -> int:
-        """Memory that the copy of the training state takes."""
+        """Bytes of memory that the copy of the training state takes."""
         return self._snapshot.nbytes
 
     @property
@@ -321,7 +322,11 @@ class AutoLRS:
         self._notices.give()
 
     def metrics(self) -> dict[str, float]:
-        """Returns plain numbers for a logger; waits for the device."""
+        """Returns plain numbers for a logger; waits for the device.
+
+        "autolrs/lr" is that of the next update in the first group, "autolrs/best_lr" NaN before the
+        search has ended.
+        """
         segment = self._segment
         shape = self._shapes.at(segment, min(self._updates, segment.end - 1) - segment.start)
         return {
@@ -330,7 +335,7 @@ class AutoLRS:
             "autolrs/trial": float(segment.trial),
             "autolrs/searching": float(self.phase == "search"),
             "autolrs/lr": self._rates.rate.item() * shape,
-            "autolrs/best_lr": 10.0 ** self._search.best[segment.stage].item(),
+            "autolrs/best_lr": rate_at(self._search.best[segment.stage]).item(),
         }
 
     def to_schedule(self) -> Schedule:
@@ -349,7 +354,7 @@ class AutoLRS:
                 "the search has not ended: call it when auto.phase is 'train', in the last stage"
             )
         if self.preset == "peak":
-            return self._shapes.schedule.scaled(10.0 ** self._search.best[0].item())
+            return self._shapes.schedule.scaled(rate_at(self._search.best[0]).item())
         rates = read_learning_rates(
             self._search, self._shapes, self._scales, self.total_steps, self._base_lr
         )

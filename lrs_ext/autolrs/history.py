@@ -1,16 +1,19 @@
-"""What AutoLRS has tried, forecast and chosen, as numbers on the host."""
+"""What AutoLRS has tried, forecast and chosen, as numbers on the host.
+
+A repr leaves the arrays out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lrs_ext.autolrs.measurements import Measurements
 from lrs_ext.autolrs.presets import Search
+from lrs_ext.autolrs.search import rate_at
 from lrs_ext.autolrs.shapes import Shapes
 from lrs_ext.autolrs.surrogate import gp_posterior
 
@@ -31,7 +34,7 @@ class Trial:
 
     lr: float
     start: int
-    losses: Array
+    losses: Array = field(repr=False)
     objective: float
     deviation: float
 
@@ -53,12 +56,12 @@ class Stage:
 
     trials: tuple[Trial, ...]
     best_lr: float
-    candidates: Array
-    posterior_mean: Array
-    posterior_std: Array
+    candidates: Array = field(repr=False)
+    posterior_mean: Array = field(repr=False)
+    posterior_std: Array = field(repr=False)
     start: int
     steps: int
-    losses: Array
+    losses: Array = field(repr=False)
     horizon: int
 
 
@@ -75,8 +78,8 @@ class History:
     """
 
     stages: tuple[Stage, ...]
-    learning_rates: Array
-    losses: Array
+    learning_rates: Array = field(repr=False)
+    losses: Array = field(repr=False)
     total_steps: int
 
 
@@ -104,8 +107,8 @@ def read_history(
             column = of_trials[segment.stage, :done, segment.trial]
             losses[segment.start : segment.start + done] = column
     track = read_learning_rates(search, shapes, scales, updates, base_lr)
-    tried = torch.pow(10.0, search.positions).cpu().numpy()
-    best = torch.pow(10.0, search.best).cpu().numpy()
+    tried = rate_at(search.positions).cpu().numpy()
+    best = rate_at(search.best).cpu().numpy()
     begun = timetable.segments[timetable.index_at(updates)].stage + 1
     stages = tuple(
         _read_stage(search, stage, losses, of_trials[stage], tried[stage], float(best[stage]))
@@ -124,8 +127,8 @@ def read_learning_rates(
     """
     timetable = search.timetable
     host_scales = scales.cpu().numpy()
-    tried = torch.pow(10.0, search.positions).cpu().numpy()
-    best = torch.pow(10.0, search.best).cpu().numpy()
+    tried = rate_at(search.positions).cpu().numpy()
+    best = rate_at(search.best).cpu().numpy()
     track = np.full(updates, np.nan)
     for index, segment in enumerate(timetable.segments):
         done = np.arange(max(min(segment.end, updates) - segment.start, 0))
@@ -165,7 +168,7 @@ def _read_stage(
             if segment.start < len(losses)
         ),
         best_lr=best,
-        candidates=torch.pow(10.0, search.grid).cpu().numpy(),
+        candidates=rate_at(search.grid).cpu().numpy(),
         posterior_mean=mean,
         posterior_std=std,
         start=train.start,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lrs_ext.param_devices import params_of
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.shards import local
 
@@ -42,13 +43,13 @@ class LiveState:
                     "extra_state must have objects with state_dict and load_state_dict, got "
                     f"{type(extra).__name__}"
                 )
-        self._model, self._optimizer = unwrapped(model), optimizer
+        self._model, self._optimizer = unwrapped_model(model), optimizer
         self._extra_state = dict(enumerate(extra_state))
 
     @property
     def params(self) -> list[Tensor]:
         """Those of the optimizer."""
-        return params_of(self._optimizer)
+        return params_of(self._optimizer.param_groups)
 
     def leave(self, extra: Any) -> None:
         """Leaves an object of `extra_state` out from now on."""
@@ -164,13 +165,9 @@ def param_index(name: str) -> int:
     return int(name.split(" ")[1])
 
 
-def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def state_entries(optimizer: torch.optim.Optimizer, are_tensors: bool) -> Iterator[tuple[str, Any]]:
     """Yields the entries of the optimizer's state: its tensors, or all that is none."""
-    for index, param in enumerate(params_of(optimizer)):
+    for index, param in enumerate(params_of(optimizer.param_groups)):
         for key, value in optimizer.state.get(param, {}).items():
             if isinstance(value, Tensor) == are_tensors:
                 yield f"state {index} {key}", value
@@ -229,16 +226,17 @@ def check_dense(tensors: dict[str, Tensor]) -> None:
 
 
 def module_tensors(module: nn.Module, owner: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parameters and buffers of a module with their names; `owner` is a part of them."""
     for name, param in module.named_parameters():
         yield f"parameter {owner}{name}", param
     for path, part in module.named_modules():
         for key, buffer in part._buffers.items():
             if buffer is not None:
-                kind = "cache" if key in part._non_persistent_buffers_set else "buffer"
-                yield f"{kind} {owner}{path}{'.' if path else ''}{key}", buffer
+                word = "cache" if key in part._non_persistent_buffers_set else "buffer"
+                yield f"{word} {owner}{path}{'.' if path else ''}{key}", buffer
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped_model(model: nn.Module) -> nn.Module:
     """Returns what DistributedDataParallel and torch.compile have been put around.
 
     So names are the same on any number of ranks, as torch.distributed.checkpoint has them.

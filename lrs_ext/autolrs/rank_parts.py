@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrs_ext.autolrs.live_state import LiveState, kind, param_index, params_of
+from lrs_ext.autolrs.live_state import LiveState, kind, param_index
+from lrs_ext.param_devices import params_of
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.shards import is_dtensor, local
 
@@ -39,7 +40,7 @@ def converted_states(
     if not isinstance(optimizer, ScheduledOptimizer):
         return {}
     converted: dict[str, Tensor] = {}
-    for index, param in enumerate(params_of(optimizer)):
+    for index, param in enumerate(params_of(optimizer.param_groups)):
         if is_dtensor(param):
             prefix = f"state {index} "
             arrays = {n: t for n, t in tensors.items() if n.startswith(prefix) and t.dim() > 0}

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from lrs_ext.param_devices import first_device, on_device
+from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.wrappers import is_zero_redundancy, whole_optimizer
-
-Group = dict[str, Any]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:

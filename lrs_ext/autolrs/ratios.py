@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-Group = dict[str, Any]
+from lrs_ext.positions import Group
 
 
 def group_ratios(groups: Sequence[Group]) -> list[float]:

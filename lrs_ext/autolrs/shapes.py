@@ -30,8 +30,14 @@ def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int)
 
     Raises:
         TypeError: it is neither.
-        ValueError: there is no such schedule, or its height is 0, or it cannot be stretched.
+        ValueError: there is no such schedule, or its height is 0, or it cannot be stretched; or the
+            warm-up is too long.
     """
+    if warmup_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps must not exceed the {total_steps} updates after the search, "
+            f"got {warmup_steps}"
+        )
     if isinstance(schedule, str):
         schedule = named_schedule(schedule, total_steps)
     if not isinstance(schedule, Schedule):

@@ -88,7 +88,7 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the copies take: of parameters, buffers, optimizer and extra state."""
+        """Bytes that the copies take: of parameters, buffers, optimizer and extra state."""
         return self._memory.nbytes
 
     def leave(self, extra: Any) -> None:
