@@ -101,7 +101,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Returns what torch does, with the schedules that are in charge of each group."""
         lines = [f"{type(self).__name__} ("]
         for index, group in enumerate(self.param_groups):
-            shown = {**group, "schedule": self._numbers.schedules(index)}
+            is_known = index < self._preparation.tables.num_groups  # not put there for a load
+            shown = {**group, "schedule": self._numbers.schedules(index) if is_known else {}}
             lines.append(f"Parameter Group {index}")
             lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
         return "\n".join([*lines, ")"])
