@@ -117,6 +117,34 @@ def test_threads_that_share_an_optimizer_wait_for_each_other():
     subprocess.run(run, check=True, timeout=120)
 
 
+# torch's own operators would hang in the child, so it does nothing but steps.
+STEP_AFTER_FORK = """
+import os, signal, torch, lrs_ext
+torch.set_num_threads(2)
+param = torch.nn.Parameter(torch.zeros(100_000))
+opt = lrs_ext.SGD([param], lr=0.5)
+param.grad = torch.full_like(param, -1.0)
+values = param.detach().numpy()
+opt.step()
+schedule = lrs_ext.linear(1.0, 1_000_000)
+halves = schedule.values(0, 1_000_000) == 0.5
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    opt.step()
+    is_same = ((schedule.values(0, 1_000_000) == 0.5) == halves).all()
+    os._exit(0 if is_same and (values == 1.0).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+opt.step()
+assert (values == 1.0).all()
+"""
+
+
+def test_a_step_with_threads_leaves_steps_to_forked_processes():
+    run = [sys.executable, "-c", STEP_AFTER_FORK]
+    subprocess.run(run, check=True, timeout=120)
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("is_done", [True, False])
 def test_an_interrupted_step_leaves_the_host_where_the_device_is(monkeypatch, name, is_done):
