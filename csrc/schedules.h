@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "forked_threads.h"
 #include "host_device.h"
 
 namespace lrs {
@@ -180,7 +181,7 @@ void fill_schedule(const ScheduleSpec& schedule, int64_t first, int64_t count, T
   const bool moves_always = schedule.sampling == 1 && schedule.sample_points == nullptr &&
                             schedule.profile != Profile::kConstant &&
                             schedule.profile != Profile::kStepDecay;
-#pragma omp parallel for schedule(dynamic) if (count > kPart)
+#pragma omp parallel for schedule(dynamic) if (count > kPart && take_threads())
   for (int64_t part = 0; part < count; part += kPart) {
     const int64_t end = std::min(count, part + kPart);
     for (int64_t i = part; i < end;) {

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "forked_threads.h"
+
 #ifdef LRS_X86_ISAS
 #include <cpuid.h>
 #endif
@@ -64,7 +66,7 @@ int64_t count_elements(const StepTable& table, const void* const* gradients) {
 // Calls body(first, last) for contiguous parts of the chunks, one a thread.
 template <typename Body>
 void split_chunks(const StepTable& table, int64_t elements, int num_threads, const Body& body) {
-  if (num_threads <= 1 || elements <= kSerialElements) {
+  if (num_threads <= 1 || elements <= kSerialElements || !take_threads()) {
     body(0, table.num_chunks);
     return;
   }

@@ -281,6 +281,29 @@ bool StepTensors::same_addresses(const Param& param) const {
   return true;
 }
 
+// Whether a parameter in the table visits its memory as it did: `t_()` leaves the address, and the
+// gradient, as they are. One dimension has no order to lose.
+bool StepTensors::same_strides(const Param& param) const {
+  if (param.ndim < 2 || param.entry < 0) return true;
+  dlpack::Tensor now;
+  if (access_.direct) {
+    const TensorPointer tensor = tensor_at(param.addresses_begin);
+    int64_t ndim;
+    if (access_.direct->dim(tensor, &ndim) != 0 || ndim != param.ndim) return false;
+    if (access_.direct->strides(tensor, &now.strides) != 0) return false;
+  } else if (access_.exchange->tensor_from_py_object(param.tensor.ptr(), &now) != 0) {
+    throw py::error_already_set();
+  } else if (now.ndim != param.ndim) {
+    return false;
+  }
+  const int64_t* shape = layouts_.data() + param.layout;
+  const int64_t* strides = shape + param.ndim;
+  for (int32_t i = 0; i < param.ndim; ++i) {
+    if (shape[i] != 1 && now.strides[i] != strides[i]) return false;
+  }
+  return true;
+}
+
 // Between two steps everything has left the cache, and the checks are mostly waiting for memory:
 // it is asked for what they will need some parameters later. Where that is, as far as we know, is
 // good enough for it: a prefetch of the wrong place is only useless.
@@ -364,7 +387,7 @@ bool StepTensors::collect_all(const py::object& gradients) {
   for (size_t i = 0; i < params_.size(); ++i) {
     const Param& param = params_[i];
     prefetch(i, reads_directly);
-    if (!same_addresses(param)) return false;
+    if (!same_addresses(param) || !same_strides(param)) return false;
     if (reads_directly && param.direct != nullptr) {
       if (!collect_directly(param)) return false;
     } else if (!collect(param, gradients.is_none()

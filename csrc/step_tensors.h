@@ -84,6 +84,7 @@ class StepTensors {
   bool same_layout(const Param& param, const dlpack::Tensor& tensor) const;
   TensorPointer tensor_at(size_t address) const;
   bool same_addresses(const Param& param) const;
+  bool same_strides(const Param& param) const;
   void prefetch(size_t position, bool reads_directly) const;
   bool collect_all(const py::object& gradients);
   bool collect(const Param& param, py::object gradient);

@@ -55,10 +55,12 @@ def checked_integer(name: str, value: Any) -> int:
 
 
 def checked_count(name: str, value: Any) -> int:
-    """Returns `value` as an integer that is not negative."""
+    """Returns `value` as an integer that is not negative and that the native core can hold."""
     count = checked_integer(name, value)
     if count < 0:
         raise ValueError(f"{name} must not be negative, got {count}")
+    if count >= 2**63:
+        raise ValueError(f"{name} must be less than 2**63, got {count}")
     return count
 
 
@@ -67,7 +69,7 @@ def checked_positive_count(name: str, value: Any) -> int:
     count = checked_integer(name, value)
     if count <= 0:
         raise ValueError(f"{name} must be positive, got {count}")
-    return count
+    return checked_count(name, count)
 
 
 def checked_fractions(name: str, values: Any) -> tuple[float, ...]:

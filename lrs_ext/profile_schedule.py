@@ -196,7 +196,7 @@ def _checked_sampling(value: Sampling, total_steps: int | None) -> int | tuple[f
             ) from None
         if every < 1:
             raise ValueError(f"sampling must be at least 1 update, got {every}")
-        return every
+        return checked_count("sampling", every)
     if total_steps is None:
         raise ValueError("sampling at fractions needs total_steps, of which they are fractions")
     return checked_fractions("sampling", value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -101,7 +102,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Returns what torch does, with the schedules that are in charge of each group."""
         lines = [f"{type(self).__name__} ("]
         for index, group in enumerate(self.param_groups):
-            shown = {**group, "schedule": self._numbers.schedules(index)}
+            is_known = index < self._preparation.tables.num_groups  # not put there for a load
+            shown = {**group, "schedule": self._numbers.schedules(index) if is_known else {}}
             lines.append(f"Parameter Group {index}")
             lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
         return "\n".join([*lines, ")"])
@@ -263,33 +265,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        had_state = bool(self.state)
-        is_captured = self._preparation.is_captured
-        launches = self._ready_launches(is_captured)
-        has_released = self._released.finish()
-        if not any(launches) and not has_released and not self._others_step():
-            self._scaling = StepScaling()  # a limit was for this step
-            return loss
-        if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
-            # Distributed checkpoints make an optimizer create its states by a step with zero
-            # gradients and a zero learning rate. It must not count as an update.
-            self._has_blank_states = True
-            return loss
-        found_inf = getattr(self, "found_inf", None)
-        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
-        if self._released.is_in_force and scaling is not None:
-            raise RuntimeError(
-                "gradients released in the backward pass can no longer be unscaled or clipped: use "
-                "bfloat16 without a GradScaler, or step() without step_in_backward()"
-            )
-        self._preparation.tables.run(launches, scaling)
-        self.committed_steps += 1
-        self._has_blank_states = False
-        self.may_have_skipped = found_inf is not None
-        if is_captured:
-            self.was_captured = True
-        known_groups = self._preparation.tables.known_groups
-        self._numbers.advance(self.param_groups, known_groups, None if is_captured else found_inf)
+        with self._step_lock:
+            self._update_all()
         return loss
 
     def step_in_backward(self) -> GradientRelease:
@@ -341,8 +318,9 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "in ZeroRedundancyOptimizer each rank's optimizer sees only its own share of the "
                 "gradients: use torch.nn.utils.clip_grad_norm_ for those of the model"
             )
-        launches = self._ready_launches(self._preparation.is_captured)
-        norms = [(part.grad_norm(), part.spread) for parts in launches for part in parts]
+        with self._step_lock:
+            launches = self._ready_launches(self._preparation.is_captured)
+            norms = [(part.grad_norm(), part.spread) for parts in launches for part in parts]
         norm = total_norm(norms, self.schedule_buffer.step.device)
         self._scaling.clip(norm, max_norm)
         return norm
@@ -453,6 +431,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._take_groups(counters, step, capacity)
         self._scaling = StepScaling()
         self._released = GradientRelease(self._update_one)
+        # A kernel lets other threads run, whose step would free the gradients that it reads.
+        self._step_lock = threading.RLock()
         self.committed_steps, self.was_captured, self.may_have_skipped = 0, False, False
         self._has_blank_states = False
         self._is_started = True
@@ -489,6 +469,43 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             frozen = capture_checks.frozen(is_captured, self.was_captured)
             launches = self._preparation.renewed(self.param_groups, self.state, frozen)
         return [[part for part in parts if part.has_gradients] for parts in launches]
+
+    def _update_all(self) -> None:
+        """Updates every parameter that has a gradient, and advances the schedule."""
+        had_state = bool(self.state)
+        is_captured = self._preparation.is_captured
+        launches = self._ready_launches(is_captured)
+        has_released = self._released.finish()
+        if not any(launches) and not has_released and not self._others_step():
+            self._scaling = StepScaling()  # a limit was for this step
+            return
+        if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
+            # Distributed checkpoints make an optimizer create its states by a step with zero
+            # gradients and a zero learning rate. It must not count as an update.
+            self._has_blank_states = True
+            return
+        found_inf = getattr(self, "found_inf", None)
+        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
+        if self._released.is_in_force and scaling is not None:
+            raise RuntimeError(
+                "gradients released in the backward pass can no longer be unscaled or clipped: use "
+                "bfloat16 without a GradScaler, or step() without step_in_backward()"
+            )
+        committed_steps, host_step = self.committed_steps, self._numbers.rates.step
+        try:
+            self._preparation.tables.run(launches, scaling)
+            self.committed_steps += 1
+            self._has_blank_states = False
+            self.may_have_skipped = found_inf is not None
+            if is_captured:
+                self.was_captured = True
+            known = self._preparation.tables.known_groups
+            self._numbers.advance(self.param_groups, known, None if is_captured else found_inf)
+        except KeyboardInterrupt:  # it waits for a kernel on the CPU, which has advanced the step
+            if not is_captured:
+                self._numbers.follow_device(self.param_groups, self._check)
+                self.committed_steps = committed_steps + (self._numbers.rates.step > host_step)
+            raise
 
     def _update_one(self, param: Tensor) -> None:
         """Updates one dense parameter from its gradient, without advancing the schedule."""

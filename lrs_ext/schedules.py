@@ -141,7 +141,9 @@ class Schedule:
         from lrs_ext.table_schedules import JoinedSchedule, TableSchedule
 
         readers = {"table": TableSchedule.read, "join": JoinedSchedule.read}
-        return readers.get(fields.get("profile", ""), ProfileSchedule.read)(fields)
+        profile = fields.get("profile")
+        reader = readers.get(profile) if isinstance(profile, str) else None
+        return (reader or ProfileSchedule.read)(fields)
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Returns a matplotlib Figure with the curve, drawn into `ax` if that is given.

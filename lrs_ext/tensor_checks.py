@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lrs_ext import ops
@@ -17,6 +18,11 @@ from lrs_ext.shards import check_alike, check_placements, local, local_gradient
 
 def check_params(params: list[Tensor], name: str) -> None:
     """Raises RuntimeError or ValueError if the optimizer called `name` cannot update `params`."""
+    if any(map(is_lazy, params)):
+        raise RuntimeError(
+            "a parameter of a lazy module has no shape yet: pass a batch through the model before "
+            f"{name} is made"
+        )
     check_alike(params, name)
     for whole in params:
         check_placements(whole, name)
@@ -32,6 +38,11 @@ def check_params(params: list[Tensor], name: str) -> None:
                 f"{name} requires all the params to be floating point Tensors of float32, "
                 f"bfloat16 or float16, got {param.dtype}: "
                 f"{'use torch.optim for it' if whole.requires_grad else frozen}"
+            )
+        if param.layout != torch.strided:
+            raise RuntimeError(
+                f"{name} does not support parameters of layout {param.layout}, only strided ones: "
+                "make it with .to_dense()"
             )
         if may_overlap(param) or param.is_neg():
             raise RuntimeError(
@@ -76,6 +87,11 @@ def checked_gradient(param: Tensor, name: str) -> Tensor | None:
                 f"a gradient has {what} {getattr(gradient, what)}, its parameter "
                 f"{getattr(param, what)}: they must be equal"
             )
+    if is_traceable_wrapper_subclass(gradient):
+        raise RuntimeError(
+            f"{name} does not support {type(gradient).__name__} gradients yet: use torch.optim for "
+            "their parameters"
+        )
     if gradient._is_zerotensor():
         return torch.zeros_like(param)
     if not ops.has_memory(gradient):

@@ -5,6 +5,7 @@ import re
 import cases
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import lrs_ext
 
@@ -182,6 +183,36 @@ def test_parameters_with_overlaps_are_refused(backend, name, view):
     with pytest.raises(RuntimeError, match=r"\.contiguous\(\)"):
         getattr(lrs_ext, name)([param], backend=backend.name).step()
     assert (param == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch._mkldnn], ids=str)
+def test_parameters_that_are_not_strided_are_refused(layout):
+    dense = torch.eye(3)
+    data = dense.to_mkldnn() if layout == torch._mkldnn else dense.to_sparse(layout=layout)
+    with pytest.raises(RuntimeError, match=rf"of layout {layout}, only .*\.to_dense\(\)"):
+        lrs_ext.AdamW([leaf(), torch.nn.Parameter(data)])
+
+
+def test_a_lazy_module_needs_a_batch_first():
+    model = torch.nn.LazyLinear(2)
+    with pytest.raises(RuntimeError, match=r"no shape yet: pass a batch .* before AdamW is made"):
+        lrs_ext.AdamW(model.parameters())
+    model(torch.ones(1, 3))
+    lrs_ext.AdamW(model.parameters())
+
+
+def test_a_gradient_that_wraps_others_is_refused(backend):
+    param = leaf(device=backend.device)
+    opt = lrs_ext.AdamW([param], backend=backend.name)
+    parts = torch.ones_like(param), torch.ones_like(param)
+    param.grad = TwoTensor(*parts)
+    with pytest.raises(RuntimeError, match="AdamW does not support TwoTensor gradients yet"):
+        opt.step()
+    assert (param == 1).all()
+    param.grad = parts[0]
+    opt.step()
+    assert (param < 1).all()
 
 
 @optimizers

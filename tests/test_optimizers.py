@@ -420,6 +420,29 @@ def test_options_changed_between_steps_count_from_the_next(backend, name):
         theirs.step(opt)
 
 
+TRANSPOSED = {
+    "its data": lambda p: setattr(p, "data", p.data.t()),
+    "in place": lambda p: p.t_(),
+}
+
+
+@pytest.mark.parametrize("how", TRANSPOSED)
+@pytest.mark.parametrize("row", cases.STATE_UPDATES[1::2], ids=str)
+def test_a_parameter_transposed_where_it_lies_keeps_its_gradient(backend, row, how):
+    params = randn_params([(4, 4), (3,)], backend)
+    opt = make(row, params, backend)
+    oracle = Oracle(row.name, opt)
+    set_gradients(params)
+    for k in range(4):
+        if k == 2:
+            address = params[0].data_ptr()
+            with torch.no_grad():
+                TRANSPOSED[how](params[0])
+            assert params[0].data_ptr() == address
+            assert not params[0].is_contiguous()
+        oracle.step([row.lr], [row.options])
+
+
 # What a user or a framework may do to parameters and states between steps.
 
 INTERVENTIONS = {

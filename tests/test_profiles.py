@@ -96,6 +96,7 @@ def test_dicts_of_before_there_were_parameters_can_be_read():
         ({"profile": "linear", "lr": 0.1, "total_steps": 9, "d": 0.5}, r"unknown keys \['d'\]"),
         ({"profile": "linear", "lr": 0.1, "total_steps": 9, "beta": 0}, r"unknown keys \['beta'\]"),
         ({"profile": "sine", "lr": 0.1}, "profile must be one of .*got 'sine'"),
+        ({"profile": ["rex"], "lr": 0.1}, r"profile must be one of .*got \['rex'\]"),
         ({"profile": "table"}, r"missing keys \['values'\]"),
         ({"profile": "table", "values": [0.1]}, r"1-d, at least 2 of them, got shape \(1,\)"),
         ({"profile": "join", "schedules": []}, r"missing keys \['boundaries'\]"),

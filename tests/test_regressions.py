@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lrs_ext
+from lrs_ext.table_set import TableSet
 
 
 def make(name="AdamW", lr=0.1, numel=5, **options):
@@ -88,6 +89,84 @@ assert param.eq(-0.25).all()
 def test_a_gradient_may_be_dropped_while_the_kernel_reads_it():
     run = [sys.executable, "-c", DROP_DURING_STEP]
     subprocess.run(run, check=True, timeout=120)
+
+
+# The next thread's gradient takes the place of one that a kernel may still read. None instead of it
+# would crash in torch itself, as above.
+STEPS_IN_THREADS = """
+import threading, torch, lrs_ext
+param = torch.nn.Parameter(torch.zeros(10_000_000))
+opt = lrs_ext.SGD([param], lr=0.5)
+def train():
+    for _ in range(10):
+        param.grad = torch.full_like(param, -1.0)
+        opt.step()
+threads = [threading.Thread(target=train) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+updates = int(opt.schedule_buffer.step)
+assert updates <= 30
+assert param.eq(0.5 * updates).all()
+"""
+
+
+def test_threads_that_share_an_optimizer_wait_for_each_other():
+    run = [sys.executable, "-c", STEPS_IN_THREADS]
+    subprocess.run(run, check=True, timeout=120)
+
+
+# torch's own operators would hang in the child, so it does nothing but steps.
+STEP_AFTER_FORK = """
+import os, signal, torch, lrs_ext
+torch.set_num_threads(2)
+param = torch.nn.Parameter(torch.zeros(100_000))
+opt = lrs_ext.SGD([param], lr=0.5)
+param.grad = torch.full_like(param, -1.0)
+values = param.detach().numpy()
+opt.step()
+schedule = lrs_ext.linear(1.0, 1_000_000)
+halves = schedule.values(0, 1_000_000) == 0.5
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    opt.step()
+    is_same = ((schedule.values(0, 1_000_000) == 0.5) == halves).all()
+    os._exit(0 if is_same and (values == 1.0).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+opt.step()
+assert (values == 1.0).all()
+"""
+
+
+def test_a_step_with_threads_leaves_steps_to_forked_processes():
+    run = [sys.executable, "-c", STEP_AFTER_FORK]
+    subprocess.run(run, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("is_done", [True, False])
+def test_an_interrupted_step_leaves_the_host_where_the_device_is(monkeypatch, name, is_done):
+    param, opt = make(name, REX)
+    update(param, opt, 2)
+    run = TableSet.run
+
+    def interrupted(tables, *arguments):  # an interrupt that comes in a kernel waits for its end
+        if is_done:
+            run(tables, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TableSet, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+    updates = 2 + is_done
+    assert opt.schedule_buffer.step.item() == opt.committed_steps == updates
+    assert opt.param_groups[0]["lr"] == REX(updates)
+    update(param, opt)
+    assert opt.committed_steps == updates + 1
+    assert opt.param_groups[0]["lr"] == REX(updates + 1)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

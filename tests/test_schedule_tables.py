@@ -239,6 +239,11 @@ def test_a_function_needs_a_budget(total_steps):
         lrs_ext.from_function(lambda k: 0.1, total_steps)
 
 
+def test_a_function_of_more_steps_than_memory_holds_is_refused_at_once():
+    with pytest.raises(ValueError, match="values do not fit into memory"):
+        lrs_ext.from_function(lambda k: 0.1, 2**50)
+
+
 def test_a_function_is_called_once_a_step_when_it_is_made():
     calls = []
     schedule = lrs_ext.from_function(lambda k: calls.append(k) or 0.1, 4)

@@ -138,6 +138,27 @@ def test_to_dict_holds_plain_values_only():
             assert {type(v) for v in values} <= {int, float, str, type(None)}
 
 
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda n: lrs_ext.rex(0.1, 100)(n), "step"),
+        (lambda n: lrs_ext.rex(0.1, 100).values(n - 2, n), "stop"),
+        (lambda n: lrs_ext.rex(0.1, n), "total_steps"),
+        (lambda n: lrs_ext.rex(0.1, 100, sampling=n), "sampling"),
+        (lambda n: lrs_ext.constant(0.1, warmup_steps=n), "warmup_steps"),
+        (lambda n: lrs_ext.from_function(lambda k: 0.1, n), "total_steps"),
+    ],
+)
+@pytest.mark.parametrize("count", [2**63, 2**70])
+def test_counts_of_more_than_63_bits_are_refused(call, name, count):
+    with pytest.raises(ValueError, match=rf"(start|{name}) must be less than 2\*\*63, got"):
+        call(count)
+
+
+def test_the_largest_step_is_one_after_the_end():
+    assert lrs_ext.linear(0.1, 100, min_lr=0.01)(2**63 - 1) == 0.01
+
+
 def test_schedules_are_frozen():
     schedule = lrs_ext.rex(0.1, 10)
     for name in [f.name for f in dataclasses.fields(schedule)]:

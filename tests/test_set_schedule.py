@@ -167,3 +167,16 @@ def test_a_printed_optimizer_shows_what_is_in_charge():
     assert repr(opt).splitlines()[:2] == repr(theirs).splitlines()[:2]
     opt.set_schedule(lrs_ext.linear(0.2, total_steps=10), group=1)
     assert "schedule: {'lr': linear(lr=0.2" in repr(opt)
+
+
+def test_an_optimizer_whose_groups_were_replaced_for_a_load_can_be_printed():
+    params = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    opt = lrs_ext.SGD(params[:1], lr=lrs_ext.rex(0.3, total_steps=100))
+    saved = lrs_ext.SGD([{"params": [p]} for p in params], lr=0.5).state_dict()
+    opt.param_groups = [{**opt.param_groups[0], "params": [p]} for p in params]
+    assert [line for line in repr(opt).splitlines() if "schedule" in line] == [
+        "    schedule: {'lr': rex(lr=0.3, total_steps=100, d=0.5)}",
+        "    schedule: {}",
+    ]
+    opt.load_state_dict(saved)
+    assert repr(opt).count("    lr: 0.5\n    maximize") == 2
