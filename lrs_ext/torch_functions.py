@@ -10,7 +10,7 @@ from torch import Tensor
 
 # What spares gradients their Python objects. Names of C++ functions are mangled, which says nothing
 # of what they return: they are used up to the last torch with which all of this has been run.
-LAST_DIRECT_TORCH = (2, 13)
+LAST_DIRECT_TORCH = (2, 14)
 DIRECT_FUNCTIONS = {
     "grad": "_ZNK3c1010TensorImpl4gradEv",
     "is_negated": "_ZN2at6native6is_negERKNS_6TensorE",
