@@ -17,6 +17,7 @@ from lrs_ext.number_checks import (
     checked_number,
     checked_real,
 )
+from lrs_ext.param_devices import on_device
 from lrs_ext.plateau_groups import Groups, groups_of
 from lrs_ext.wrappers import unwrapped
 
@@ -109,7 +110,8 @@ class ReduceOnPlateau:
         """Takes a metric and reduces the learning rates if it is time; never waits for the device.
 
         Args:
-            metric: a number or a one-element tensor. NaN is no improvement.
+            metric: a number or a one-element tensor. NaN is no improvement. The host waits for one
+                that is on a GPU only where the parameters are on the CPU.
 
         Raises:
             TypeError: it is no number.
@@ -129,7 +131,8 @@ class ReduceOnPlateau:
         if metric.numel() != 1:
             raise ValueError(f"metric must have one element, got shape {tuple(metric.shape)}")
         lrs = self._groups.read()
-        is_due = self._is_due(metric.detach().reshape(()).to(self._best, non_blocking=True))
+        metric = on_device(metric.detach().reshape(()), self._best.device).to(self._best.dtype)
+        is_due = self._is_due(metric)
         reduced = torch.maximum(lrs * self.factor, self._floors)
         is_worth_it = lrs - reduced > self.eps
         self._groups.write(torch.where(is_due & is_worth_it, reduced, lrs))

@@ -137,6 +137,24 @@ def test_a_graph_of_more_tensors_than_few_arguments_hold(backend):
     assert torch.stack(params).eq(1.0 - 1.0 - 0.75 - 0.5).all()
 
 
+def test_a_step_is_captured_while_the_host_waits_to_know_of_an_earlier_one():
+    """Whether that was skipped is on its way: to ask for it would end the capture."""
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.SGD([param], lr=lrs_ext.linear(1.0, 4))
+    opt.step()
+    opt.found_inf = torch.ones((), device="cuda")
+    opt.step()
+    del opt.found_inf
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    graph.replay()
+    assert torch.equal(param, torch.full_like(param, -1.0 - 0.75))
+    assert opt.current_lr() == [0.5]
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
 def test_the_operator_refuses_to_be_captured():
     weight, gradient, lr = (torch.ones(3, device="cuda") for _ in range(3))
     count, position = torch.zeros((), device="cuda"), torch.tensor(0, device="cuda")

@@ -2,6 +2,7 @@
 
 import types
 
+import pytest
 import torch
 
 from lrs_ext import host_copy
@@ -18,16 +19,47 @@ class Event:
         return False
 
 
-def test_the_copy_is_waited_for_on_its_own_device(monkeypatch):
-    """A current device of another number has streams of its own, on which nothing is copied."""
-    device = torch.device("cuda", 1)
+@pytest.fixture
+def value(monkeypatch):
+    """A number on a device; `value.pinned` counts the pieces of host memory taken for it."""
+    number = types.SimpleNamespace(
+        device=torch.device("cuda", 1), shape=(), dtype=torch.float32, pinned=0
+    )
+
+    def pinned(*shape, **options):
+        number.pinned += 1
+        return types.SimpleNamespace(copy_=lambda value, non_blocking: None)
+
     monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch, "empty", pinned)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda of: f"stream of {of}")
-    target = types.SimpleNamespace(copy_=lambda value, non_blocking: None)
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: target)
-    value = types.SimpleNamespace(device=device, shape=(), dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return number
+
+
+def test_the_copy_is_waited_for_on_its_own_device(value):
+    """A current device of another number has streams of its own, on which nothing is copied."""
     copy = host_copy.HostCopy(value)
     assert copy._event.stream == "stream of cuda:1"
+    assert not copy.is_here
+
+
+def test_nobody_asks_for_a_number_in_a_capture(value, monkeypatch):
+    """To query an event is an error there, which ends the capture."""
+    copy = host_copy.HostCopy(value)
+    monkeypatch.setattr(Event, "query", lambda self: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not copy.is_here
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert copy.is_here
+
+
+def test_no_replay_of_a_graph_writes_to_host_memory(value, monkeypatch):
+    """It would be somebody else's by then."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    copy = host_copy.HostCopy(value)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert value.pinned == 0
     assert not copy.is_here
 
 

@@ -152,6 +152,36 @@ def test_nothing_reads_from_the_device(kind, backend):
     assert run.used() == pytest.approx([0.5 * 1e-4, 0.125 * 1e-4])
 
 
+class OnGPU(torch.Tensor):
+    """Stands for a number on a GPU: a copy of it that nobody waits for is not there yet."""
+
+    def to(self, *target, non_blocking=False):
+        there = self.as_subclass(torch.Tensor).to(*target)
+        return torch.full_like(there, math.nan) if non_blocking else there
+
+
+@kinds
+def test_a_metric_on_a_gpu_is_waited_for_where_parameters_are_on_the_cpu(kind):
+    run = kind(patience=0, factor=0.5)
+    used = []
+    for metric in (3.0, 2.0, 2.5, 1.0):
+        run.plateau.step(torch.tensor(metric).as_subclass(OnGPU))
+        used.append(run.used())
+    halved = [lr / 2 for lr in LRS]
+    assert used == [list(LRS), list(LRS), halved, halved]
+
+
+@pytest.mark.gpu
+@kinds
+def test_a_metric_of_a_gpu_that_is_busy(kind):
+    run, metric = kind(patience=0, factor=0.5), torch.full((), 3.0, device="cuda")
+    for _ in range(3):
+        torch.cuda._sleep(10_000_000)
+        metric.sub_(1.0)  # an improvement each time
+        run.plateau.step(metric)
+    assert run.used() == list(LRS)
+
+
 @pytest.mark.gpu
 @kinds
 def test_nothing_reads_from_a_gpu(kind, backend):
