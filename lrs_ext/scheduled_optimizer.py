@@ -18,7 +18,7 @@ from lrs_ext.checkpoint import (
     check_complete,
     last_step,
     replace_states,
-    unwrap_state,
+    unwrap_states,
     wrap_tensors,
 )
 from lrs_ext.functional import FEWEST_STATES, STATE_NAMES
@@ -558,10 +558,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         names = STATE_NAMES[self.algorithm]
-        states = {
-            param: unwrap_state(param, saved, self._storage, names)
-            for param, saved in saved_state.items()
-        }
+        states = unwrap_states(saved_state, self.state, self._storage, names)
         needed = names[: FEWEST_STATES[self.algorithm]]
         if len(needed) > 1:  # most implementations of Lion, which has one, keep no count
             check_complete(states, ["step", *needed])
