@@ -552,6 +552,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if self._numbers.are_loaded(self.param_groups):
             self._load(dict(self.state), self.param_groups)
 
+    @torch.no_grad()
     def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
         # Whatever can be wrong with the checkpoint comes to light before anything is changed.
         for group in groups:

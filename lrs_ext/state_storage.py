@@ -324,10 +324,10 @@ def _saved_arrays(
 
 
 def _nested(state: State) -> State:
-    scales = {name: state.get(name + _SCALE_SUFFIX) for name in state}
-    coded = [name for name, scale in scales.items() if scale is not None]
-    others = {n: v for n, v in state.items() if n.removesuffix(_SCALE_SUFFIX) not in coded}
-    return others | {name: {"codes": state[name], "scale": scales[name]} for name in coded}
+    nested = dict(state)
+    for name in [name for name in state if state.get(name + _SCALE_SUFFIX) is not None]:
+        nested[name] = {"codes": state[name], "scale": nested.pop(name + _SCALE_SUFFIX)}
+    return nested
 
 
 def flattened(saved: Mapping[str, Any]) -> State:

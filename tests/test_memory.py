@@ -1,4 +1,4 @@
-"""What loading a checkpoint takes in memory beside the states and the checkpoint."""
+"""What steps and checkpoints take in memory beside parameters, gradients and states."""
 
 import copy
 
@@ -84,6 +84,22 @@ def arrays_of(opt):
 
 
 @storages
+def test_a_step_takes_nothing_once_the_states_are_there(storage):
+    _, opt = trained(storage)
+    assert memory_of(opt.step) == 0
+    assert memory_of(lrs_ext.clip_grad_norm_, opt, 1.0) < 0.01
+    assert memory_of(opt.step) == 0
+
+
+def test_a_step_of_a_parameter_with_gaps_copies_its_gradient_only():
+    param = torch.nn.Parameter(torch.ones(SIZE, 2)[:, 0])
+    opt = lrs_ext.AdamW([param], lr=0.1)
+    param.grad = torch.ones(SIZE)
+    opt.step()
+    assert memory_of(opt.step) == pytest.approx(4, abs=0.01)
+
+
+@storages
 def test_a_checkpoint_is_loaded_into_states_without_a_copy_of_them(storage):
     model, opt = trained(storage)
     checkpoint = through_file(opt.state_dict())
@@ -137,6 +153,17 @@ def test_a_checkpoint_that_has_no_memory_changes_nothing():
     with pytest.raises(NotImplementedError, match="meta"):
         opt.load_state_dict(checkpoint)
     assert all(map(torch.equal, arrays_of(opt), before))
+
+
+def test_states_that_require_a_gradient_are_loaded_without_their_graph():
+    _, opt = trained(cases.STORAGES[0])
+    checkpoint = copy.deepcopy(opt.state_dict())
+    for state in checkpoint["state"].values():
+        state["exp_avg"].requires_grad_()
+    _, other = make(cases.STORAGES[0])
+    for loading in (opt, other):
+        loading.load_state_dict(checkpoint)
+        assert not any(array.requires_grad for array in arrays_of(loading))
 
 
 @pytest.mark.parametrize("numel", [0, 1, 1 << 10, (1 << 10) + 1, SIZE - 1])
