@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lrs_ext.param_devices import read_all
 from lrs_ext.shards import PLAIN, is_dtensor, local
 from lrs_ext.state_storage import Storage, flattened
 from lrs_ext.tensor_checks import step_counter
+
+_FOREIGN = "the checkpoint belongs to another optimizer"
 
 
 class Wrapped:
@@ -65,15 +68,24 @@ def unwrap_states(
         own, state, arrays = present.get(param, {}), {}, {}
         for name, value in flattened(_unwrap(saved)).items():
             if name == "step":
-                state[name] = step_counter(param, value).clone()
+                state[name] = step_counter(param, _checked_count(value)).clone()
             elif isinstance(value, Tensor):
                 arrays[name] = value
+            elif value is not None and name in names:
+                raise ValueError(f"the loaded {name} is no tensor, got {value!r}: {_FOREIGN}")
             elif value is not None:
                 state[name] = value
         kept = [n for n, v in arrays.items() if _is_safe_source(param, own.get(n), v, written)]
         return state | storage.loaded(param, arrays, names, kept)
 
     return {param: unwrapped(param, saved) for param, saved in saved_states.items()}
+
+
+def _checked_count(value: Any) -> Any:
+    is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    if not is_number:
+        raise ValueError(f"the loaded step is no number, got {value!r}: {_FOREIGN}")
+    return value
 
 
 def _is_safe_source(param: Tensor, present: Any, value: Tensor, written: set[int]) -> bool:
@@ -99,8 +111,7 @@ def check_complete(states: Mapping[Any, Any], needed: Sequence[str]) -> None:
             missing = [name for name in needed if name not in found]
             raise ValueError(
                 f"the loaded state of a parameter has {', '.join(found)}, but not "
-                f"{', '.join(missing)}: the checkpoint belongs to another optimizer; without any "
-                "of these the parameter starts anew"
+                f"{', '.join(missing)}: {_FOREIGN}; without any of these the parameter starts anew"
             )
 
 
@@ -139,13 +150,13 @@ def replace_state(param: Tensor, state: dict[str, Any], loaded: dict[str, Any]) 
 
 def _are_alike(param: Tensor, present: Tensor, value: Tensor) -> bool:
     """Returns whether a copy of `value` in `present` is as good as one beside `param`."""
-    if is_dtensor(present) != is_dtensor(value):
-        return False
-    if is_dtensor(present) and is_dtensor(value):
+    if is_dtensor(present) or is_dtensor(value):
+        if not (is_dtensor(present) and is_dtensor(value)):
+            return False
         own = (present.device_mesh, present.placements)
         if own != (value.device_mesh, value.placements):
             return False
-    present, value = local(present), local(value)
+        present, value = local(present), local(value)
     is_at_home = present.device == param.device and present.dtype == value.dtype
     # The codes of a block lie together in memory, where the parameter may have moved since.
     return is_at_home and value.layout == torch.strided and same_layout(present, value)
