@@ -95,7 +95,7 @@ def _is_safe_source(param: Tensor, present: Any, value: Tensor, written: set[int
     present, value = local(present), local(value)
     if type(value) not in PLAIN or value.is_meta:
         return False
-    is_itself = present.is_set_to(value)
+    is_itself = present.device == value.device and present.is_set_to(value)
     return is_itself or (ops.has_memory(value) and ops.memory_of(value) not in written)
 
 

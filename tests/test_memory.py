@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import lrs_ext
 from lrs_ext import block_codes
@@ -57,22 +57,22 @@ def memory_of(function, *args):
     return memory.peak / SIZE
 
 
-def make(storage, num_params=4):
+def make(storage, num_params=4, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(SIZE, generator=generator).bfloat16() for _ in range(num_params)]
-    model = torch.nn.ParameterList(map(torch.nn.Parameter, values))
+    model = torch.nn.ParameterList(torch.nn.Parameter(value.to(device)) for value in values)
     return model, lrs_ext.AdamW(model, lrs_ext.rex(0.1, 8), **storage.options)
 
 
 def update(model, opt, k):
     generator = torch.Generator().manual_seed(k)
     for param in model:
-        param.grad = torch.randn(SIZE, generator=generator).bfloat16()
+        param.grad = torch.randn(SIZE, generator=generator).to(param.device, torch.bfloat16)
     opt.step()
 
 
-def trained(storage, num_params=4):
-    model, opt = make(storage, num_params)
+def trained(storage, num_params=4, device="cpu"):
+    model, opt = make(storage, num_params, device)
     for k in range(2):
         update(model, opt, k)
     return model, opt
@@ -107,6 +107,19 @@ def test_a_checkpoint_is_loaded_into_states_without_a_copy_of_them(storage):
     update(model, opt, 2)
     assert memory_of(opt.load_state_dict, checkpoint) < 1
     assert all(map(torch.equal, arrays_of(opt), before))
+
+
+@pytest.mark.gpu
+@storages
+def test_a_checkpoint_in_host_memory_is_loaded_into_states_on_a_gpu(storage):
+    model, opt = trained(storage, device="cuda")
+    before = [array.cpu() for array in arrays_of(opt)]
+    checkpoint = copy.deepcopy(opt.state_dict())
+    for state in checkpoint["state"].values():
+        state.update(tree_map(torch.Tensor.cpu, state))
+    update(model, opt, 2)
+    assert memory_of(opt.load_state_dict, checkpoint) < 1
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(arrays_of(opt), before, strict=True))
 
 
 @storages
