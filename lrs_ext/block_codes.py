@@ -9,6 +9,8 @@ is 0, or 4 bits for the root of a second moment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from lrs_ext.layout import memory_order
 _NEAREST = 0x8000  # in place of 16 random bits
 _CODE_BASE = 0x38000000  # the bits of 2^-15, of which the code is 0
 _OFFSET = 2.0**-15
+_PIECE = 1 << 22  # elements that are converted at a time: each takes 45 bytes meanwhile
 _CARRIES = {False: 0x100100, True: 0x080000}  # from the largest multiple to 2, in bits
 
 
@@ -42,6 +45,16 @@ def encode(values: Tensor, is_root: bool, random: Tensor) -> tuple[Tensor, Tenso
 
 def encode_nearest(values: Tensor, is_root: bool) -> tuple[Tensor, Tensor]:
     """As `encode`, but to nearest; what `decode` returned is kept as it is."""
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    scales = torch.empty(num_blocks(values.numel()), device=values.device)
+    for value, code, scale in _pieces(values, codes, scales):
+        found, found_scale = _encode_piece_nearest(value, is_root)
+        code.copy_(found)
+        scale.copy_(found_scale)
+    return codes, scales
+
+
+def _encode_piece_nearest(values: Tensor, is_root: bool) -> tuple[Tensor, Tensor]:
     scales = _scales(values, is_root)
     codes = _encoded(values, scales, is_root, _NEAREST)
     are_kept = _are_kept(values, codes, scales, is_root)
@@ -63,16 +76,21 @@ def encode_nearest(values: Tensor, is_root: bool) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scales: Tensor, is_root: bool) -> Tensor:
     """Returns the numbers that codes stand for: float32."""
-    words = memory_order(codes).long()
+    values = torch.empty_like(codes, dtype=torch.float32)
+    for value, code, scale in _pieces(values, codes, scales):
+        value.copy_(_decode_piece(code, scale, is_root))
+    return values
+
+
+def _decode_piece(codes: Tensor, scales: Tensor, is_root: bool) -> Tensor:
+    words = codes.long()
     if is_root:
         multiples = ((words << 19) | _CODE_BASE).int().view(torch.float32)
     else:
         multiples = ((words & 0x7F) << 20 | _CODE_BASE).int().view(torch.float32) - _OFFSET
         multiples = torch.where(words >= 0x80, -multiples, multiples)
     numbers = multiples * _spread(scales, words.numel())
-    values = torch.empty_like(codes, dtype=torch.float32)
-    memory_order(values).copy_(numbers * numbers if is_root else numbers)
-    return values
+    return numbers * numbers if is_root else numbers
 
 
 def bits_of(values: Tensor) -> Tensor:
@@ -101,6 +119,17 @@ def _scrambled(bits: Tensor) -> Tensor:
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     bits = (bits ^ (bits >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return bits ^ (bits >> 16)
+
+
+def _pieces(
+    values: Tensor, codes: Tensor, scales: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields parts of dense tensors in the order of memory, with the scales of their blocks."""
+    if values.numel() > 0:
+        blocks = torch.split(scales, _PIECE // ops.QUANT_BLOCK)
+        wholes = (memory_order(values), memory_order(codes))
+        values_parts, codes_parts = (torch.split(whole, _PIECE) for whole in wholes)
+        yield from zip(values_parts, codes_parts, blocks, strict=True)
 
 
 def _scales(values: Tensor, is_root: bool) -> Tensor:

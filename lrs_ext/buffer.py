@@ -21,7 +21,7 @@ class ScheduleBuffer:
     parameters on several devices are twins: `fill_` and `write_` on one write to all.
 
     Args:
-        rows, capacity: the shape of `values`, at least (0, 1).
+        rows, capacity: the shape of `values`, at least (0, 1); an entry takes 4 bytes.
         device: of both tensors, None is torch's default.
 
     Raises:

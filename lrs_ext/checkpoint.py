@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrs_ext import ops
 from lrs_ext.layout import same_layout
 from lrs_ext.param_devices import read_all
-from lrs_ext.shards import is_dtensor, local
+from lrs_ext.shards import PLAIN, is_dtensor, local
 from lrs_ext.state_storage import Storage, flattened
 from lrs_ext.tensor_checks import step_counter
+
+_FOREIGN = "the checkpoint belongs to another optimizer"
 
 
 class Wrapped:
@@ -36,26 +40,63 @@ def wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[s
     return {**state_dict, "state": wrapped}
 
 
-def unwrap_state(param: Any, saved: Any, storage: Storage, names: Sequence[str]) -> Any:
-    """Returns the loaded state of one parameter in new tensors, as the kernels need it.
+def unwrap_states(
+    saved_states: Mapping[Any, Any],
+    present: Mapping[Any, Any],
+    storage: Storage,
+    names: Sequence[str],
+) -> dict[Any, Any]:
+    """Returns the loaded state of each parameter, as the kernels need it.
+
+    It is in new tensors, but for arrays that `replace_states` can copy into those that are there:
+    with them, there would be two copies of the states beside the checkpoint.
 
     Args:
+        present: the states that are going to be replaced.
         names: see `Storage.loaded`.
 
     Raises:
         ValueError: an array does not have the shape of its parameter.
     """
-    if not isinstance(param, Tensor) or not isinstance(saved, dict):
-        return saved
-    state, arrays = {}, {}
-    for name, value in flattened(_unwrap(saved)).items():
-        if name == "step":
-            state[name] = step_counter(param, value).clone()
-        elif isinstance(value, Tensor):
-            arrays[name] = value
-        elif value is not None:
-            state[name] = value
-    return state | storage.loaded(param, arrays, names)
+    states = [state for state in present.values() if isinstance(state, dict)]
+    parts = [local(v) for state in states for v in state.values() if isinstance(v, Tensor)]
+    written = {ops.memory_of(part) for part in parts if type(part) in PLAIN}
+
+    def unwrapped(param: Any, saved: Any) -> Any:
+        if not isinstance(param, Tensor) or not isinstance(saved, dict):
+            return saved
+        own, state, arrays = present.get(param, {}), {}, {}
+        for name, value in flattened(_unwrap(saved)).items():
+            if name == "step":
+                state[name] = step_counter(param, _checked_count(value)).clone()
+            elif isinstance(value, Tensor):
+                arrays[name] = value
+            elif value is not None and name in names:
+                raise ValueError(f"the loaded {name} is no tensor, got {value!r}: {_FOREIGN}")
+            elif value is not None:
+                state[name] = value
+        kept = [n for n, v in arrays.items() if _is_safe_source(param, own.get(n), v, written)]
+        return state | storage.loaded(param, arrays, names, kept)
+
+    return {param: unwrapped(param, saved) for param, saved in saved_states.items()}
+
+
+def _checked_count(value: Any) -> Any:
+    is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    if not is_number:
+        raise ValueError(f"the loaded step is no number, got {value!r}: {_FOREIGN}")
+    return value
+
+
+def _is_safe_source(param: Tensor, present: Any, value: Tensor, written: set[int]) -> bool:
+    """Returns whether `value` can be copied into `present` after others have been copied."""
+    if not (isinstance(present, Tensor) and _are_alike(param, present, value)):
+        return False
+    present, value = local(present), local(value)
+    if type(value) not in PLAIN or value.is_meta:
+        return False
+    is_itself = present.device == value.device and present.is_set_to(value)
+    return is_itself or (ops.has_memory(value) and ops.memory_of(value) not in written)
 
 
 def check_complete(states: Mapping[Any, Any], needed: Sequence[str]) -> None:
@@ -70,8 +111,7 @@ def check_complete(states: Mapping[Any, Any], needed: Sequence[str]) -> None:
             missing = [name for name in needed if name not in found]
             raise ValueError(
                 f"the loaded state of a parameter has {', '.join(found)}, but not "
-                f"{', '.join(missing)}: the checkpoint belongs to another optimizer; without any "
-                "of these the parameter starts anew"
+                f"{', '.join(missing)}: {_FOREIGN}; without any of these the parameter starts anew"
             )
 
 
@@ -87,30 +127,39 @@ def replace_states(states: dict[Any, Any], loaded: dict[Any, Any]) -> None:
         del states[param]
     for param, state in loaded.items():
         if isinstance(state, dict):
-            replace_state(states[param], state)
+            replace_state(param, states[param], state)
         else:
             states[param] = state
 
 
-def replace_state(state: dict[str, Any], loaded: dict[str, Any]) -> None:
+def replace_state(param: Tensor, state: dict[str, Any], loaded: dict[str, Any]) -> None:
     """Makes `state` equal to `loaded`; tensors that are alike in both keep their address."""
     for name in [name for name in state if name not in loaded]:
         del state[name]
     for name, value in loaded.items():
         present = state.get(name)
-        if isinstance(present, Tensor) and isinstance(value, Tensor) and _are_alike(present, value):
+        if (
+            isinstance(present, Tensor)
+            and isinstance(value, Tensor)
+            and _are_alike(param, present, value)
+        ):
             local(present).copy_(local(value))
         else:
             state[name] = value
 
 
-def _are_alike(present: Tensor, value: Tensor) -> bool:
-    if is_dtensor(present) != is_dtensor(value):
-        return False
-    present, value = local(present), local(value)
-    is_same_kind = (present.dtype, present.device) == (value.dtype, value.device)
+def _are_alike(param: Tensor, present: Tensor, value: Tensor) -> bool:
+    """Returns whether a copy of `value` in `present` is as good as one beside `param`."""
+    if is_dtensor(present) or is_dtensor(value):
+        if not (is_dtensor(present) and is_dtensor(value)):
+            return False
+        own = (present.device_mesh, present.placements)
+        if own != (value.device_mesh, value.placements):
+            return False
+        present, value = local(present), local(value)
+    is_at_home = present.device == param.device and present.dtype == value.dtype
     # The codes of a block lie together in memory, where the parameter may have moved since.
-    return is_same_kind and same_layout(present, value)
+    return is_at_home and value.layout == torch.strided and same_layout(present, value)
 
 
 def _wrap(value: Any) -> Any:

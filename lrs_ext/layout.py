@@ -61,7 +61,9 @@ def dense_copies(
     for tensor in tensors:
         if is_dense(tensor):
             continue
-        copy, like = present.get(tensor), torch.empty_like(tensor, requires_grad=False)
-        is_new = copy is None or (copy.dtype, copy.device) != (like.dtype, like.device)
-        copies[tensor] = like if copy is None or is_new or not same_layout(copy, like) else copy
+        copy, like = present.get(tensor), torch.empty_like(tensor, device="meta")
+        is_known = copy is not None and (copy.dtype, copy.device) == (tensor.dtype, tensor.device)
+        if copy is None or not is_known or not same_layout(copy, like):
+            copy = torch.empty_like(tensor, requires_grad=False)
+        copies[tensor] = copy
     return copies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class LearningRates:
         devices: where the parameters are.
         step: committed updates so far.
         capacity: the least length of a row.
+        filled: schedules by the groups whose rows somebody else fills with them.
 
     Attributes:
         buffer: that on the first device.
@@ -78,7 +80,12 @@ class LearningRates:
     """
 
     def __init__(
-        self, groups: list[Group], devices: Sequence[torch.device], step: int = 0, capacity: int = 1
+        self,
+        groups: list[Group],
+        devices: Sequence[torch.device],
+        step: int = 0,
+        capacity: int = 1,
+        filled: Mapping[int, Schedule] = MappingProxyType({}),
     ) -> None:
         self.step = step
         first, *others = devices
@@ -87,6 +94,8 @@ class LearningRates:
         self.buffers = {first: self.buffer, **{other: self.buffer.twin(other) for other in others}}
         self._skips: list[HostCopy] = []  # whether updates followed so far were skipped
         self._sources = [_Source(self._own_rows(index)) for index in range(len(groups))]
+        for index, schedule in filled.items():
+            self.buffer.schedules[index] = schedule
         for index, group in enumerate(groups):
             lr = group["lr"]
             if isinstance(lr, Tensor) and any(lr is other["lr"] for other in groups[:index]):
@@ -351,11 +360,10 @@ class LearningRates:
             capacity: the least length of a row; none gets shorter.
         """
         kept = [i for i, s in enumerate(self._sources) if groups[i]["lr"] is s.seen]
-        for index in kept:
-            schedule = self.schedule(index)
-            groups[index]["lr"] = groups[index]["lr"] if schedule is None else Kept(schedule)
+        schedules = [(index, self.schedule(index)) for index in kept]
+        filled = {index: schedule for index, schedule in schedules if schedule is not None}
         capacity = max(capacity, self.buffer.capacity)
-        rates = LearningRates(groups, devices, int(self.buffer.step), capacity)
+        rates = LearningRates(groups, devices, int(self.buffer.step), capacity, filled)
         for index in kept:  # somebody may have written to the row, whose last value holds
             old = self.buffer.rows[index]
             for row in rates._own_rows(index):

@@ -149,6 +149,11 @@ def has_memory(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() != 0
 
 
+def memory_of(tensor: Tensor) -> int:
+    """Returns a number that tensors have in common which share memory, 0 without any."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def host_value(tensor: Tensor) -> float | None:
     """Returns the value of a one-element tensor in host memory, None for one on another device."""
     if tensor.device.type != "cpu":

@@ -53,7 +53,11 @@ def read_all(numbers: Sequence[Tensor]) -> list[float]:
     values = [0.0] * len(numbers)
     for device in dict.fromkeys(number.device for number in numbers):
         indices = [i for i, number in enumerate(numbers) if number.device == device]
-        found = torch.stack([numbers[i].reshape(()) for i in indices]).tolist()
+        found = torch.stack([_scalar(numbers[i]) for i in indices]).tolist()
         for index, value in zip(indices, found, strict=True):
             values[index] = value
     return values
+
+
+def _scalar(number: Tensor) -> Tensor:
+    return number if number.dim() == 0 else number.reshape(())

@@ -19,7 +19,7 @@ from lrs_ext.checkpoint import (
     check_complete,
     last_step,
     replace_states,
-    unwrap_state,
+    unwrap_states,
     wrap_tensors,
 )
 from lrs_ext.functional import FEWEST_STATES, STATE_NAMES
@@ -569,16 +569,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if self._numbers.are_loaded(self.param_groups):
             self._load(dict(self.state), self.param_groups)
 
+    @torch.no_grad()
     def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
         # Whatever can be wrong with the checkpoint comes to light before anything is changed.
         for group in groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         names = STATE_NAMES[self.algorithm]
-        states = {
-            param: unwrap_state(param, saved, self._storage, names)
-            for param, saved in saved_state.items()
-        }
+        states = unwrap_states(saved_state, self.state, self._storage, names)
         needed = names[: FEWEST_STATES[self.algorithm]]
         if len(needed) > 1:  # most implementations of Lion, which has one, keep no count
             check_complete(states, ["step", *needed])

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_dtensor(value: Any) -> TypeGuard[DTensor]:
-    if type(value) in _PLAIN or not is_traceable_wrapper_subclass(value):  # quick for most
+    if type(value) in PLAIN or not is_traceable_wrapper_subclass(value):  # quick for most
         return False
     from torch.distributed.tensor import DTensor  # costs too much for programs without one
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,23 +139,33 @@ class Storage:
             state[REMAINDER] = checked_state(param, REMAINDER, state[REMAINDER], torch.int16)
         return is_new
 
-    def loaded(self, param: Tensor, saved: Mapping[str, Tensor], names: Sequence[str]) -> State:
+    def loaded(
+        self,
+        param: Tensor,
+        saved: Mapping[str, Tensor],
+        names: Sequence[str],
+        kept: Container[str] = (),
+    ) -> State:
         """Returns saved arrays of any kind as new tensors of this kind.
 
         Args:
             names: of the states that the update may have. Other tensors, which somebody else keeps
                 in the state of a parameter, are copied as they are.
+            kept: names of arrays that are to be returned themselves if they are of this kind, on
+                any device.
 
         Raises:
             ValueError: an array does not have the shape of its parameter.
         """
         own = {*names, *(name + _SCALE_SUFFIX for name in names), REMAINDER}
         others = {n: v.to(param.device, copy=True) for n, v in saved.items() if n not in own}
-        return others | self._loaded_own(param, {n: v for n, v in saved.items() if n in own})
+        return others | self._loaded_own(param, {n: v for n, v in saved.items() if n in own}, kept)
 
-    def _loaded_own(self, param: Tensor, saved: Mapping[str, Tensor]) -> State:
+    def _loaded_own(
+        self, param: Tensor, saved: Mapping[str, Tensor], kept: Container[str]
+    ) -> State:
         if is_dtensor(param):
-            return self._loaded_parts(param, saved)
+            return self._loaded_parts(param, saved, kept)
         state: State = {}
         for name, value, scale in _saved_arrays(param, saved):
             if is_dtensor(value):
@@ -166,9 +176,11 @@ class Storage:
                 )
             if name == REMAINDER:
                 if self._is_split(param):
-                    state[name] = laid_out_as(param, value, torch.int16)
+                    is_kept = name in kept and value.dtype == torch.int16
+                    is_kept = is_kept and same_layout(value, param)
+                    state[name] = value if is_kept else laid_out_as(param, value, torch.int16)
                 continue
-            state[name] = value.clone(memory_format=torch.preserve_format)
+            state[name] = value
             if scale is not None:
                 blocks = block_codes.num_blocks(param.numel())
                 if scale.shape != (blocks,):
@@ -176,8 +188,14 @@ class Storage:
                         f"the loaded {name + _SCALE_SUFFIX} has shape {tuple(scale.shape)}, its "
                         f"parameter {blocks} blocks: the checkpoint belongs to another model"
                     )
-                state[name + _SCALE_SUFFIX] = scale.clone()
+                state[name + _SCALE_SUFFIX] = scale.to(param.device, copy=True)
+            is_coded = self.state_dtype == torch.uint8
+            is_of_this_kind = value.dtype == self.state_dtype and is_coded == (scale is not None)
+            if name in kept and is_of_this_kind and same_layout(value, param):
+                continue
             self._convert(param, state, name)
+            if state[name] is value:
+                state[name] = value.clone(memory_format=torch.preserve_format)
         return state
 
     def saved(self, param: Tensor, state: State) -> State:
@@ -236,15 +254,21 @@ class Storage:
             else:
                 state[name].copy_(number)
 
-    def _loaded_parts(self, param: DTensor, saved: Mapping[str, Tensor]) -> State:
+    def _loaded_parts(
+        self, param: DTensor, saved: Mapping[str, Tensor], kept: Container[str]
+    ) -> State:
         """Returns as DTensors what was saved of DTensors or, equal on all ranks, of whole ones."""
         parts = {}
         for name, value, scale in _saved_arrays(param, saved):
             if scale is not None:
                 value = block_codes.decode(value, scale.to(value.device), _is_root(name))
             parts[name] = part_of(param, value)
-        state = self._loaded_own(local(param), parts)
-        return {n: v if n.endswith(_SCALE_SUFFIX) else like(param, v) for n, v in state.items()}
+        state = self._loaded_own(local(param), parts, kept)
+        for name, part in state.items():
+            if not name.endswith(_SCALE_SUFFIX):
+                is_kept = part is local(saved[name])
+                state[name] = saved[name] if is_kept else like(param, part)
+        return state
 
     def _convert(self, param: Tensor, state: State, name: str) -> None:
         """Makes an array of a parameter's state what the kernels need, if it is not already."""
@@ -300,10 +324,10 @@ def _saved_arrays(
 
 
 def _nested(state: State) -> State:
-    scales = {name: state.get(name + _SCALE_SUFFIX) for name in state}
-    coded = [name for name, scale in scales.items() if scale is not None]
-    others = {n: v for n, v in state.items() if n.removesuffix(_SCALE_SUFFIX) not in coded}
-    return others | {name: {"codes": state[name], "scale": scales[name]} for name in coded}
+    nested = dict(state)
+    for name in [name for name in state if state.get(name + _SCALE_SUFFIX) is not None]:
+        nested[name] = {"codes": state[name], "scale": nested.pop(name + _SCALE_SUFFIX)}
+    return nested
 
 
 def flattened(saved: Mapping[str, Any]) -> State:

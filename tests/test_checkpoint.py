@@ -288,6 +288,23 @@ def test_a_state_that_lacks_a_part_is_refused(backend, row, missing):
     assert [state["step"].item() for state in opt.state.values()] == [2, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("exp_avg", [1.0, 2.0]), ("step", None), ("step", "3"), ("step", torch.ones(2))],
+    ids=str,
+)
+def test_a_state_of_another_kind_is_refused(backend, name, value):
+    opt = make("AdamW", make_params(backend), backend, lr=REX)
+    update(params_of(opt), opt, 2)
+    checkpoint = copy.deepcopy(opt.state_dict())
+    checkpoint["state"][1][name] = value
+    before = {key: array.clone() for key, array in opt.state[params_of(opt)[1]].items()}
+    with pytest.raises(ValueError, match=f"the loaded {name} is no .*belongs to another optimizer"):
+        opt.load_state_dict(checkpoint)
+    after = opt.state[params_of(opt)[1]]
+    assert all(torch.equal(after[key], array) for key, array in before.items())
+
+
 def test_a_checkpoint_of_lion_does_not_serve_adamw(backend):
     saved = make("Lion", make_params(backend), backend, lr=0.5)
     update(params_of(saved), saved, 2)
