@@ -56,11 +56,12 @@ def unwrap_states(
         names: see `Storage.loaded`.
 
     Raises:
-        ValueError: an array does not have the shape of its parameter.
+        ValueError: an array does not have the shape of its parameter, or is none; or a step is no
+            number.
     """
     states = [state for state in present.values() if isinstance(state, dict)]
     parts = [local(v) for state in states for v in state.values() if isinstance(v, Tensor)]
-    written = {ops.memory_of(part) for part in parts if type(part) in PLAIN}
+    written = {ops.memory_of(part) for part in parts if _is_plain(part)}
 
     def unwrapped(param: Any, saved: Any) -> Any:
         if not isinstance(param, Tensor) or not isinstance(saved, dict):
@@ -72,7 +73,7 @@ def unwrap_states(
             elif isinstance(value, Tensor):
                 arrays[name] = value
             elif value is not None and name in names:
-                raise ValueError(f"the loaded {name} is no tensor, got {value!r}: {_FOREIGN}")
+                raise ValueError(f"the loaded {name} is no tensor: {_FOREIGN}")
             elif value is not None:
                 state[name] = value
         kept = [n for n, v in arrays.items() if _is_safe_source(param, own.get(n), v, written)]
@@ -84,7 +85,7 @@ def unwrap_states(
 def _checked_count(value: Any) -> Any:
     is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
     if not is_number:
-        raise ValueError(f"the loaded step is no number, got {value!r}: {_FOREIGN}")
+        raise ValueError(f"the loaded step is no number: {_FOREIGN}")
     return value
 
 
@@ -93,10 +94,14 @@ def _is_safe_source(param: Tensor, present: Any, value: Tensor, written: set[int
     if not (isinstance(present, Tensor) and _are_alike(param, present, value)):
         return False
     present, value = local(present), local(value)
-    if type(value) not in PLAIN or value.is_meta:
+    if not _is_plain(value) or value.is_meta:
         return False
     is_itself = present.device == value.device and present.is_set_to(value)
     return is_itself or (ops.has_memory(value) and ops.memory_of(value) not in written)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.layout == torch.strided
 
 
 def check_complete(states: Mapping[Any, Any], needed: Sequence[str]) -> None:
@@ -158,8 +163,9 @@ def _are_alike(param: Tensor, present: Tensor, value: Tensor) -> bool:
             return False
         present, value = local(present), local(value)
     is_at_home = present.device == param.device and present.dtype == value.dtype
+    is_strided = present.layout == value.layout == torch.strided
     # The codes of a block lie together in memory, where the parameter may have moved since.
-    return is_at_home and value.layout == torch.strided and same_layout(present, value)
+    return is_at_home and is_strided and same_layout(present, value)
 
 
 def _wrap(value: Any) -> Any:

@@ -352,11 +352,12 @@ def from_function(f: Callable[[int], float], total_steps: int) -> Schedule:
     total_steps = checked_positive_count("total_steps", total_steps)
     if not callable(f):
         raise TypeError(f"f must be a function of the step, got {f!r}")
-    values = (checked_learning_rate(f(k), f"f({k})") for k in range(total_steps + 1))
     try:
-        table = np.fromiter(values, np.float64, total_steps + 1)
-    except MemoryError:
+        table = np.empty(total_steps + 1)
+    except (MemoryError, ValueError):
         raise ValueError(f"total_steps = {total_steps} values do not fit into memory") from None
+    for k in range(total_steps + 1):
+        table[k] = checked_learning_rate(f(k), f"f({k})")
     return TableSchedule.of(table)
 
 

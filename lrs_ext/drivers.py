@@ -11,10 +11,15 @@ _drivers: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[object]] 
 )
 
 
+def driver_of(optimizer: torch.optim.Optimizer) -> object | None:
+    """Returns what drives the optimizer, if it is still there."""
+    reference = _drivers.get(optimizer)
+    return None if reference is None else reference()
+
+
 def check_free(optimizer: torch.optim.Optimizer) -> None:
     """Raises RuntimeError if something else that is still there drives the optimizer."""
-    reference = _drivers.get(optimizer)
-    driver = None if reference is None else reference()
+    driver = driver_of(optimizer)
     if driver is not None:
         name = type(driver).__name__
         article = "an" if name[0] in "AEIOU" else "a"

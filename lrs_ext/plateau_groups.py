@@ -14,15 +14,22 @@ from lrs_ext.host_copy import HostCopy
 from lrs_ext.param_devices import first_device, on_device
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
+from lrs_ext.wrappers import whole_optimizer
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> Groups:
     """Returns the learning rates of `optimizer`, in the way that suits it.
 
     Raises:
-        TypeError, ValueError: see `check_optimizer` and `ScheduledOptimizer.reserve_`.
+        TypeError, ValueError: see `check_optimizer` and `ScheduledOptimizer.reserve_`; or another
+            optimizer writes the learning rates.
     """
     check_optimizer(optimizer)
+    if whole_optimizer(optimizer) is not None:
+        raise TypeError(
+            "ZeroRedundancyOptimizer writes its own learning rates into the optimizer that has a "
+            "rank's states: pass the ZeroRedundancyOptimizer itself"
+        )
     if isinstance(optimizer, ScheduledOptimizer):
         return BufferGroups(optimizer)
     return TensorGroups(optimizer)

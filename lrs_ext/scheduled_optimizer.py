@@ -102,7 +102,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Returns what torch does, with the schedules that are in charge of each group."""
         lines = [f"{type(self).__name__} ("]
         for index, group in enumerate(self.param_groups):
-            is_known = index < self._preparation.tables.num_groups  # not put there for a load
+            is_known = index < self._preparation.tables.num_groups  # else it waits for a load
             shown = {**group, "schedule": self._numbers.schedules(index) if is_known else {}}
             lines.append(f"Parameter Group {index}")
             lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
@@ -591,11 +591,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check(fixed)
             self._storage.check(fixed["params"], self._state_names(fixed))
             check_numbers(self._hyper(fixed))
-        replace_states(self.state, states)
         # A checkpoint of torch's SGD has no step, but may have momentum.
         is_unused = all(position is not None and position.step == 0 for position in positions)
         is_unused = is_unused and not any(map(_has_content, states.values()))
-        self._preparation.counters.load(self.state, 0.0 if is_unused else 1.0)
+        with torch.inference_mode():  # only so it may write to states that were made in that mode
+            replace_states(self.state, states)
+            self._preparation.counters.load(self.state, 0.0 if is_unused else 1.0)
         self._has_blank_states = is_unused
         buffer = self._numbers.rates.buffer
         self._numbers.load(groups, positions, updates)

@@ -188,7 +188,8 @@ class Storage:
                         f"the loaded {name + _SCALE_SUFFIX} has shape {tuple(scale.shape)}, its "
                         f"parameter {blocks} blocks: the checkpoint belongs to another model"
                     )
-                state[name + _SCALE_SUFFIX] = scale.to(param.device, copy=True)
+                scale = scale.to(param.device, torch.float32, copy=True)
+                state[name + _SCALE_SUFFIX] = scale
             is_coded = self.state_dtype == torch.uint8
             is_of_this_kind = value.dtype == self.state_dtype and is_coded == (scale is not None)
             if name in kept and is_of_this_kind and same_layout(value, param):

@@ -71,7 +71,8 @@ def checked_gradient(param: Tensor, name: str) -> Tensor | None:
     Of a DTensor it is this rank's part, in the placements of `param`.
 
     Raises:
-        RuntimeError: it is sparse, has no memory, or differs in dtype, device or shape.
+        RuntimeError: it is sparse, wraps other tensors, has no memory, or differs in dtype, device
+            or shape.
     """
     if param.grad is None:
         return None

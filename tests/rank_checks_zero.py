@@ -195,6 +195,18 @@ def a_rank_without_gradients_keeps_up():
     assert alone_opt.param_groups[0]["lr"] == REX(5)
 
 
+def a_plateau_reduces_the_rates_of_every_rank():
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (4, 3)]
+    opt = ZeroRedundancyOptimizer(params, lrs_ext.SGD, lr=1.0)
+    plateau = lrs_ext.ReduceOnPlateau(opt, factor=0.5, patience=0)
+    for metric in (3.0, 2.0, 4.0, 5.0):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        plateau.step(metric)
+    assert all(param.eq(-(1.0 + 1.0 + 1.0 + 0.5)).all() for param in params)
+
+
 def errors_say_the_way_out():
     run = Run("AdamW")
     with pytest.raises(RuntimeError, match=r"its own share.*torch\.nn\.utils\.clip_grad_norm_"):
@@ -202,6 +214,8 @@ def errors_say_the_way_out():
     for opt in (run.opt, run.inner):
         with pytest.raises(TypeError, match=r"ZeroRedundancyOptimizer.*fully_shard"):
             lrs_ext.AutoLRS(opt, run.model, (1e-4, 1e-1), 100)
+    with pytest.raises(TypeError, match="pass the ZeroRedundancyOptimizer itself"):
+        lrs_ext.ReduceOnPlateau(run.inner)
 
 
 def what_the_host_changes_after_loading_counts(folder):

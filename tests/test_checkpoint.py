@@ -305,6 +305,35 @@ def test_a_state_of_another_kind_is_refused(backend, name, value):
     assert all(torch.equal(after[key], array) for key, array in before.items())
 
 
+@rows
+def test_states_of_inference_mode_are_loaded_into(backend, row):
+    opt, other = (make(row, make_params(backend), backend, lr=REX) for _ in range(2))
+    with torch.inference_mode():
+        update(params_of(opt), opt, 2)
+        checkpoint = copy.deepcopy(opt.state_dict())
+        update(params_of(opt), opt, 3)
+        other.load_state_dict(checkpoint)
+    for loading in (opt, other):
+        loading.load_state_dict(checkpoint)
+        assert loading.schedule_buffer.step.item() == 1
+        for index, param in enumerate(params_of(loading)):
+            saved = checkpoint["state"].get(index, {})
+            assert all(torch.equal(loading.state[param][key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("before", [torch.Tensor.to_sparse, torch.Tensor.to_dense])
+@pytest.mark.parametrize("after", [torch.Tensor.to_sparse, torch.Tensor.to_dense])
+def test_a_tensor_of_another_layout_that_somebody_else_keeps_is_loaded(before, after):
+    param = torch.zeros(2, requires_grad=True)
+    opt = lrs_ext.AdamW([param], lr=REX)
+    update([param], opt, 1)
+    checkpoint = copy.deepcopy(opt.state_dict())
+    checkpoint["state"][0]["mask"] = after(torch.eye(2))
+    opt.state[param]["mask"] = before(torch.eye(2).mul(3.0))
+    opt.load_state_dict(checkpoint)
+    assert torch.equal(opt.state[param]["mask"].to_dense(), torch.eye(2))
+
+
 def test_a_checkpoint_of_lion_does_not_serve_adamw(backend):
     saved = make("Lion", make_params(backend), backend, lr=0.5)
     update(params_of(saved), saved, 2)

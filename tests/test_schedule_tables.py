@@ -239,9 +239,10 @@ def test_a_function_needs_a_budget(total_steps):
         lrs_ext.from_function(lambda k: 0.1, total_steps)
 
 
-def test_a_function_of_more_steps_than_memory_holds_is_refused_at_once():
+@pytest.mark.parametrize("total_steps", [2**50, 2**62, 2**63 - 1])
+def test_a_function_of_more_steps_than_memory_holds_is_refused_at_once(total_steps):
     with pytest.raises(ValueError, match="values do not fit into memory"):
-        lrs_ext.from_function(lambda k: 0.1, 2**50)
+        lrs_ext.from_function(lambda k: 0.1, total_steps)
 
 
 def test_a_function_is_called_once_a_step_when_it_is_made():

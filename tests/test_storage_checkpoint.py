@@ -117,6 +117,21 @@ def test_loading_keeps_every_address(row, storage):
 # Conversion.
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_scales_of_another_dtype_are_powers_of_two_too(dtype):
+    param = torch.zeros(600, requires_grad=True)
+    opt = lrs_ext.AdamW([param], lr=REX, state_dtype=torch.uint8)
+    update([param], opt, 0)
+    checkpoint = copy.deepcopy(opt.state_dict())
+    before = [array.clone() for array in states_of(opt)]
+    for name in ("exp_avg", "exp_avg_sq"):
+        saved = checkpoint["state"][0][name]
+        saved["scale"] = saved["scale"].to(dtype)
+    opt.load_state_dict(checkpoint)
+    assert all(map(torch.equal, states_of(opt), before))
+    update([param], opt, 1)
+
+
 def error_bound(dtype, name, value):
     """What one conversion of a number may change: half a rounding step, of the block or its own."""
     if dtype == torch.float32:

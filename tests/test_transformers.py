@@ -133,6 +133,16 @@ def test_a_number_is_left_to_the_trainer_too(train):
         assert len(set(rates)) == STEPS
 
 
+def test_whatever_drives_the_optimizer_stays_in_charge(train):
+    class Driven(lrs_ext.AdamW):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            self.plateau = lrs_ext.ReduceOnPlateau(self, factor=0.5, patience=0)
+
+    trainer = train(1e-2, how="optimizer alone", optimizer=Driven)
+    assert logged(trainer) == [1e-2] * STEPS
+
+
 def test_the_scheduler_for_other_optimizers_shows_the_same_rates(train):
     class WithREX(transformers.Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):

@@ -36,6 +36,7 @@ def test_another_number_of_ranks_goes_on(name, tmp_path):
         "a_saved_state_stays_as_it_is",
         "a_rank_without_parameters_keeps_up",
         "a_rank_without_gradients_keeps_up",
+        "a_plateau_reduces_the_rates_of_every_rank",
         "errors_say_the_way_out",
     ],
 )

@@ -33,7 +33,7 @@ from lrs_ext.autolrs.notices import Notices
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
-from lrs_ext.autolrs.rates import check_optimizer, rates_of
+from lrs_ext.autolrs.rates import check_optimizer, check_whole, rates_of
 from lrs_ext.autolrs.ratios import check_ratios, group_ratios
 from lrs_ext.autolrs.replicas import Replicas, check_replicas
 from lrs_ext.autolrs.scheduler_watch import SchedulerWatch
@@ -126,6 +126,7 @@ class AutoLRS:
     ) -> None:
         optimizer = unwrapped(optimizer)
         check_optimizer(optimizer)
+        check_whole(optimizer)
         check_model(model)
         check_val_loss(val_loss)
         bounds = checked_bounds(lr_bounds)

@@ -22,18 +22,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
     Raises:
         TypeError: it is no optimizer, or its `step` needs a closure: that is many evaluations, not
-            one update; or its states are in another optimizer, which is not rolled back.
+            one update.
         ValueError: ``foreach=True``, which torch serves with a number from the host only.
     """
     name = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"the first argument must be an optimizer, got {name}")
-    if is_zero_redundancy(optimizer) or whole_optimizer(optimizer) is not None:
-        raise TypeError(
-            "AutoLRS does not serve ZeroRedundancyOptimizer, which writes its own learning rates "
-            "into the optimizer that has a rank's states: use an optimizer of all parameters, or "
-            "fully_shard"
-        )
     if isinstance(optimizer, ScheduledOptimizer):
         return
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -48,6 +42,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
                 "lr as a Tensor, which is written on the device, is not supported for "
                 f"capturable=False and foreach=True: make {name} without foreach=True"
             )
+
+
+def check_whole(optimizer: torch.optim.Optimizer) -> None:
+    """Raises TypeError if its states or its learning rates are another optimizer's affair."""
+    if is_zero_redundancy(optimizer) or whole_optimizer(optimizer) is not None:
+        raise TypeError(
+            "AutoLRS does not serve ZeroRedundancyOptimizer, which writes its own learning rates "
+            "into the optimizer that has a rank's states: use an optimizer of all parameters, or "
+            "fully_shard"
+        )
 
 
 def rates_of(optimizer: torch.optim.Optimizer, ratios: Sequence[float], capacity: int) -> Rates:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.controller import AutoLRS
+from lrs_ext.drivers import driver_of
 from lrs_ext.integrations.framework_search import FrameworkSearch
 from lrs_ext.integrations.own_schedule import OwnSchedule
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
@@ -121,7 +122,7 @@ class ScheduleMixin:
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Makes the scheduler as in the Trainer; for an optimizer with schedules an `OwnSchedule`.
+        """Makes the scheduler as in the Trainer; an `OwnSchedule` where others set the rates.
 
         Raises:
             RuntimeError: there is an `AutoLRSCallback` and the optimizer has another scheduler.
@@ -143,7 +144,7 @@ class ScheduleMixin:
             scaler = getattr(trainer.accelerator, "scaler", None)
             callback.begin(optimizer, trainer.model, num_training_steps, scaler)
             trainer.lr_scheduler = SearchedSchedule(optimizer, callback)
-        elif trainer.lr_scheduler is None and _has_schedule(unwrapped(optimizer)):
+        elif trainer.lr_scheduler is None and _sets_own_rates(unwrapped(optimizer)):
             trainer.lr_scheduler = OwnSchedule(optimizer)
         else:
             return super().create_scheduler(  # type: ignore[misc]
@@ -191,11 +192,12 @@ class ScheduleMixin:
         return next((c for c in callbacks if isinstance(c, AutoLRSCallback)), None)
 
 
-def _has_schedule(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether a learning rate of an optimizer of `lrs_ext` follows a schedule."""
+def _sets_own_rates(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether a schedule or a driver sets the rates of an optimizer of `lrs_ext`."""
     if not isinstance(optimizer, ScheduledOptimizer):
         return False
-    return any(schedule is not None for schedule in optimizer.schedule_buffer.schedules)
+    schedules = optimizer.schedule_buffer.schedules
+    return driver_of(optimizer) is not None or any(s is not None for s in schedules)
 
 
 class Trainer(ScheduleMixin, transformers.Trainer):
