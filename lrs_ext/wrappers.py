@@ -36,7 +36,7 @@ def whole_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer |
 
     The share is this rank's; the whole has all parameters, with their gradients.
     """
-    if _zero_redundancy() is None:
+    if _zero_redundancy() is None or not torch.distributed.is_initialized():
         return None
     if optimizer not in _whole_optimizers:
         wholes = filter(is_zero_redundancy, gc.get_objects())
