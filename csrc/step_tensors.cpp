@@ -248,17 +248,25 @@ bool StepTensors::same_entries() const {
   return true;
 }
 
-// Whether `tensor` visits memory as the parameter does. The stride of a dimension of size 1 is
-// free.
-bool StepTensors::same_layout(const Param& param, const dlpack::Tensor& tensor) const {
-  if (tensor.ndim != param.ndim) return false;
+// Whether a tensor of the parameter's shape with these strides visits memory as the parameter did.
+// The stride of a dimension of size 1 is free.
+bool StepTensors::has_strides(const Param& param, const int64_t* found) const {
   const int64_t* shape = layouts_.data() + param.layout;
   const int64_t* strides = shape + param.ndim;
   for (int32_t i = 0; i < param.ndim; ++i) {
-    if (tensor.shape[i] != shape[i]) return false;
-    if (shape[i] != 1 && tensor.strides[i] != strides[i]) return false;
+    if (shape[i] != 1 && found[i] != strides[i]) return false;
   }
   return true;
+}
+
+// Whether `tensor` has the parameter's shape, and visits memory as the parameter did.
+bool StepTensors::same_layout(const Param& param, const dlpack::Tensor& tensor) const {
+  if (tensor.ndim != param.ndim) return false;
+  const int64_t* shape = layouts_.data() + param.layout;
+  for (int32_t i = 0; i < param.ndim; ++i) {
+    if (tensor.shape[i] != shape[i]) return false;
+  }
+  return has_strides(param, tensor.strides);
 }
 
 py::object StepTensors::gradient_of(const Param& param) {
@@ -283,7 +291,7 @@ bool StepTensors::same_addresses(const Param& param) const {
 
 // Whether a parameter in the table visits its memory as it did: `t_()` leaves the address, and the
 // gradient, as they are. One dimension has no order to lose.
-bool StepTensors::same_strides(const Param& param) const {
+bool StepTensors::is_in_order(const Param& param) const {
   if (param.ndim < 2 || param.entry < 0) return true;
   dlpack::Tensor now;
   if (access_.direct) {
@@ -296,12 +304,7 @@ bool StepTensors::same_strides(const Param& param) const {
   } else if (now.ndim != param.ndim) {
     return false;
   }
-  const int64_t* shape = layouts_.data() + param.layout;
-  const int64_t* strides = shape + param.ndim;
-  for (int32_t i = 0; i < param.ndim; ++i) {
-    if (shape[i] != 1 && now.strides[i] != strides[i]) return false;
-  }
-  return true;
+  return has_strides(param, now.strides);
 }
 
 // Between two steps everything has left the cache, and the checks are mostly waiting for memory:
@@ -387,7 +390,7 @@ bool StepTensors::collect_all(const py::object& gradients) {
   for (size_t i = 0; i < params_.size(); ++i) {
     const Param& param = params_[i];
     prefetch(i, reads_directly);
-    if (!same_addresses(param) || !same_strides(param)) return false;
+    if (!same_addresses(param) || !is_in_order(param)) return false;
     if (reads_directly && param.direct != nullptr) {
       if (!collect_directly(param)) return false;
     } else if (!collect(param, gradients.is_none()

@@ -81,10 +81,11 @@ class StepTensors {
   bool same_params(const py::list& param_lists) const;
   bool same_states(const py::dict& state);
   bool same_entries() const;
+  bool has_strides(const Param& param, const int64_t* found) const;
   bool same_layout(const Param& param, const dlpack::Tensor& tensor) const;
   TensorPointer tensor_at(size_t address) const;
   bool same_addresses(const Param& param) const;
-  bool same_strides(const Param& param) const;
+  bool is_in_order(const Param& param) const;
   void prefetch(size_t position, bool reads_directly) const;
   bool collect_all(const py::object& gradients);
   bool collect(const Param& param, py::object gradient);
