@@ -321,6 +321,7 @@ def controller(**options):
         ({"num_trials": 2}, ValueError, "num_trials must be at least 3"),
         ({"trial_steps": 0}, ValueError, "trial_steps must be at least 1"),
         ({"search_fraction": 0.7}, ValueError, "search_fraction"),
+        ({**PAPER, "search_fraction": 0.1}, ValueError, 'search_fraction is for preset="peak"'),
         ({"schedule": "sawtooth"}, ValueError, "schedule must be one of"),
         ({"preset": "best"}, ValueError, '"peak" or "paper"'),
         ({"stage_steps": 10}, ValueError, "stage_steps is for"),

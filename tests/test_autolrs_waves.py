@@ -42,7 +42,7 @@ def test_stages_of_the_paper_have_waves():
     timetable = timetable_of(
         "paper",
         total_steps=1000,
-        search_fraction=0.1,
+        search_fraction=None,
         num_trials=5,
         stage_steps=100,
         trial_steps=10,
@@ -90,7 +90,7 @@ def test_a_wave_of_the_paper_fills_the_space_before_anything_is_known():
     timetable = timetable_of(
         "paper",
         total_steps=1000,
-        search_fraction=0.1,
+        search_fraction=None,
         num_trials=6,
         stage_steps=100,
         trial_steps=10,

@@ -77,7 +77,7 @@ class AutoLRS:
         schedule: the shape to train with: the name of a constructor ("rex", "linear", ...) or a
             `Schedule` with a profile, whose height and length do not matter. "paper" ends with it.
         search_fraction: share of the budget that the trials of "peak" take at most, except in very
-            short runs: a trial has 4 to 10 updates.
+            short runs: a trial has 4 to 10 updates. None is 0.1.
         num_trials: in a stage; None is 10 for "paper" and for "peak" 8, 6 in short runs.
         stage_steps, trial_steps: see `timetable.paper_stages`; "peak" takes its trial length from
             `search_fraction` unless `trial_steps` is given.
@@ -112,7 +112,7 @@ class AutoLRS:
         *,
         preset: Literal["peak", "paper"] = "peak",
         schedule: str | Schedule = "rex",
-        search_fraction: float = 0.1,
+        search_fraction: float | None = None,
         num_trials: int | None = None,
         stage_steps: int | Sequence[int] | None = None,
         trial_steps: int | None = None,

@@ -13,6 +13,7 @@ from lrs_ext.number_checks import checked_integer, checked_number
 
 Kind = Literal["warmup", "trial", "train"]
 
+PEAK_FRACTION = 0.1  # of the budget, for the trials
 PEAK_TRIALS = (6, 8)  # no fewer and no more, unless the user says so
 DOWNHILL_SHARE = 1 / 4  # of the trials of "peak", after those that are spread over the bounds
 # Where so many can run at once. Placed without a look at each other, more would crowd together.
@@ -108,7 +109,7 @@ def timetable_of(
     preset: str,
     *,
     total_steps: int,
-    search_fraction: float,
+    search_fraction: float | None,
     num_trials: int | None,
     stage_steps: int | Sequence[int] | None,
     trial_steps: int | None,
@@ -130,6 +131,11 @@ def timetable_of(
     if trial_steps is not None:
         trial_steps = _checked_count("trial_steps", trial_steps)
     if preset == "paper":
+        if search_fraction is not None:
+            raise ValueError(
+                'search_fraction is for preset="peak": "paper" searches in every stage, by '
+                "num_trials and trial_steps"
+            )
         trials = num_trials or PAPER_TRIALS
         return paper_stages(
             total_steps, trials, stage_steps, trial_steps, warmup_steps, min(replicas, trials)
@@ -138,6 +144,8 @@ def timetable_of(
         raise ValueError(f'preset must be "peak" or "paper", got {preset!r}')
     if stage_steps is not None:
         raise ValueError('stage_steps is for preset="paper": "peak" has one stage')
+    if search_fraction is None:
+        search_fraction = PEAK_FRACTION
     if not 0.0 < checked_number("search_fraction", search_fraction) < 0.5:
         raise ValueError(f"search_fraction must be in (0, 0.5), got {search_fraction}")
     return search_then_train(total_steps, search_fraction, num_trials, trial_steps, replicas)
