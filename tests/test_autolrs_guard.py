@@ -58,6 +58,7 @@ def test_what_counts_as_a_divergence():
     assert not judged([1.0, 1.5, 1.9])
     assert judged([1.0, 1.5, 4.0])
     assert not judged([1.0, 1.5, 4.0], std=1.0)
+    assert judged([1.0, 1.5, 7.0], std=1e9)
     assert judged([math.nan, 1.0, 1.0])
     assert judged([1.0, math.inf, 1.0])
     assert judged([1.0], params=[torch.tensor([1.0, math.nan]), *copies[1:]])
@@ -83,6 +84,29 @@ def test_the_level_of_a_good_state():
     assert good_level(before, losses, torch.tensor(True)) == 4.0
     assert good_level(before[:1], losses[:1], torch.tensor(False)) == 1.0
     assert good_level(before[:1], losses[:1], torch.tensor(True)) == 4.0
+
+
+def test_a_first_trial_that_diverges_hides_no_divergence_of_the_training():
+    """The first trial of "paper" has any rate; here its losses grow to a finite 1e9."""
+    weight = nn.Parameter(torch.ones(4))
+    model = nn.ParameterList([weight])
+    optimizer = lrs_ext.SGD([weight], lr=1e-2)
+    auto = lrs_ext.AutoLRS(optimizer, model, (1e-3, 3.0), **PAPER | {"stage_steps": 40}, seed=14)
+    last = auto._timetable.segments[-1]
+    for _ in auto.batches([0]):
+        loss = weight.square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        auto.step(loss.detach())
+        if auto._updates == last.start + last.look_steps:
+            good = weight.detach().clone()
+            with torch.no_grad():
+                weight.fill_(30.0)  # a loss 900 times that of the start
+        elif auto._updates == last.start + 2 * last.look_steps:
+            assert torch.equal(weight, good)
+    assert 1e4 < auto.history.stages[0].trials[0].losses[-1] < math.inf
+    assert auto._scales[-1].tolist() == [1.0, 0.5] + 8 * [1.0]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -130,6 +130,16 @@ def test_the_next_by_a_bound_goes_where_little_is_known():
     assert position.item() > -2.5
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e9, 1e20])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_next_by_a_bound_does_not_depend_on_the_unit_of_equal_losses(count, scale):
+    """Far from what was tried; the mean of losses that are all equal tells nothing."""
+    positions, objectives = values(-3.5, -3.0, -2.5)[:count], values(5.0, 5.0, 5.0)[:count]
+    noise = values(1.0, 1.0, 1.0)[:count]
+    at = search.next_by_bound(positions, scale * objectives, scale * noise, GRID)
+    assert at == GRID[-1]
+
+
 def test_rates_are_powers_of_ten():
     assert search.rate_at(values(-3.0)[0]).item() == pytest.approx(1e-3)
 

@@ -137,6 +137,13 @@ class Counter:
         self.mean.copy_(state["nested"][0]["mean"])
 
 
+class CopyingCounter(Counter):
+    """Something that gives copies of its state, and takes copies."""
+
+    def state_dict(self):
+        return copy.deepcopy(super().state_dict())
+
+
 def test_extra_state_is_rolled_back():
     model = make_model()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -227,6 +234,20 @@ def test_a_restore_may_be_decided_on_the_device(name, bad):
         assert all_equal(average.state_dict().values(), averaged.values())
     if name != "torch adam":
         assert optimizer.schedule_buffer.step.item() == 3
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("kind", [Counter, CopyingCounter])
+def test_extra_state_may_be_rolled_back_on_the_device(kind, bad):
+    model, counter = make_model(), kind()
+    copied = Snapshot(model, OPTIMIZERS["adamw"](model.parameters()), (counter,))
+    copied.capture()
+    counter.count = 5
+    counter.mean.fill_(torch.nan)
+    with NoReadingOps(), NoReadingMethods():
+        copied.restore_where(torch.tensor(bad))
+    assert counter.count == 5
+    assert counter.mean.isnan().tolist() == 2 * [not bad]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

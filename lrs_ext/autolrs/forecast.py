@@ -52,6 +52,7 @@ def forecast(losses: Tensor, horizon: float | Tensor) -> tuple[Tensor, Tensor]:
     t = 0 ... n-1; uniform in log b, a and c, with unknown noise and down-weighted outliers. Only
     a >= 0 is extrapolated: a < 0 counts as its L(n-1). So the mean never rises with the horizon, a
     flat series gives its level, a rising one its end, and the std is large where b is not known.
+    A rise that begins in the last fifth of a falling series counts as outliers.
 
     Args:
         losses: (..., n), n >= 4, not negative. Entries that are not finite take no part.

@@ -49,14 +49,16 @@ def has_diverged(
     Args:
         losses: of the updates since the last look, (n,).
         start, std: the training loss before the stage, as `losses` are, and its standard deviation
-            from batch to batch, 0-d; where the former is not positive, only what is not finite
+            from batch to batch, 0-d, of which no more than `start` is noise: the trial that it is
+            measured in may have diverged. Where `start` is not positive, only what is not finite
             counts.
         level: see `good_level`, 0-d.
         params: what this rank has of each, which may be nothing, and the last good copy of it, on
             any device. What is not finite there, such as a mask of -inf, is meant to be so.
     """
     harder = (level / start).nan_to_num(nan=1.0).clamp(min=1.0)
-    limit = torch.where(start > 0.0, FAR * (start + NOISE_STDS * std) * harder, torch.inf)
+    allowance = NOISE_STDS * std.minimum(start)
+    limit = torch.where(start > 0.0, FAR * (start + allowance) * harder, torch.inf)
     is_bad = ~losses.isfinite().all() | (_last_level(losses) > limit)
     are_good = [_stays_finite(param, copy).to(losses.device) for param, copy in params]
     return is_bad | ~torch.stack(are_good).all() if are_good else is_bad

@@ -309,6 +309,12 @@ def restore_tensors_where(bad: Tensor, live: Any, saved: Any) -> None:
             restore_tensors_where(bad, first, second)
 
 
+def share_memory(first: Any, second: Any) -> bool:
+    """Returns whether the tensors of two states of one object lie at the same places."""
+    pairs = zip(tensors_in(first), tensors_in(second), strict=True)
+    return all(local(one).is_set_to(local(other)) for one, other in pairs)
+
+
 def tensors_in(state: Any) -> Iterator[Tensor]:
     if isinstance(state, Tensor):
         yield state

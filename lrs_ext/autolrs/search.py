@@ -122,7 +122,10 @@ def are_unpaired(first_losses: Tensor, start: Tensor, best: Tensor) -> Tensor:
 
 def next_by_bound(positions: Tensor, objectives: Tensor, noise: Tensor, grid: Tensor) -> Tensor:
     """Returns the position with the smallest lower confidence bound."""
-    mean, std = gp_posterior(positions, objectives, noise, grid)
+    # Equal objectives count as std 1, which must not depend on the unit of the loss.
+    largest = objectives.abs().amax()
+    unit = torch.where(largest > 0.0, largest, 1.0)
+    mean, std = gp_posterior(positions, objectives / unit, noise / unit, grid)
     return _at(grid, lower_confidence_bound(mean, std, PAPER_KAPPA).argmin())
 
 

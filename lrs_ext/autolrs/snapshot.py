@@ -19,6 +19,7 @@ from lrs_ext.autolrs.live_state import (
     kind,
     param_index,
     restore_tensors_where,
+    share_memory,
     state_entries,
     state_to_come,
 )
@@ -160,6 +161,8 @@ class Snapshot:
     def restore_where(self, bad: Tensor) -> None:
         """Puts back tensors where `bad`, bool, 0-d, is true; schedules and random numbers go on.
 
+        An extra object whose state has copies of its tensors gets them back, `bad` or not.
+
         Optimizer state that is younger than the copy becomes zero, where it starts in torch too;
         only numbers other than the step, such as NAdam's product of momenta, which starts at one,
         stay. A buffer that is younger or has changed its shape stays.
@@ -174,8 +177,11 @@ class Snapshot:
             if before is not None:
                 before = before.to(tensor.device, non_blocking=True)
                 tensor.copy_(torch.where(bad.to(tensor.device), before, tensor))
-        for key, (get_state, _) in self._live.extras().items():
-            restore_tensors_where(bad, get_state(), self._memory.extra.get(key))
+        for key, (get_state, set_state) in self._live.extras().items():
+            state = get_state()
+            restore_tensors_where(bad, state, self._memory.extra.get(key))
+            if not share_memory(state, get_state()):  # they were copies
+                set_state(state)
 
     def trained(self) -> list[tuple[Tensor, Tensor]]:
         """Returns this rank's part of each of the optimizer's parameters, and the copy of it."""
