@@ -69,7 +69,8 @@ class GroupNumbers:
         """Returns whether somebody has put the position of a checkpoint into a group.
 
         Raises:
-            RuntimeError: there are more or fewer groups than before.
+            RuntimeError: there are more or fewer groups than before; or somebody has put those of a
+                checkpoint there that has no position, where a schedule is in charge.
         """
         if len(groups) != len(self._notes):
             raise RuntimeError(
@@ -77,11 +78,21 @@ class GroupNumbers:
                 "add them with add_param_group"
             )
         foreign = [
-            group
-            for group, note in zip(groups, self._notes, strict=True)
+            index
+            for index, (group, note) in enumerate(zip(groups, self._notes, strict=True))
             if group.get("schedule") is not note
         ]
-        return any(position_in(group) is not None for group in foreign)
+        if any(position_in(groups[index]) is not None for index in foreign):
+            return True
+        for index in foreign:
+            has_note = isinstance(groups[index].get("schedule"), dict)
+            if has_note and self.schedules(index) and not self.is_synced(index, groups[index]):
+                raise RuntimeError(
+                    f"group {index} comes from a checkpoint without its position in the schedule, "
+                    "such as a wrapper makes of its own groups: save and load the state_dict() of "
+                    "the optimizer of lrs_ext inside of it"
+                )
+        return False
 
     def places_before(self, groups: list[Group]) -> list[int] | None:
         """Returns where groups were of which some have been removed or have changed places.
