@@ -351,8 +351,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         States are copied into the present tensors, whose addresses stay, and keep float32. A
         checkpoint of this optimizer brings its schedule and position; one from torch leaves the
-        schedules as they are, at the position of its `step`. Other groups than before, more or
-        fewer, may have been put into `param_groups`, as Lightning's `BaseFinetuning` does.
+        schedules as they are, at the position of its `step`. One of torch's SGD has none, and moves
+        nothing: ``schedule_buffer.set_step_(n)`` and then `current_lr()` do. Other groups than
+        before, more or fewer, may have been put into `param_groups`, as Lightning's
+        `BaseFinetuning` does.
 
         Raises:
             ValueError: the parameter groups do not match, as in torch, or states do not.

@@ -447,6 +447,22 @@ def test_after_a_checkpoint_of_torch_the_schedule_goes_on_from_its_step(backend,
         assert_close_runs(opt, torch_opt, k, k + 1)
 
 
+@pytest.mark.parametrize("row", ["SGD", "SGD momentum"])
+def test_after_a_checkpoint_of_torchs_sgd_the_step_can_be_set(backend, row):
+    torch_opt = make(row, make_params(backend), lr=0.05)
+    for k in range(4):
+        update(params_of(torch_opt), torch_opt, k)
+    opt = make(row, copies(params_of(torch_opt)), backend, lr=REX, weight_decay=REX)
+    opt.load_state_dict(through_file(torch_opt.state_dict()))
+    assert opt.current_lr() == [pytest.approx(REX(0))]
+    opt.schedule_buffer.set_step_(4)
+    assert opt.current_lr() == [pytest.approx(REX(4))]
+    for k in range(4, 11):
+        assert [opt.param_groups[0][key] for key in ("lr", "weight_decay")] == [REX(k)] * 2
+        torch_opt.param_groups[0].update(lr=REX(k), weight_decay=REX(k))
+        assert_close_runs(opt, torch_opt, k, k + 1)
+
+
 @pytest.mark.parametrize("row", ["Adam", "AdamW"])
 @pytest.mark.parametrize("kind", [float, int, torch.tensor])
 def test_old_checkpoints_with_steps_of_any_kind_and_fewer_options_load(backend, row, kind):
