@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,23 +60,55 @@ class GroupNumbers:
         self.hyper_schedules = HyperSchedules(numbers, groups, devices, step)
         self._renew_notes(groups)
 
+    def are_in_place(self, groups: list[Group]) -> bool:
+        """Returns whether all groups are where they were, with their notes."""
+        notes = (group.get("schedule") for group in groups)
+        return len(groups) == len(self._notes) and all(map(operator.is_, notes, self._notes))
+
     def are_loaded(self, groups: list[Group]) -> bool:
         """Returns whether somebody has put the position of a checkpoint into a group.
 
         Raises:
-            RuntimeError: there are more or fewer groups than before.
+            RuntimeError: there are more or fewer groups than before; or somebody has put those of a
+                checkpoint there that has no position, where a schedule is in charge.
         """
         if len(groups) != len(self._notes):
             raise RuntimeError(
                 f"there are {len(groups)} parameter groups where there were {len(self._notes)}: "
-                "add them with add_param_group, remove them by making a new optimizer"
+                "add them with add_param_group"
             )
         foreign = [
-            group
-            for group, note in zip(groups, self._notes, strict=True)
+            index
+            for index, (group, note) in enumerate(zip(groups, self._notes, strict=True))
             if group.get("schedule") is not note
         ]
-        return any(position_in(group) is not None for group in foreign)
+        if any(position_in(groups[index]) is not None for index in foreign):
+            return True
+        for index in foreign:
+            has_note = isinstance(groups[index].get("schedule"), dict)
+            if has_note and self.schedules(index) and not self.is_synced(index, groups[index]):
+                raise RuntimeError(
+                    f"group {index} comes from a checkpoint without its position in the schedule, "
+                    "such as a wrapper makes of its own groups: save and load the state_dict() of "
+                    "the optimizer of lrs_ext inside of it"
+                )
+        return False
+
+    def places_before(self, groups: list[Group]) -> list[int] | None:
+        """Returns where groups were of which some have been removed or have changed places.
+
+        It is None where all are in their places, or some are not known.
+        """
+        known = {id(note): index for index, note in enumerate(self._notes)}
+        places = [known[id(g.get("schedule"))] for g in groups if id(g.get("schedule")) in known]
+        are_all_known = len(set(places)) == len(groups)
+        return places if are_all_known and places != list(known.values()) else None
+
+    def rearrange(self, groups: list[Group], places: Sequence[int]) -> None:
+        """Takes the numbers of the groups along to where these are now, from `places`."""
+        self.rates = self.rates.rebuilt(groups, self.devices, places=places)
+        self.hyper_schedules.rearrange(places)
+        self._renew_notes(groups)
 
     def _renew_notes(self, groups: list[Group]) -> None:
         self._notes: list[Note] = [{} for _ in groups]

@@ -171,6 +171,11 @@ class HyperSchedules:
         self._states.append(_GroupState(rows=[{} for _ in self._devices]))
         self._follow_all(self._states[-1], group, step)
 
+    def rearrange(self, places: Sequence[int]) -> None:
+        """Follows groups that have been removed, or have changed places, from `places`."""
+        self._states = [self._states[place] for place in places]
+        self._following = [i for i, state in enumerate(self._states) if state.is_listed]
+
     def sync(self, index: int, group: Group, step: int, check: Callable[[Group], None]) -> Group:
         """Takes over what the host has put into the group; returns it as `fixed` does.
 
@@ -321,7 +326,7 @@ class HyperSchedules:
             state.rows = rows
         if state.is_listed != bool(state.followed):
             state.is_listed = bool(state.followed)
-            self._following = [i for i, other in enumerate(self._states) if other.is_listed]
+            self.rearrange(range(len(self._states)))
 
     def _follow_all(self, state: _GroupState, group: Group, step: int) -> None:
         for number in self._numbers:

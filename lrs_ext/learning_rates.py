@@ -352,24 +352,40 @@ class LearningRates:
                 group["lr"] = source.scheduled = lr
 
     def rebuilt(
-        self, groups: list[Group], devices: Sequence[torch.device], capacity: int = 1
+        self,
+        groups: list[Group],
+        devices: Sequence[torch.device],
+        capacity: int = 1,
+        places: Sequence[int] | None = None,
     ) -> LearningRates:
-        """Returns the same learning rates in new buffers: more groups, longer rows, new devices.
+        """Returns the same learning rates in new buffers: other groups, longer rows, new devices.
 
         Args:
             capacity: the least length of a row; none gets shorter.
+            places: where the groups were; None is where they are, before any that are new.
+
+        Raises:
+            RuntimeError: the groups have other places, but somebody else writes their rows.
         """
-        kept = [i for i, s in enumerate(self._sources) if groups[i]["lr"] is s.seen]
-        schedules = [(index, self.schedule(index)) for index in kept]
+        if places is None:
+            places = range(len(self._sources))
+        elif any(source.refill is not None for source in self._sources):
+            raise RuntimeError(
+                "the parameter groups have been removed or put in another order under AutoLRS or "
+                "ReduceOnPlateau: do it before that is made"
+            )
+        sources = [self._sources[place] for place in places]
+        kept = [i for i, s in enumerate(sources) if groups[i]["lr"] is s.seen]
+        schedules = [(index, self.schedule(places[index])) for index in kept]
         filled = {index: schedule for index, schedule in schedules if schedule is not None}
         capacity = max(capacity, self.buffer.capacity)
         rates = LearningRates(groups, devices, int(self.buffer.step), capacity, filled)
         for index in kept:  # somebody may have written to the row, whose last value holds
-            old = self.buffer.rows[index]
+            old = self.buffer.rows[places[index]]
             for row in rates._own_rows(index):
                 row[: len(old)].copy_(old)
                 row[len(old) :].copy_(old[-1])
-        for index, old_source in enumerate(self._sources):
+        for index, old_source in enumerate(sources):
             if old_source.refill is not None:
                 source = rates._sources[index]
                 source.refill, source.scheduled = old_source.refill, old_source.scheduled

@@ -176,6 +176,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             )
         if group is not None:
             self._check_index(group)
+        self._take_loaded_groups()
         indices = range(len(self.param_groups)) if group is None else [group]
         numbers, present = self._numbers, self._numbers.rates
         numbers.rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
@@ -229,6 +230,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         if self.was_captured:
             raise RuntimeError(f"a new group is not in the captured CUDA graph: {CAPTURE_AGAIN}")
+        if self._is_started:
+            self._take_loaded_groups()
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -348,13 +351,16 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         States are copied into the present tensors, whose addresses stay, and keep float32. A
         checkpoint of this optimizer brings its schedule and position; one from torch leaves the
-        schedules as they are, at the position of its `step`. Other groups than before, more or
-        fewer, may have been put into `param_groups`, as Lightning's `BaseFinetuning` does.
+        schedules as they are, at the position of its `step`. One of torch's SGD has none, and moves
+        nothing: ``schedule_buffer.set_step_(n)`` and then `current_lr()` do. Other groups than
+        before, more or fewer, may have been put into `param_groups`, as Lightning's
+        `BaseFinetuning` does.
 
         Raises:
             ValueError: the parameter groups do not match, as in torch, or states do not.
             RuntimeError: there are more or fewer than before, and a CUDA graph holds a step.
         """
+        self._follow_places()
         if len(self.param_groups) != self._preparation.tables.num_groups:
             if self.was_captured:
                 raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
@@ -400,6 +406,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             ValueError: a schedule or a tensor is in charge of a group.
             RuntimeError: a CUDA graph reads the shorter rows.
         """
+        self._take_loaded_groups()
         if self.was_captured and capacity > self.schedule_buffer.capacity:
             raise RuntimeError(f"a CUDA graph reads the schedule buffer as it is: {CAPTURE_AGAIN}")
         if self._numbers.reserve(self.param_groups, capacity):
@@ -537,6 +544,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     # Pickling, copying, loading
 
     def __getstate__(self) -> dict[str, Any]:
+        self._take_loaded_groups()
         self._numbers.follow_device(self.param_groups, self._check)
         return {
             **super().__getstate__(),
@@ -566,8 +574,20 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def _take_loaded_groups(self) -> None:
         """Follows a wrapper that has loaded a checkpoint into groups and states by itself."""
+        if self._numbers.are_in_place(self.param_groups):
+            return
+        self._follow_places()
         if self._numbers.are_loaded(self.param_groups):
             self._load(dict(self.state), self.param_groups)
+
+    def _follow_places(self) -> None:
+        """Follows whoever has removed groups, or has put them in another order."""
+        places = self._numbers.places_before(self.param_groups)
+        if places is not None:
+            if self.was_captured:
+                raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
+            self._numbers.rearrange(self.param_groups, places)
+            self._preparation.forget_tables(self.param_groups)
 
     @torch.no_grad()
     def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:

@@ -155,6 +155,24 @@ def test_other_groups_may_be_put_there_before_a_checkpoint(backend, row, made_wi
     assert_equal_runs([opt, resumed], 3, 6)
 
 
+@pytest.mark.parametrize("moving", [{"lr": REX}, {"weight_decay": REX}], ids=list)
+def test_groups_of_a_checkpoint_without_a_position_are_an_error(backend, moving):
+    # As in most implementations of SAM, which save the groups of the optimizer inside of them.
+    opt = make("AdamW", make_params(backend), backend, **moving)
+    update(params_of(opt), opt, 0)
+    groups = [{**group, "params": []} for group in opt.param_groups]
+    saved = {"wrapper": through_file(groups), "inner": through_file(opt.state_dict())}
+    resumed = make("AdamW", copies(params_of(opt)), backend, **moving)
+    own = resumed.param_groups
+    resumed.param_groups = [{**saved["wrapper"][0], "params": params_of(resumed)}]
+    for ask in (resumed.current_lr, lambda: update(params_of(resumed), resumed, 1)):
+        with pytest.raises(RuntimeError, match="group 0 comes from a checkpoint without its posi"):
+            ask()
+    resumed.param_groups = own
+    resumed.load_state_dict(saved["inner"])
+    assert_equal_runs([opt, resumed], 1, 4)
+
+
 def test_other_groups_are_refused_while_a_graph_holds_a_step(backend):
     params = make_params(backend)
     opt = make("AdamW", params, backend, lr=REX)
@@ -426,6 +444,22 @@ def test_after_a_checkpoint_of_torch_the_schedule_goes_on_from_its_step(backend,
         assert opt.param_groups[0]["lr"] == REX(k)
         assert opt.current_lr() == [float(torch.tensor(REX(k)))]
         torch_opt.param_groups[0]["lr"] = REX(k)
+        assert_close_runs(opt, torch_opt, k, k + 1)
+
+
+@pytest.mark.parametrize("row", ["SGD", "SGD momentum"])
+def test_after_a_checkpoint_of_torchs_sgd_the_step_can_be_set(backend, row):
+    torch_opt = make(row, make_params(backend), lr=0.05)
+    for k in range(4):
+        update(params_of(torch_opt), torch_opt, k)
+    opt = make(row, copies(params_of(torch_opt)), backend, lr=REX, weight_decay=REX)
+    opt.load_state_dict(through_file(torch_opt.state_dict()))
+    assert opt.current_lr() == [pytest.approx(REX(0))]
+    opt.schedule_buffer.set_step_(4)
+    assert opt.current_lr() == [pytest.approx(REX(4))]
+    for k in range(4, 11):
+        assert [opt.param_groups[0][key] for key in ("lr", "weight_decay")] == [REX(k)] * 2
+        torch_opt.param_groups[0].update(lr=REX(k), weight_decay=REX(k))
         assert_close_runs(opt, torch_opt, k, k + 1)
 
 
