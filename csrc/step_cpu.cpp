@@ -1,9 +1,8 @@
 #include "step_cpu.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "forked_threads.h"
 
@@ -16,6 +15,8 @@ namespace {
 
 // Below this many elements a parallel region costs more than it saves.
 constexpr int64_t kSerialElements = 32768;
+// What a tensor costs besides its elements, in elements.
+constexpr int64_t kTensorWork = 256;
 
 struct InstructionSet {
   const char* name;
@@ -63,18 +64,43 @@ int64_t count_elements(const StepTable& table, const void* const* gradients) {
   return elements;
 }
 
+// Cuts the chunks into parts of about as much work: the first chunk of each, and the end.
+std::vector<int64_t> equal_parts(const StepTable& table, const void* const* gradients,
+                                 int num_parts) {
+  const auto work_of = [&](int64_t i) {
+    return gradients[i] == nullptr ? 0 : kTensorWork + table.tensors[i].numel;
+  };
+  int64_t all = 0;
+  for (int64_t i = 0; i < table.num_tensors; ++i) all += work_of(i);
+  std::vector<int64_t> parts{0};
+  int64_t before = 0, chunk = 0;
+  for (int64_t i = 0; i < table.num_tensors; ++i) {
+    const int64_t numel = table.tensors[i].numel, after = before + work_of(i);
+    const int64_t num_chunks = num_chunks_of(numel, table.chunk_elements);
+    while (static_cast<int>(parts.size()) < num_parts) {
+      const int64_t begin = all * static_cast<int64_t>(parts.size()) / num_parts;
+      if (begin >= after) break;
+      parts.push_back(chunk + (begin - before) * num_chunks / (after - before));
+    }
+    before = after;
+    chunk += num_chunks;
+  }
+  parts.resize(static_cast<size_t>(num_parts) + 1, table.num_chunks);
+  return parts;
+}
+
 // Calls body(first, last) for contiguous parts of the chunks, one a thread.
 template <typename Body>
-void split_chunks(const StepTable& table, int64_t elements, int num_threads, const Body& body) {
+void split_chunks(const StepTable& table, const void* const* gradients, int64_t elements,
+                  int num_threads, const Body& body) {
   if (num_threads <= 1 || elements <= kSerialElements || !take_threads()) {
     body(0, table.num_chunks);
     return;
   }
-#pragma omp parallel num_threads(num_threads)
-  {
-    const int64_t thread = omp_get_thread_num();
-    const int64_t threads = omp_get_num_threads();
-    body(table.num_chunks * thread / threads, table.num_chunks * (thread + 1) / threads);
+  const std::vector<int64_t> parts = equal_parts(table, gradients, num_threads);
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1)
+  for (int part = 0; part < num_threads; ++part) {
+    body(parts[static_cast<size_t>(part)], parts[static_cast<size_t>(part) + 1]);
   }
 }
 
@@ -103,7 +129,7 @@ void step_cpu(const StepTable& table, const void* const* gradients, int num_thre
   const int64_t elements = count_elements(table, gradients);
   if (elements < 0 || is_skipped(table.scaling)) return;
   const auto visit_chunks = [&](ChunkLoop* loop) {
-    split_chunks(table, elements, num_threads,
+    split_chunks(table, gradients, elements, num_threads,
                  [&](int64_t first, int64_t last) { loop(table, gradients, first, last); });
   };
   if (table.algorithm == Algorithm::kLAMB) {
@@ -123,7 +149,7 @@ float grad_norm_cpu(const StepTable& table, const void* const* gradients, double
                     int num_threads) {
   const auto square_chunks = instruction_set().square_chunks;
   split_chunks(
-      table, count_elements(table, gradients), num_threads,
+      table, gradients, count_elements(table, gradients), num_threads,
       [&](int64_t first, int64_t last) { square_chunks(table, gradients, first, last, sums); });
   double sum = 0.0;
   for (int64_t i = 0; i < table.num_chunks; ++i) sum += sums[i];
