@@ -149,7 +149,7 @@ step = torch.library.custom_op(
     "lrs_ext::step",
     _step,
     mutates_args=("params", "states", "counters", "position"),
-    tags=torch.Tag.cudagraph_unsafe,
+    tags=(torch.Tag.cudagraph_unsafe,),  # torch 2.11 takes no single one
 )
 step.__doc__ = _step.__doc__  # for help()
 

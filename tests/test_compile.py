@@ -1,6 +1,8 @@
 """Under torch.compile: optimizers stay outside of graphs, the operator is inside of one."""
 
 import re
+import runpy
+from unittest import mock
 
 import cases
 import pytest
@@ -210,3 +212,11 @@ def test_the_operator_does_not_pass_other_kernels_for_the_reference(monkeypatch)
 
 def test_the_operator_without_parameters_does_nothing():
     call(params=[], grads=[], states=[], counters=[])
+
+
+def test_the_tags_of_the_operator_are_a_sequence(monkeypatch):
+    """torch 2.11 takes no single tag."""
+    custom_op = mock.Mock()
+    monkeypatch.setattr(torch.library, "custom_op", custom_op)
+    runpy.run_path(functional.__file__)
+    assert [*custom_op.call_args.kwargs["tags"]] == [torch.Tag.cudagraph_unsafe]

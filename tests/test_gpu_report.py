@@ -56,6 +56,17 @@ def test_a_skipped_gpu_test_fails_the_stage(kind, fails, monkeypatch, tmp_path):
     assert gpu_report.run_tests(10, folder=tmp_path)["passed"] is not fails
 
 
+def test_a_file_that_cannot_be_imported_does_not_stop_the_others(monkeypatch, tmp_path):
+    (tmp_path / "test_good.py").write_text("import pytest\n@pytest.mark.gpu\ndef test(): pass\n")
+    (tmp_path / "test_bad.py").write_text("import a_package_that_is_not_here\n")
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # xdist runs them in any case
+    outcome = gpu_report.run_tests(60, folder=tmp_path)
+    assert not outcome["passed"]
+    assert (outcome["counts"]["passed"], len(outcome["failures"])) == (1, 1)
+    assert "test_bad" in outcome["failures"][0]
+
+
 def test_kernels_that_fail_keep_the_cases_before(monkeypatch, tmp_path):
     def run_command(command, limit):
         Path(command[-1]).write_text("[{}, {}]")

@@ -42,7 +42,7 @@ def test_groups_added_later_follow_what_was_set_in_all(probe):
     p.used()
     p.opt.set_schedule(LONGER)
     p.opt.set_schedule(LINEAR, group=0)
-    p.opt.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    p.opt.add_param_group({"params": [torch.zeros_like(p.params[0], requires_grad=True)]})
     assert [group["lr"] for group in p.opt.param_groups] == [LINEAR(1), LONGER(1)]
 
 

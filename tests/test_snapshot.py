@@ -305,7 +305,7 @@ class Lazy(nn.Module):
     def forward(self, x):
         if self.cache is None or len(self.cache) < len(x):
             self.cache = torch.arange(float(len(x)))
-        return self.linear(x) + self.cache[: len(x), None]
+        return self.linear(x) + self.cache[: len(x), None].to(x.dtype)
 
 
 @pytest.mark.parametrize("name", ["adamw", "torch adam"])

@@ -23,7 +23,6 @@ import train_gpt
 from gpt_checkpoint import load_checkpoint, save_checkpoint
 from gpt_config import SCHEDULES, Request, new_config
 from gpt_data import Corpus, load_corpus, sample_batch
-from gpt_job import Job
 from gpt_model import GPT
 
 TINY = shlex.split("--device cpu --layers 1 --width 32 --context 32 --batch-size 4")
@@ -35,15 +34,11 @@ def corpus():
     return load_corpus()
 
 
-@pytest.fixture(autouse=True)
-def quick(corpus, monkeypatch):
-    """Read the text once."""
-    monkeypatch.setattr("gpt_job.load_corpus", lambda: corpus)
-
-
 @pytest.fixture
-def job(capsys, tmp_path):
-    """Runs the job with tiny sizes: (exit code, stdout, stderr)."""
+def job(corpus, monkeypatch, capsys, tmp_path):
+    """Runs the job with tiny sizes and a text read once: (exit code, stdout, stderr)."""
+    gpt_job = pytest.importorskip("gpt_job")  # it imports matplotlib
+    monkeypatch.setattr(gpt_job, "load_corpus", lambda: corpus)
 
     def run(*options, tiny=True):
         sizes = [*TINY, "--out", str(tmp_path)] if tiny else []
@@ -126,8 +121,9 @@ def test_a_run_writes_what_it_prints(job, tmp_path):
 
 
 def test_runs_that_start_in_the_same_second_have_names_of_their_own(tmp_path):
+    gpt_job = pytest.importorskip("gpt_job")  # it imports matplotlib
     request = Request({"device": "cpu"}, resume=None, out=tmp_path)
-    assert len({Job(request).base for _ in range(10)}) == 10
+    assert len({gpt_job.Job(request).base for _ in range(10)}) == 10
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
