@@ -319,5 +319,5 @@ class BesideItself(BesidePlainOne):
 
 
 TestBesidePlainOne, TestBesideItself = BesidePlainOne.TestCase, BesideItself.TestCase
-TestBesidePlainOne.settings = settings(max_examples=100, stateful_step_count=20)
+TestBesidePlainOne.settings = settings(max_examples=200, stateful_step_count=20)
 TestBesideItself.settings = TestBesidePlainOne.settings
