@@ -255,8 +255,10 @@ class HyperSchedules:
         self, groups: list[Group], devices: Sequence[torch.device], step: int
     ) -> HyperSchedules:
         """Returns the same schedules with rows on other devices."""
-        for index, group in enumerate(groups):
-            put_schedules(self._numbers, group, self.in_charge(index))
+        for state, group in zip(self._states, groups, strict=True):
+            for number, followed in state.followed.items():
+                if number.of(group) is followed.shown:
+                    number.put(group, followed.schedule)
         return HyperSchedules(self._numbers, groups, devices, step)
 
     def save(self, index: int, saved_group: Group, shown: Group) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from lrs_ext.optimizers import (
     check_betas,
     check_not_negative,
     check_tensor_lr,
-    number,
 )
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
@@ -96,7 +95,7 @@ class LAMB(ScheduledOptimizer):
 
     @staticmethod
     def _hyper(group: Group) -> dict[str, float]:
-        beta1, beta2 = map(number, group["betas"])
+        beta1, beta2 = group["betas"]
         return {
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],

@@ -64,6 +64,7 @@ def dense_copies(
         copy, like = present.get(tensor), torch.empty_like(tensor, device="meta")
         is_known = copy is not None and (copy.dtype, copy.device) == (tensor.dtype, tensor.device)
         if copy is None or not is_known or not same_layout(copy, like):
-            copy = torch.empty_like(tensor, requires_grad=False)
+            with torch.inference_mode(False):  # later steps outside of that mode write to it too
+                copy = torch.empty_like(tensor, requires_grad=False)
         copies[tensor] = copy
     return copies

@@ -121,6 +121,7 @@ class LearningRates:
             self._follow_schedule(index, group)
         elif lr is not source.seen or self._has_moved(index, lr):
             self._take(source, index, group)
+        source = self._sources[index]
         if isinstance(source.seen, Tensor):
             for row, own_row in zip(source.rows, self._own_rows(index), strict=True):
                 if row is own_row:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from lrs_ext.learning_rates import at_height_of
-from lrs_ext.optimizers import number
 from lrs_ext.schedules import Schedule
+from lrs_ext.tensor_checks import number
 
 
 class ScheduleLR(LRScheduler):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lrs_ext import ops
 from lrs_ext.param_devices import params_of
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
@@ -217,7 +216,7 @@ class Adam(ScheduledOptimizer):
 
     @staticmethod
     def _hyper(group: Group) -> dict[str, float]:
-        beta1, beta2 = map(number, group["betas"])
+        beta1, beta2 = group["betas"]
         return {
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
@@ -360,7 +359,7 @@ class Lion(ScheduledOptimizer):
 
     @staticmethod
     def _hyper(group: Group) -> dict[str, float]:
-        beta1, beta2 = map(number, group["betas"])
+        beta1, beta2 = group["betas"]
         return {
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
@@ -395,11 +394,3 @@ def check_betas(group: Group) -> None:
             )
         if not 0.0 <= float(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {float(beta)}")
-
-
-def number(value: float | Tensor) -> float:
-    """Returns a number as it is, a one-element tensor as a float; waits if that is on a device."""
-    if not isinstance(value, Tensor):
-        return value
-    host_value = ops.host_value(value)
-    return float(value) if host_value is None else host_value

@@ -19,7 +19,7 @@ from lrs_ext.state_storage import Storage
 from lrs_ext.step_counters import StepCounters
 from lrs_ext.step_parts import Selection, Table
 from lrs_ext.table_set import Launches, TableSet
-from lrs_ext.tensor_checks import check_params, checked_gradient
+from lrs_ext.tensor_checks import check_params, checked_gradient, number
 
 
 class Preparation:
@@ -100,7 +100,7 @@ class Preparation:
         names = []
         for index, group in enumerate(groups):
             fixed = self._numbers.sync(index, group, self._rule.check)
-            hyper = self._rule.hyper(fixed)
+            hyper = self._hyper(fixed)
             for tables in self.tables.all:
                 tables.write(index, hyper)
             names.append(self._rule.state_names(fixed))
@@ -111,6 +111,10 @@ class Preparation:
 
     def _fixed(self, groups: list[Group]) -> list[Group]:
         return [self._numbers.hyper_schedules.fixed(i, group) for i, group in enumerate(groups)]
+
+    def _hyper(self, fixed: Group) -> dict[str, float]:
+        # Tensors may change in their place, so that only their numbers can be compared later.
+        return {name: number(value) for name, value in self._rule.hyper(fixed).items()}
 
     # The capture of a CUDA graph
 
@@ -141,7 +145,7 @@ class Preparation:
 
     def _check_written(self, groups: list[Group]) -> None:
         for index, fixed in enumerate(self._fixed(groups)):
-            is_written = self.tables.has_written(index, self._rule.hyper(fixed))
+            is_written = self.tables.has_written(index, self._hyper(fixed))
             is_synced = is_written and self._numbers.is_synced(index, groups[index])
             capture_checks.check_synced(index, is_synced)
 

@@ -367,8 +367,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             rates = self._numbers.rates
             self._take_groups(self._preparation.counters, rates.step, rates.buffer.capacity)
         for index, group in enumerate(self.param_groups):
-            # Whose learning rate was put aside for a while, and is back, is in charge again.
-            self._numbers.rates.sync(index, group)
+            # A schedule that was put there, or put aside for a while and back, is in charge.
+            self._numbers.sync(index, group, self._check)
         handle = self.register_load_state_dict_pre_hook(wrap_tensors)
         try:
             super().load_state_dict(state_dict)

@@ -288,7 +288,7 @@ class Storage:
             return
         state[name] = checked_state(param, name, value, self.state_dtype)
         if scale is not None:
-            state[name + _SCALE_SUFFIX] = scale.to(param.device)
+            state[name + _SCALE_SUFFIX] = scale.to(param.device, torch.float32).contiguous()
 
     def _zeros(
         self, param: Tensor, name: str, device: torch.device | str | None = None

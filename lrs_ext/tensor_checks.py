@@ -144,6 +144,14 @@ def check_numbers(hyper: Mapping[str, float]) -> None:
             raise ValueError(f"{name} must be finite, got {value}")
 
 
+def number(value: float | Tensor) -> float:
+    """Returns a number as it is, a one-element tensor as a float; waits if that is on a device."""
+    if not isinstance(value, Tensor):
+        return value
+    host_value = ops.host_value(value)
+    return float(value) if host_value is None else host_value
+
+
 def step_counter(param: Tensor, count: Any) -> Tensor:
     """Returns `count`, a number or a tensor, as a count of updates: float32, 0-d."""
     if not isinstance(count, Tensor):  # a copy from the host would wait for the device

@@ -66,6 +66,17 @@ def test_numbers_that_move(devices, row):
         twins.step()
 
 
+@pytest.mark.parametrize("number", [0.125, lrs_ext.linear(0.25, 5)])
+def test_a_number_put_there_before_a_group_on_another_device_counts(devices, number):
+    here, there = (place(torch.ones(3), device) for device in devices)
+    opt = lrs_ext.AdamW([here], lr=0.1, weight_decay=lrs_ext.linear(0.5, 5))
+    opt.param_groups[0]["weight_decay"] = number
+    opt.add_param_group({"params": [there], "weight_decay": 0.0})
+    opt.sync_groups()
+    shown = number if isinstance(number, float) else number(0)
+    assert opt.param_groups[0]["weight_decay"] == shown
+
+
 def test_a_device_without_gradients_keeps_up(devices):
     twins = Twins(devices)
     twins.step()

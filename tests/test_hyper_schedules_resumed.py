@@ -68,6 +68,18 @@ def test_floats_that_took_over_are_resumed_too(row):
     assert set(numbers_in(resumed.param_groups[0], row).values()) == {0.125}
 
 
+def test_what_was_put_there_before_a_checkpoint_of_torch_counts():
+    param = torch.zeros((), requires_grad=True)
+    theirs = torch.optim.AdamW([param], weight_decay=0.125)
+    opt = lrs_ext.AdamW([param], betas=(LINEAR, 0.9))
+    opt.param_groups[0].update(weight_decay=LINEAR, betas=(0.25, 0.9))
+    opt.load_state_dict(theirs.state_dict())
+    for k in range(2):
+        group = opt.param_groups[0]
+        assert (group["weight_decay"], group["betas"]) == (LINEAR(k), theirs.defaults["betas"])
+        update([param], opt, k)
+
+
 def test_a_number_changed_in_the_checkpoint_is_believed():
     opt = make_sgd(weight_decay=LINEAR, momentum=lrs_ext.linear(0.5, 5))
     used_decay(opt)

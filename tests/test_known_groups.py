@@ -234,6 +234,25 @@ def test_what_may_change_in_its_place_is_looked_at_in_each_step(betas):
     assert not torch.equal(row, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"), [("AdamW", "weight_decay"), ("AdamW", "eps"), ("SGD", "momentum")]
+)
+def test_a_tensor_that_changes_in_its_place_counts_from_the_next_step(name, key):
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    numbers = [torch.tensor(0.5), 0.5]
+    opts = [
+        getattr(lrs_ext, name)([param], lr=0.1, **{key: number})
+        for param, number in zip(params, numbers, strict=True)
+    ]
+    for param, opt in zip(params, opts, strict=True):
+        update(param, opt, 2)
+    numbers[0].fill_(0.25)
+    opts[1].param_groups[0][key] = 0.25
+    for param, opt in zip(params, opts, strict=True):
+        update(param, opt, 2)
+    assert torch.equal(*params)
+
+
 def test_an_invalid_number_is_an_error_in_each_step():
     param, opt = make()
     update(param, opt, 2)

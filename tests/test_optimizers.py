@@ -288,6 +288,16 @@ def test_gaps_between_elements_keep_their_contents(backend, row, dtype):
     assert not torch.equal(base[inside], before[inside])
 
 
+def test_gaps_in_steps_in_and_outside_of_inference_mode():
+    param = torch.zeros(3, 2)[:, 0].requires_grad_()
+    opt = lrs_ext.SGD([param], lr=0.25)
+    for is_inference in (True, False, True):
+        param.grad = torch.ones(3)
+        with torch.inference_mode(is_inference):
+            opt.step()
+    assert param.tolist() == [-0.75] * 3
+
+
 @dtypes
 @state_updates
 def test_slices_of_one_buffer_touch_nothing_outside(backend, row, dtype):

@@ -70,8 +70,9 @@ def test_a_longer_schedule_gets_a_longer_buffer_at_the_same_step(probe):
         assert p.used() == [float32(LONGER(k)), float32(LINEAR(k))]
 
 
-def test_a_float_and_a_tensor_give_way(probe, backend):
-    tensor = torch.tensor(0.5, device=backend.device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_float_and_a_tensor_give_way(probe, backend, dtype):
+    tensor = torch.tensor(0.5, dtype=dtype, device=backend.device)
     p = probe(0.1, tensor)
     p.used()
     p.opt.set_schedule(LONGER)

@@ -132,6 +132,20 @@ def test_scales_of_another_dtype_are_powers_of_two_too(dtype):
     update([param], opt, 1)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda s: torch.stack([s, s], 1)[:, 0]])
+def test_scales_that_are_replaced_by_hand_are_converted(change):
+    params = [torch.zeros(600, requires_grad=True) for _ in range(2)]
+    opts = [lrs_ext.AdamW([param], lr=REX, state_dtype=torch.uint8) for param in params]
+    for param, opt in zip(params, opts, strict=True):
+        update([param], opt, 0)
+    state = opts[0].state[params[0]]
+    for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+        state[name] = change(state[name])
+    for param, opt in zip(params, opts, strict=True):
+        update([param], opt, 1)
+    assert all(map(torch.equal, states_of(opts[0]), states_of(opts[1])))
+
+
 def error_bound(dtype, name, value):
     """What one conversion of a number may change: half a rounding step, of the block or its own."""
     if dtype == torch.float32:
