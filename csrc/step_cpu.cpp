@@ -15,7 +15,7 @@ namespace {
 
 // Below this many elements a parallel region costs more than it saves.
 constexpr int64_t kSerialElements = 32768;
-// What a tensor costs besides its elements, in elements.
+// What a tensor costs besides its elements, in elements: some 100 ns on a Xeon.
 constexpr int64_t kTensorWork = 256;
 
 struct InstructionSet {
