@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -387,10 +387,12 @@ class LearningRates:
                 row[: len(old)].copy_(old)
                 row[len(old) :].copy_(old[-1])
         for index, old_source in enumerate(sources):
-            if old_source.refill is not None:
-                source = rates._sources[index]
-                source.refill, source.scheduled = old_source.refill, old_source.scheduled
-                source.seen = groups[index]["lr"] if index in kept else None
+            source = rates._sources[index]
+            if source.schedule is None and old_source.scheduled is not None:
+                # The very float may hand back to whoever has been in charge.
+                rates.buffer.schedules[index] = old_source.schedule
+                seen = groups[index]["lr"] if index in kept else None
+                rates._sources[index] = replace(old_source, rows=source.rows, seen=seen)
         return rates
 
     @property

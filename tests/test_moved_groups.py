@@ -133,3 +133,26 @@ def test_a_captured_graph_and_a_driver_keep_their_groups(probe):
     run.groups.reverse()
     with pytest.raises(RuntimeError, match="removed or put in another order under AutoLRS"):
         run.used()
+
+
+CHANGES = {
+    "a new group": lambda opt, new: opt.add_param_group({"params": [new]}),
+    "one removed": lambda opt, _: opt.param_groups.pop(0),
+    "longer rows": lambda opt, _: opt.set_schedule(lrs_ext.linear(0.5, 16), group=0),
+}
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_schedule_that_was_put_aside_may_be_handed_back(probe, change, is_seen):
+    run = probe(*LRS)
+    run.used()
+    group = run.groups[1]
+    found, group["lr"] = group["lr"], 0.0
+    if is_seen:
+        assert run.used()[1] == 0.0
+    CHANGES[change](run.opt, torch.zeros_like(run.params[0], requires_grad=True))
+    assert run.used()[1] == 0.0
+    group["lr"] = found
+    step = 2 + is_seen
+    assert [run.used()[1], run.used()[1]] == [pytest.approx(LRS[1](step + k)) for k in range(2)]
