@@ -45,6 +45,8 @@ class GroupNumbers:
         hyper_schedules: the other numbers.
     """
 
+    _notes: list[Note]
+
     def __init__(
         self,
         numbers: Sequence[MovableNumber],
@@ -108,10 +110,10 @@ class GroupNumbers:
         """Takes the numbers of the groups along to where these are now, from `places`."""
         self.rates = self.rates.rebuilt(groups, self.devices, places=places)
         self.hyper_schedules.rearrange(places)
-        self._renew_notes(groups)
+        self._notes = [self._notes[place] for place in places]
 
     def _renew_notes(self, groups: list[Group]) -> None:
-        self._notes: list[Note] = [{} for _ in groups]
+        self._notes = [{} for _ in groups]
         for group, note in zip(groups, self._notes, strict=True):
             group["schedule"] = note
 
@@ -158,7 +160,8 @@ class GroupNumbers:
         self.hyper_schedules.add(groups[-1], self.rates.step)
         if is_new_device:
             self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
-        self._renew_notes(groups)
+        self._notes.append({})
+        groups[-1]["schedule"] = self._notes[-1]
 
     def move(self, groups: list[Group], devices: Sequence[torch.device]) -> None:
         """Moves everything to other devices."""

@@ -388,7 +388,10 @@ class LearningRates:
                 row[len(old) :].copy_(old[-1])
         for index, old_source in enumerate(sources):
             source = rates._sources[index]
-            if source.schedule is None and old_source.scheduled is not None:
+            if index in filled:
+                if source.scheduled == old_source.scheduled:  # which wrappers have in their groups
+                    source.scheduled = source.seen = groups[index]["lr"] = old_source.scheduled
+            elif source.schedule is None and old_source.scheduled is not None:
                 # The very float may hand back to whoever has been in charge.
                 rates.buffer.schedules[index] = old_source.schedule
                 seen = groups[index]["lr"] if index in kept else None
