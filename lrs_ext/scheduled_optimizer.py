@@ -101,9 +101,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         """Returns what torch does, with the schedules that are in charge of each group."""
         lines = [f"{type(self).__name__} ("]
+        places = self._numbers.places_before(self.param_groups)
         for index, group in enumerate(self.param_groups):
-            is_known = index < self._preparation.tables.num_groups  # else it waits for a load
-            shown = {**group, "schedule": self._numbers.schedules(index) if is_known else {}}
+            place = index if places is None else places[index]
+            is_known = place < self._preparation.tables.num_groups  # else it waits for a load
+            shown = {**group, "schedule": self._numbers.schedules(place) if is_known else {}}
             lines.append(f"Parameter Group {index}")
             lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
         return "\n".join([*lines, ")"])

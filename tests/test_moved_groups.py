@@ -69,6 +69,8 @@ def test_what_is_asked_first_follows(probe, move):
     schedules = {run.params[i]: LRS[i] for i in range(4)}
     MOVES[move](run.groups)
     expected = [pytest.approx(schedules[group["params"][0]](1)) for group in run.groups]
+    shown = [line for line in repr(run.opt).splitlines() if line.startswith("    schedule: ")]
+    assert shown == [f"    schedule: { {'lr': schedules[g['params'][0]]} }" for g in run.groups]
     assert [copy.deepcopy(run.opt).current_lr(), run.opt.current_lr()] == [expected, expected]
     saved = run.opt.state_dict()
     run.used()
