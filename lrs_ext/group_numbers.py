@@ -71,8 +71,8 @@ class GroupNumbers:
         """Returns whether somebody has put the position of a checkpoint into a group.
 
         Raises:
-            RuntimeError: there are more or fewer groups than before; or somebody has put those of a
-                checkpoint there that has no position, where a schedule is in charge.
+            RuntimeError: there are more or fewer groups than before; or a schedule is in charge
+                where somebody has put another group, such as one of a checkpoint without positions.
         """
         if len(groups) != len(self._notes):
             raise RuntimeError(
@@ -90,9 +90,9 @@ class GroupNumbers:
             has_note = isinstance(groups[index].get("schedule"), dict)
             if has_note and self.schedules(index) and not self.is_synced(index, groups[index]):
                 raise RuntimeError(
-                    f"group {index} comes from a checkpoint without its position in the schedule, "
-                    "such as a wrapper makes of its own groups: save and load the state_dict() of "
-                    "the optimizer of lrs_ext inside of it"
+                    f"group {index} is not the one that was there, and has no position in the "
+                    "schedule: add groups with add_param_group; where a wrapper saves groups of "
+                    "its own, save and load the state_dict() of the optimizer inside of it"
                 )
         return False
 

@@ -124,6 +124,14 @@ def test_groups_that_nobody_knows_are_an_error(probe):
         run.used()
 
 
+def test_one_that_takes_the_place_of_another_is_an_error_where_a_schedule_is_in_charge(probe):
+    run = probe(*LRS[:2])
+    removed = run.groups.pop(0)
+    run.groups.append({**removed, "lr": LRS[2], "schedule": {}})
+    with pytest.raises(RuntimeError, match=r"group 0 is not the one .* groups with add_param"):
+        run.used()
+
+
 def test_a_captured_graph_and_a_driver_keep_their_groups(probe):
     run = probe(*LRS)
     run.opt.was_captured = True
