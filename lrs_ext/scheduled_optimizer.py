@@ -129,6 +129,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     @property
     def schedule_buffers(self) -> dict[torch.device, ScheduleBuffer]:
         """The learning rates on each device: twins, of which all get what one is given."""
+        self._take_loaded_groups()
         return dict(self._numbers.rates.buffers)
 
     def lr_tensor(self, group: int = 0) -> Tensor:

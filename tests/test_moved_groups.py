@@ -117,6 +117,15 @@ def test_what_the_host_has_put_there_goes_along(probe):
     assert run.used() == [pytest.approx(lr) for lr in (1.0 - 2 / 16, LRS[0](2), 0.5, 0.0)]
 
 
+def test_the_buffers_are_those_of_the_groups_as_they_lie_now(probe):
+    run = probe(*LRS)
+    run.used()
+    run.groups.reverse()
+    [buffer] = run.opt.schedule_buffers.values()
+    buffer.write_(0, 0.75, steps=1)
+    assert run.used() == pytest.approx([LRS[0](1), LRS[1](1), LRS[2](1), 0.75])
+
+
 def test_groups_that_nobody_knows_are_an_error(probe):
     run = probe(*LRS)
     run.groups.append({**run.groups[0], "params": []})
