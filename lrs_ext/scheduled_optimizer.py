@@ -363,6 +363,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             ValueError: the parameter groups do not match, as in torch, or states do not.
             RuntimeError: there are more or fewer than before, and a CUDA graph holds a step.
         """
+        self._complete(self.param_groups)
         self._follow_places()
         if len(self.param_groups) != self._preparation.tables.num_groups:
             if self.was_captured:
@@ -592,12 +593,16 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._numbers.rearrange(self.param_groups, places)
             self._preparation.forget_tables(self.param_groups)
 
-    @torch.no_grad()
-    def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
-        # Whatever can be wrong with the checkpoint comes to light before anything is changed.
+    def _complete(self, groups: list[Group]) -> None:
+        """Gives groups that somebody else has made the options that they lack."""
         for group in groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+    @torch.no_grad()
+    def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
+        # Whatever can be wrong with the checkpoint comes to light before anything is changed.
+        self._complete(groups)
         names = STATE_NAMES[self.algorithm]
         states = unwrap_states(saved_state, self.state, self._storage, names)
         needed = names[: FEWEST_STATES[self.algorithm]]
