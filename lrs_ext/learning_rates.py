@@ -375,8 +375,11 @@ class LearningRates:
                 "the parameter groups have been removed or put in another order under AutoLRS or "
                 "ReduceOnPlateau: do it before that is made"
             )
+        kept = [i for i, p in enumerate(places) if groups[i]["lr"] is self._sources[p].seen]
+        for index in kept:
+            if self.buffer.schedules[places[index]] is not self._sources[places[index]].schedule:
+                self._follow_schedule(places[index], groups[index])
         sources = [self._sources[place] for place in places]
-        kept = [i for i, s in enumerate(sources) if groups[i]["lr"] is s.seen]
         schedules = [(index, self.schedule(places[index])) for index in kept]
         filled = {index: schedule for index, schedule in schedules if schedule is not None}
         capacity = max(capacity, self.buffer.capacity)

@@ -175,3 +175,15 @@ def test_a_schedule_that_was_put_aside_may_be_handed_back(probe, change, is_seen
     group["lr"] = found
     step = 2 + is_seen
     assert [run.used()[1], run.used()[1]] == [pytest.approx(LRS[1](step + k)) for k in range(2)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_row_that_was_filled_before_keeps_its_schedule(probe, change):
+    run = probe(*LRS)
+    run.used()
+    group, schedule = run.groups[1], lrs_ext.linear(0.75, 8)
+    run.buffer.fill_(1, schedule)
+    CHANGES[change](run.opt, torch.zeros_like(run.params[0], requires_grad=True))
+    assert run.used()[1] == pytest.approx(schedule(1))
+    assert group["lr"] == schedule(2)
+    assert repr(schedule) in repr(run.opt)
