@@ -73,6 +73,15 @@ def check_state_names(tables: TableSet, names: list[list[str]]) -> None:
         )
 
 
+def check_places(are_in_place: bool) -> None:
+    """Raises RuntimeError if the groups are not those of the last step."""
+    if not are_in_place:
+        raise RuntimeError(
+            "parameter groups have been added, removed or put in another order since the last "
+            "step: make a step before the capture"
+        )
+
+
 def check_synced(index: int, is_synced: bool) -> None:
     """Raises RuntimeError if the step would write numbers of group `index` to the device."""
     if not is_synced:

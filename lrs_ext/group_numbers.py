@@ -45,6 +45,8 @@ class GroupNumbers:
         hyper_schedules: the other numbers.
     """
 
+    _notes: list[Note]
+
     def __init__(
         self,
         numbers: Sequence[MovableNumber],
@@ -69,8 +71,8 @@ class GroupNumbers:
         """Returns whether somebody has put the position of a checkpoint into a group.
 
         Raises:
-            RuntimeError: there are more or fewer groups than before; or somebody has put those of a
-                checkpoint there that has no position, where a schedule is in charge.
+            RuntimeError: there are more or fewer groups than before; or a schedule is in charge
+                where somebody has put another group, such as one of a checkpoint without positions.
         """
         if len(groups) != len(self._notes):
             raise RuntimeError(
@@ -88,9 +90,9 @@ class GroupNumbers:
             has_note = isinstance(groups[index].get("schedule"), dict)
             if has_note and self.schedules(index) and not self.is_synced(index, groups[index]):
                 raise RuntimeError(
-                    f"group {index} comes from a checkpoint without its position in the schedule, "
-                    "such as a wrapper makes of its own groups: save and load the state_dict() of "
-                    "the optimizer of lrs_ext inside of it"
+                    f"group {index} is not the one that was there, and has no position in the "
+                    "schedule: add groups with add_param_group; where a wrapper saves groups of "
+                    "its own, save and load the state_dict() of the optimizer inside of it"
                 )
         return False
 
@@ -108,10 +110,10 @@ class GroupNumbers:
         """Takes the numbers of the groups along to where these are now, from `places`."""
         self.rates = self.rates.rebuilt(groups, self.devices, places=places)
         self.hyper_schedules.rearrange(places)
-        self._renew_notes(groups)
+        self._notes = [self._notes[place] for place in places]
 
     def _renew_notes(self, groups: list[Group]) -> None:
-        self._notes: list[Note] = [{} for _ in groups]
+        self._notes = [{} for _ in groups]
         for group, note in zip(groups, self._notes, strict=True):
             group["schedule"] = note
 
@@ -158,7 +160,8 @@ class GroupNumbers:
         self.hyper_schedules.add(groups[-1], self.rates.step)
         if is_new_device:
             self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
-        self._renew_notes(groups)
+        self._notes.append({})
+        groups[-1]["schedule"] = self._notes[-1]
 
     def move(self, groups: list[Group], devices: Sequence[torch.device]) -> None:
         """Moves everything to other devices."""

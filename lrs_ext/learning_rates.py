@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -375,8 +375,11 @@ class LearningRates:
                 "the parameter groups have been removed or put in another order under AutoLRS or "
                 "ReduceOnPlateau: do it before that is made"
             )
+        kept = [i for i, p in enumerate(places) if groups[i]["lr"] is self._sources[p].seen]
+        for index in kept:
+            if self.buffer.schedules[places[index]] is not self._sources[places[index]].schedule:
+                self._follow_schedule(places[index], groups[index])
         sources = [self._sources[place] for place in places]
-        kept = [i for i, s in enumerate(sources) if groups[i]["lr"] is s.seen]
         schedules = [(index, self.schedule(places[index])) for index in kept]
         filled = {index: schedule for index, schedule in schedules if schedule is not None}
         capacity = max(capacity, self.buffer.capacity)
@@ -387,10 +390,15 @@ class LearningRates:
                 row[: len(old)].copy_(old)
                 row[len(old) :].copy_(old[-1])
         for index, old_source in enumerate(sources):
-            if old_source.refill is not None:
-                source = rates._sources[index]
-                source.refill, source.scheduled = old_source.refill, old_source.scheduled
-                source.seen = groups[index]["lr"] if index in kept else None
+            source = rates._sources[index]
+            if index in filled:
+                if source.scheduled == old_source.scheduled:  # which wrappers have in their groups
+                    source.scheduled = source.seen = groups[index]["lr"] = old_source.scheduled
+            elif source.schedule is None and old_source.scheduled is not None:
+                # The very float may hand back to whoever has been in charge.
+                rates.buffer.schedules[index] = old_source.schedule
+                seen = groups[index]["lr"] if index in kept else None
+                rates._sources[index] = replace(old_source, rows=source.rows, seen=seen)
         return rates
 
     @property

@@ -144,6 +144,7 @@ class Preparation:
         self._check_written(groups)
 
     def _check_written(self, groups: list[Group]) -> None:
+        capture_checks.check_places(self._numbers.are_in_place(groups))
         for index, fixed in enumerate(self._fixed(groups)):
             is_written = self.tables.has_written(index, self._hyper(fixed))
             is_synced = is_written and self._numbers.is_synced(index, groups[index])

@@ -101,9 +101,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         """Returns what torch does, with the schedules that are in charge of each group."""
         lines = [f"{type(self).__name__} ("]
+        places = self._numbers.places_before(self.param_groups)
         for index, group in enumerate(self.param_groups):
-            is_known = index < self._preparation.tables.num_groups  # else it waits for a load
-            shown = {**group, "schedule": self._numbers.schedules(index) if is_known else {}}
+            place = index if places is None else places[index]
+            is_known = place < self._preparation.tables.num_groups  # else it waits for a load
+            shown = {**group, "schedule": self._numbers.schedules(place) if is_known else {}}
             lines.append(f"Parameter Group {index}")
             lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
         return "\n".join([*lines, ")"])
@@ -127,6 +129,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     @property
     def schedule_buffers(self) -> dict[torch.device, ScheduleBuffer]:
         """The learning rates on each device: twins, of which all get what one is given."""
+        self._take_loaded_groups()
         return dict(self._numbers.rates.buffers)
 
     def lr_tensor(self, group: int = 0) -> Tensor:
@@ -360,6 +363,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             ValueError: the parameter groups do not match, as in torch, or states do not.
             RuntimeError: there are more or fewer than before, and a CUDA graph holds a step.
         """
+        self._complete(self.param_groups)
         self._follow_places()
         if len(self.param_groups) != self._preparation.tables.num_groups:
             if self.was_captured:
@@ -589,12 +593,16 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._numbers.rearrange(self.param_groups, places)
             self._preparation.forget_tables(self.param_groups)
 
-    @torch.no_grad()
-    def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
-        # Whatever can be wrong with the checkpoint comes to light before anything is changed.
+    def _complete(self, groups: list[Group]) -> None:
+        """Gives groups that somebody else has made the options that they lack."""
         for group in groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+    @torch.no_grad()
+    def _load(self, saved_state: dict[Any, Any], groups: list[Group]) -> None:
+        # Whatever can be wrong with the checkpoint comes to light before anything is changed.
+        self._complete(groups)
         names = STATE_NAMES[self.algorithm]
         states = unwrap_states(saved_state, self.state, self._storage, names)
         needed = names[: FEWEST_STATES[self.algorithm]]

@@ -145,9 +145,17 @@ def check_numbers(hyper: Mapping[str, float]) -> None:
 
 
 def number(value: float | Tensor) -> float:
-    """Returns a number as it is, a one-element tensor as a float; waits if that is on a device."""
+    """Returns a number as it is, a one-element tensor as a float; waits if that is on a device.
+
+    Raises:
+        ValueError: it is a tensor of another size.
+    """
     if not isinstance(value, Tensor):
         return value
+    if value.numel() != 1:
+        raise ValueError(
+            f"a tensor as a number of a group must be 1-element, got shape {tuple(value.shape)}"
+        )
     host_value = ops.host_value(value)
     return float(value) if host_value is None else host_value
 

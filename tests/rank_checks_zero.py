@@ -236,3 +236,18 @@ def what_the_host_changes_after_loading_counts(folder):
         outer["lr"], outer["schedule"] = own["lr"], own["schedule"]
     rescheduled.update(range(3, 5))
     assert rescheduled.numbers()["shown"] == [longer(5), REX.scaled(0.1)(5)]
+
+
+def a_group_that_is_added_leaves_the_schedules_in_charge():
+    lr = lrs_ext.linear(0.5, 8)
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    opt = ZeroRedundancyOptimizer(params[:2], lrs_ext.SGD, lr=lr, weight_decay=lr)
+    for step in range(4):
+        if step == 2:
+            opt.add_param_group({"params": params[2:], "lr": 0.25})
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        group = opt.param_groups[0]
+        assert [group["lr"], group["weight_decay"]] == [lr(step + 1)] * 2
+    assert [group["lr"] for group in opt.optim.param_groups] == [lr(4), 0.25]

@@ -262,6 +262,21 @@ def test_there_are_no_new_groups_after_a_capture(capture):
     assert len(opt.param_groups) == 2
 
 
+@pytest.mark.parametrize("move", [list.reverse, list.pop, lambda groups: groups.append(groups[0])])
+def test_groups_that_have_moved_are_refused(capture, move):
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    opt = lrs_ext.SGD([{"params": [param]} for param in params], lr=0.1)
+    for param in params:
+        param.grad = torch.ones(3)
+    opt.step()
+    buffer = opt.schedule_buffer
+    move(opt.param_groups)
+    capture(opt)
+    with pytest.raises(RuntimeError, match="groups have been added, removed or put in another ord"):
+        opt.step()
+    assert opt._numbers.rates.buffer is buffer
+
+
 @pytest.fixture
 def triton_capture(capture, monkeypatch):
     """As `capture`, of a step by Triton's kernels, which may pin no memory in it."""

@@ -253,6 +253,16 @@ def test_a_tensor_that_changes_in_its_place_counts_from_the_next_step(name, key)
     assert torch.equal(*params)
 
 
+@pytest.mark.parametrize("shape", [(2,), (0,)])
+@pytest.mark.parametrize("key", ["weight_decay", "eps", "betas"])
+def test_a_tensor_that_is_not_one_number_is_an_error(key, shape):
+    param, opt = make()
+    value = torch.zeros(shape)
+    opt.param_groups[0][key] = (value, value) if key == "betas" else value
+    with pytest.raises(ValueError, match="must be 1-element, got shape"):
+        update(param, opt, 2)
+
+
 def test_an_invalid_number_is_an_error_in_each_step():
     param, opt = make()
     update(param, opt, 2)

@@ -69,6 +69,8 @@ def test_what_is_asked_first_follows(probe, move):
     schedules = {run.params[i]: LRS[i] for i in range(4)}
     MOVES[move](run.groups)
     expected = [pytest.approx(schedules[group["params"][0]](1)) for group in run.groups]
+    shown = [line for line in repr(run.opt).splitlines() if line.startswith("    schedule: ")]
+    assert shown == [f"    schedule: { {'lr': schedules[g['params'][0]]} }" for g in run.groups]
     assert [copy.deepcopy(run.opt).current_lr(), run.opt.current_lr()] == [expected, expected]
     saved = run.opt.state_dict()
     run.used()
@@ -115,10 +117,27 @@ def test_what_the_host_has_put_there_goes_along(probe):
     assert run.used() == [pytest.approx(lr) for lr in (1.0 - 2 / 16, LRS[0](2), 0.5, 0.0)]
 
 
+def test_the_buffers_are_those_of_the_groups_as_they_lie_now(probe):
+    run = probe(*LRS)
+    run.used()
+    run.groups.reverse()
+    [buffer] = run.opt.schedule_buffers.values()
+    buffer.write_(0, 0.75, steps=1)
+    assert run.used() == pytest.approx([LRS[0](1), LRS[1](1), LRS[2](1), 0.75])
+
+
 def test_groups_that_nobody_knows_are_an_error(probe):
     run = probe(*LRS)
     run.groups.append({**run.groups[0], "params": []})
     with pytest.raises(RuntimeError, match="are 5 parameter groups where there were 4: add them"):
+        run.used()
+
+
+def test_one_that_takes_the_place_of_another_is_an_error_where_a_schedule_is_in_charge(probe):
+    run = probe(*LRS[:2])
+    removed = run.groups.pop(0)
+    run.groups.append({**removed, "lr": LRS[2], "schedule": {}})
+    with pytest.raises(RuntimeError, match=r"group 0 is not the one .* groups with add_param"):
         run.used()
 
 
@@ -133,3 +152,38 @@ def test_a_captured_graph_and_a_driver_keep_their_groups(probe):
     run.groups.reverse()
     with pytest.raises(RuntimeError, match="removed or put in another order under AutoLRS"):
         run.used()
+
+
+CHANGES = {
+    "a new group": lambda opt, new: opt.add_param_group({"params": [new]}),
+    "one removed": lambda opt, _: opt.param_groups.pop(0),
+    "longer rows": lambda opt, _: opt.set_schedule(lrs_ext.linear(0.5, 16), group=0),
+}
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_schedule_that_was_put_aside_may_be_handed_back(probe, change, is_seen):
+    run = probe(*LRS)
+    run.used()
+    group = run.groups[1]
+    found, group["lr"] = group["lr"], 0.0
+    if is_seen:
+        assert run.used()[1] == 0.0
+    CHANGES[change](run.opt, torch.zeros_like(run.params[0], requires_grad=True))
+    assert run.used()[1] == 0.0
+    group["lr"] = found
+    step = 2 + is_seen
+    assert [run.used()[1], run.used()[1]] == [pytest.approx(LRS[1](step + k)) for k in range(2)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_row_that_was_filled_before_keeps_its_schedule(probe, change):
+    run = probe(*LRS)
+    run.used()
+    group, schedule = run.groups[1], lrs_ext.linear(0.75, 8)
+    run.buffer.fill_(1, schedule)
+    CHANGES[change](run.opt, torch.zeros_like(run.params[0], requires_grad=True))
+    assert run.used()[1] == pytest.approx(schedule(1))
+    assert group["lr"] == schedule(2)
+    assert repr(schedule) in repr(run.opt)

@@ -144,6 +144,19 @@ class CopyingCounter(Counter):
         return copy.deepcopy(super().state_dict())
 
 
+class Loader:
+    """Something that goes on in its next epoch where the state that is loaded has been."""
+
+    def __init__(self):
+        self.generator, self.start = torch.Generator(), 0
+
+    def state_dict(self):
+        return {"start": 7, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.start = state["start"]
+
+
 def test_extra_state_is_rolled_back():
     model = make_model()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -248,6 +261,14 @@ def test_extra_state_may_be_rolled_back_on_the_device(kind, bad):
         copied.restore_where(torch.tensor(bad))
     assert counter.count == 5
     assert counter.mean.isnan().tolist() == 2 * [not bad]
+
+
+def test_a_loader_is_left_alone_where_the_device_decides():
+    model, loader = make_model(), Loader()
+    copied = Snapshot(model, OPTIMIZERS["adamw"](model.parameters()), (loader,))
+    copied.capture()
+    copied.restore_where(torch.tensor(True))
+    assert loader.start == 0
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

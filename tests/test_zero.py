@@ -38,6 +38,7 @@ def test_another_number_of_ranks_goes_on(name, tmp_path):
         "a_rank_without_gradients_keeps_up",
         "a_plateau_reduces_the_rates_of_every_rank",
         "errors_say_the_way_out",
+        "a_group_that_is_added_leaves_the_schedules_in_charge",
     ],
 )
 def test_shares(engine, check):

@@ -310,9 +310,9 @@ def restore_tensors_where(bad: Tensor, live: Any, saved: Any) -> None:
 
 
 def share_memory(first: Any, second: Any) -> bool:
-    """Returns whether the tensors of two states of one object lie at the same places."""
+    """Returns whether two states of one object have their floating-point tensors at one place."""
     pairs = zip(tensors_in(first), tensors_in(second), strict=True)
-    return all(local(one).is_set_to(local(other)) for one, other in pairs)
+    return all(local(a).is_set_to(local(b)) for a, b in pairs if a.is_floating_point())
 
 
 def tensors_in(state: Any) -> Iterator[Tensor]:

@@ -161,7 +161,8 @@ class Snapshot:
     def restore_where(self, bad: Tensor) -> None:
         """Puts back tensors where `bad`, bool, 0-d, is true; schedules and random numbers go on.
 
-        An extra object whose state has copies of its tensors gets them back, `bad` or not.
+        An extra object whose state has copies of its floating-point tensors gets it back, `bad` or
+        not. A loader, whose random numbers are bytes, does not: it might start from there again.
 
         Optimizer state that is younger than the copy becomes zero, where it starts in torch too;
         only numbers other than the step, such as NAdam's product of momenta, which starts at one,
