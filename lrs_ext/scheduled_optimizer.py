@@ -243,7 +243,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             fixed = with_peaks(self._movable, group)
             self._check(fixed)
             check_numbers(self._hyper(fixed))
-            select_backends(self._requested_backend, params_of(self.param_groups))
+            if fixed["params"]:
+                select_backends(self._requested_backend, fixed["params"])
             check_params(fixed["params"], type(self).__name__)
             self._storage.check(fixed["params"], self._state_names(fixed))
         except Exception:

@@ -47,6 +47,7 @@ def move_learning_rates(optimizer):
 
 
 ACTIONS = {
+    "constructor": lambda optimizer: make(len(optimizer.param_groups)),
     "current_lr": lambda optimizer: optimizer.current_lr(),
     "set_schedule": lambda optimizer: optimizer.set_schedule(lrs_ext.linear(0.2, total_steps=9)),
     "step": move_learning_rates,
