@@ -1,4 +1,4 @@
-"""What the host does grows no faster than the number of parameter groups."""
+"""What the host does grows no faster than what there is to do."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lrs_ext
+from lrs_ext.state_storage import Storage
 
 PACKAGE = str(Path(lrs_ext.__file__).parent)
 
@@ -61,3 +62,15 @@ def test_twice_the_groups_take_twice_the_calls(name):
     action = ACTIONS[name]
     few, many = started(30), started(60)
     assert calls_of(lambda: action(many)) < 2.1 * calls_of(lambda: action(few))
+
+
+def test_a_gradient_in_another_layout_takes_no_look_at_the_states(monkeypatch):
+    params = [torch.zeros(3, 2, requires_grad=True) for _ in range(2)]
+    optimizer = lrs_ext.SGD(params, lr=1.0, momentum=0.5)
+    for count in range(1, 4):
+        params[0].grad = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).t()
+        params[1].grad = torch.ones(3, 2)
+        optimizer.step()
+        momentum = optimizer.state[params[0]]["momentum_buffer"]
+        assert torch.equal(momentum, params[0].grad * (2.0 - 0.5 ** (count - 1)))
+        monkeypatch.setattr(Storage, "complete", None)
