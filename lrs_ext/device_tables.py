@@ -107,14 +107,19 @@ class DeviceTables:
 
     # Tables of all parameters
 
-    def current_parts(self, param_lists: list[list[Tensor]], state: States) -> list[Part] | None:
+    def current_parts(
+        self,
+        param_lists: list[list[Tensor]],
+        state: States,
+        gradients: list[Tensor | None] | None = None,
+    ) -> list[Part] | None:
         """Returns what a step launches, None if it has to be made up anew by `parts`."""
         if self._local_parts:
-            is_current = self._has_local_parts_of(param_lists)
+            is_current = gradients is None and self._has_local_parts_of(param_lists)
             is_current = is_current and all(part.refresh(state) for part in self._local_parts)
             return [*self._local_parts] if is_current else None
         table = self.table
-        if self.copies or table is None or not table.refresh(param_lists, state):
+        if self.copies or table is None or not table.refresh(param_lists, state, gradients):
             return None
         return [table]
 

@@ -1,4 +1,4 @@
-"""A number on its way from the device, for which nobody waits."""
+"""Numbers on their way from the device, for which nobody waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lrs_ext import ops
 
 
 class HostCopy:
-    """Copies a one-element tensor to the host.
+    """Copies a tensor, of one element or float64, to the host.
 
     What is copied in the capture of a CUDA graph never arrives: its replays would go on writing to
     host memory, which may be somebody else's by then.
@@ -41,3 +41,8 @@ class HostCopy:
         value = ops.host_value(self._value)
         assert value is not None
         return value
+
+    def read_all(self) -> list[float]:
+        """Returns the numbers, once they are here."""
+        assert self._value is not None
+        return ops.host_values(self._value)

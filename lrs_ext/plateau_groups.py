@@ -91,7 +91,7 @@ class BufferGroups(Groups):
         self.device = optimizer.schedule_buffer.step.device
         lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._lrs = torch.tensor(lrs, dtype=torch.float64).to(self.device)
-        self._copies: list[HostCopy] = []
+        self._copy: HostCopy | None = None
         optimizer.drive_(self._put)
 
     def read(self) -> Tensor:
@@ -109,25 +109,28 @@ class BufferGroups(Groups):
         self._show_what_is_here()
         self._lrs.copy_(lrs)
         self._put()
-        self._copies = [HostCopy(lr) for lr in self._lrs]
+        self._copy = HostCopy(self._lrs)
         self._show_what_is_here()
 
     def show(self) -> None:
-        if self._copies:
-            self._copies = []
+        if self._copy is not None:
+            self._copy = None
             self._show(self._lrs.tolist())
 
     def _put(self) -> None:
         optimizer = self._optimizer
+        driven = optimizer.driven_groups()
         for device, buffer in optimizer.schedule_buffers.items():
             lrs = on_device(self._lrs, device)
-            for index in optimizer.driven_groups():
+            if len(driven) == len(lrs):
+                buffer.values.copy_(lrs.unsqueeze(1))
+                continue
+            for index in driven:
                 buffer.rows[index].copy_(lrs[index])
 
     def _show_what_is_here(self) -> None:
-        if self._copies and all(copy.is_here for copy in self._copies):
-            lrs = [copy.read() for copy in self._copies]
-            self._copies = []
+        if self._copy is not None and self._copy.is_here:
+            lrs, self._copy = self._copy.read_all(), None
             self._show(lrs)
 
     def _show(self, lrs: list[float]) -> None:

@@ -173,6 +173,10 @@ class Preparation:
         gradients = [checked_gradient(param, self._rule.name) for param in params]
         if all(gradient is None for gradient in gradients):
             return [[] for _ in self.backends]
+        param_lists = [group["params"] for group in groups]
+        launches = self.tables.current(param_lists, states, gradients)
+        if launches is not None:  # gradients in another layout were all that was in the way
+            return launches
         if devices_of(params) != list(self.backends):
             self._follow_params(groups, states, frozen)
         indices = [index for index, group in enumerate(groups) for _ in group["params"]]
@@ -184,7 +188,6 @@ class Preparation:
         if frozen is None:
             self.keep_only(params)
         steps = [self._step_of(param, index, gradient, states) for param, index, gradient in rows]
-        param_lists = [group["params"] for group in groups]
         every = Selection(param_lists, list(range(len(params))), states, steps, gradients)
         return self.tables.renewed(every, frozen)
 

@@ -30,7 +30,7 @@ from lrs_ext.hyper_schedules import numbers_of, with_peaks
 from lrs_ext.layout import is_dense
 from lrs_ext.learning_rates import Mark, at_height_of, check_learning_rate
 from lrs_ext.local_part import total_norm
-from lrs_ext.param_devices import devices_of, params_of
+from lrs_ext.param_devices import devices_of, params_of, read_all
 from lrs_ext.positions import Group, check_note
 from lrs_ext.preparation import Preparation
 from lrs_ext.rule import Rule
@@ -151,7 +151,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         self._take_loaded_groups()
         self._numbers.follow_device(self.param_groups, self._check)
-        return [float(self.lr_tensor(index)) for index in range(len(self.param_groups))]
+        rates = self._numbers.rates
+        return read_all([rates.current(index) for index in range(len(self.param_groups))])
 
     def set_schedule(self, schedule: Schedule, group: int | None = None) -> None:
         """Puts another schedule in charge from the current step on, in one group or in all.
@@ -188,7 +189,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for index in indices:
             scaled = at_height_of(self.param_groups[index], schedule)
             numbers.rates.withdraw(index, self.param_groups[index])
-            self.schedule_buffer.fill_(index, scaled)
+            numbers.rates.buffer.fill_(index, scaled)
         if group is None:
             self.defaults["lr"] = schedule  # of groups to come
         self.sync_groups()
@@ -245,7 +246,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             fixed = with_peaks(self._movable, group)
             self._check(fixed)
             check_numbers(self._hyper(fixed))
-            select_backends(self._requested_backend, params_of(self.param_groups))
+            if fixed["params"]:
+                select_backends(self._requested_backend, fixed["params"])
             check_params(fixed["params"], type(self).__name__)
             self._storage.check(fixed["params"], self._state_names(fixed))
         except Exception:

@@ -80,12 +80,21 @@ class TableSet:
         for device, tables in self._by_device.items():
             tables.copy_strided([p for p in params if param_devices.device_of(p) == device])
 
-    def current(self, param_lists: list[list[Tensor]], state: States) -> Launches | None:
-        """Returns what a step launches, None if it has to be made up anew by `renewed`."""
+    def current(
+        self,
+        param_lists: list[list[Tensor]],
+        state: States,
+        gradients: list[Tensor | None] | None = None,
+    ) -> Launches | None:
+        """Returns what a step launches, None if it has to be made up anew by `renewed`.
+
+        Args:
+            gradients: in the place of the parameters' own.
+        """
         if len(self.all) == 1:
-            parts = self.all[0].current_parts(param_lists, state)
+            parts = self.all[0].current_parts(param_lists, state, gradients)
             return None if parts is None else [parts]
-        if not self._are_divided(param_lists):
+        if gradients is not None or not self._are_divided(param_lists):
             return None
         launches = []
         for tables, own_lists in zip(self.all, self._parts_of_params, strict=True):

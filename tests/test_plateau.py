@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_no_sync import no_sync
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrs_ext
 
@@ -150,6 +151,26 @@ def test_nothing_reads_from_the_device(kind, backend):
             run.plateau.step(metric)
             run.plateau.step(metric[None].half())
     assert run.used() == pytest.approx([0.5 * 1e-4, 0.125 * 1e-4])
+
+
+class CountingOps(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_groups_take_no_more_launches():
+    def launches(num_groups):
+        params = [torch.zeros(2, requires_grad=True) for _ in range(num_groups)]
+        opt = lrs_ext.SGD([{"params": [param]} for param in params], lr=0.5)
+        plateau = lrs_ext.ReduceOnPlateau(opt)
+        with CountingOps() as ops:
+            plateau.step(torch.tensor(1.0))
+        return ops.count
+
+    assert launches(40) == launches(2)
 
 
 class OnGPU(torch.Tensor):
