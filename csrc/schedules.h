@@ -163,7 +163,8 @@ inline int64_t next_change(const ScheduleSpec& schedule, int64_t step, int64_t e
   }
   if (schedule.profile == Profile::kConstant) return schedule.warmup_steps + change;
   if (schedule.sampling > 1) {
-    change = std::min(change, update - update % schedule.sampling + schedule.sampling);
+    const int64_t left = schedule.sampling - update % schedule.sampling;
+    change = update + std::min(change - update, left);
   } else {
     const bool has_points = schedule.sample_points != nullptr;
     const int64_t* points = has_points ? schedule.sample_points : schedule.milestones;

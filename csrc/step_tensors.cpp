@@ -150,10 +150,11 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
       if (entry.dtype == DType::kFloat16 && state_type != StateType::kFloat32) {
         throw std::invalid_argument("float16 parameters need float32 states");
       }
+      const py::list names = state_names[group];
       if (state.contains(param)) {
         const py::dict param_state = state[param];
         int index = 0;
-        for (const py::handle& name : py::reinterpret_borrow<py::list>(state_names[group])) {
+        for (const py::handle& name : names) {
           if (index == kMaxStates ||
               (index == kMaxCompressedStates && state_type != StateType::kFloat32)) {
             throw std::invalid_argument("more states than the storage has room for");
@@ -171,6 +172,8 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
           entry.remainder = static_cast<int16_t*>(
               array(hold(param_state[kRemainder]), dlpack::kInt, 16, tensor.device, entry.numel));
         }
+      } else if (!names.empty()) {
+        throw std::runtime_error("a parameter or a state changed while the optimizer read it");
       }
       entry.step = floats(hold(step), tensor.device, 1);
       params_.back().addresses_end = static_cast<uint32_t>(held_addresses.size());

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import Tensor
 
-from lrs_ext.number_checks import checked_learning_rate
+from lrs_ext.number_checks import checked_count, checked_learning_rate
 from lrs_ext.param_devices import on_device
 from lrs_ext.schedules import Schedule
 
@@ -128,7 +128,13 @@ class ScheduleBuffer:
         return self
 
     def set_step_(self, step: int) -> None:
-        """Makes `step` the next update, here and in all twins."""
+        """Makes `step` the next update, here and in all twins.
+
+        Raises:
+            TypeError: it is no integer.
+            ValueError: it is negative.
+        """
+        step = checked_count("step", step)
         for _, position in self._places:
             position.fill_(step)
 

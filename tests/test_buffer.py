@@ -209,6 +209,14 @@ def test_write_refuses_what_it_cannot_write(probe, value, steps):
     assert p.used() == [float32(REX(0))]
 
 
+@pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (2.5, TypeError)])
+def test_a_step_that_no_update_can_have_is_refused(probe, step, error):
+    p = probe(REX)
+    with pytest.raises(error, match="step must"):
+        p.buffer.set_step_(step)
+    assert p.used() == [float32(REX(0))]
+
+
 @pytest.mark.parametrize("row", [2, 100])
 def test_rows_that_do_not_exist_are_refused(probe, row):
     p = probe(REX, LINEAR)

@@ -159,6 +159,11 @@ def test_the_largest_step_is_one_after_the_end():
     assert lrs_ext.linear(0.1, 100, min_lr=0.01)(2**63 - 1) == 0.01
 
 
+def test_a_sample_that_holds_beyond_the_largest_step_fills_no_more_than_asked_for():
+    schedule = lrs_ext.linear(0.1, 2**63 - 1, sampling=2**62 + 2**40)
+    assert schedule.values(2**63 - 3, 2**63 - 1).tolist() == [schedule(2**63 - 3)] * 2
+
+
 def test_schedules_are_frozen():
     schedule = lrs_ext.rex(0.1, 10)
     for name in [f.name for f in dataclasses.fields(schedule)]:

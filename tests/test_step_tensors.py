@@ -292,6 +292,11 @@ def test_a_gradient_is_let_go_after_the_step(access):
     assert param.tolist() == [-3.0] * 3
 
 
+def test_a_state_that_another_thread_takes_away_is_an_error(access):
+    with pytest.raises(RuntimeError, match="changed while the optimizer read it"):
+        _C.StepTensors(ops._tensor_access(), [[leaf(4)]], {}, [["exp_avg"]], [torch.tensor(1.0)])
+
+
 @pytest.mark.parametrize(
     "use", ["step", "step_in_backward", "clip_grad_norm_", "gaps", "gaps_norm"]
 )
