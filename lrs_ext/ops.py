@@ -159,10 +159,11 @@ def host_value(tensor: Tensor) -> float | None:
     if tensor.device.type != "cpu":
         return None
     # Not item(): this is no wait, and must not look like one to those who trap them.
-    if tensor.dtype == torch.float32:
-        return ctypes.c_float.from_address(tensor.data_ptr()).value
-    if tensor.dtype == torch.float64:
-        return ctypes.c_double.from_address(tensor.data_ptr()).value
+    address = 0 if tensor.is_neg() else tensor.data_ptr()
+    if address and tensor.dtype == torch.float32:
+        return ctypes.c_float.from_address(address).value
+    if address and tensor.dtype == torch.float64:
+        return ctypes.c_double.from_address(address).value
     return float(tensor)
 
 

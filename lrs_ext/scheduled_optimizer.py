@@ -526,9 +526,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         frozen = capture_checks.frozen(is_captured, self.was_captured)
         if is_captured and frozen is not None:
             self._preparation.check_capture_of(param, self.param_groups, frozen)
-        self.sync_groups()
-        table = self._preparation.single(param, self.param_groups, self.state, frozen)
-        table.run(commits_step=False)
+        with self._step_lock:  # a backward pass has a thread for each device
+            self.sync_groups()
+            table = self._preparation.single(param, self.param_groups, self.state, frozen)
+            table.run(commits_step=False)
 
     def _others_step(self) -> bool:
         """Returns whether this is a part of a step with gradients on other ranks only."""

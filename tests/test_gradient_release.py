@@ -1,6 +1,8 @@
 """step_in_backward: the same numbers as a step after the backward pass, without the gradients."""
 
 import gc
+import threading
+import time
 import weakref
 
 import cases
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 import lrs_ext
+from lrs_ext.preparation import Preparation
 
 STEPS = 5
 rows = pytest.mark.parametrize("row", [*cases.STATE_UPDATES, *cases.UPDATES[-3:]], ids=str)
@@ -186,3 +189,28 @@ def test_hooks_do_not_keep_the_optimizer_alive():
     param.sum().backward()
     assert torch.equal(param, torch.ones(3))
     assert torch.equal(param.grad, torch.ones(3))
+
+
+def test_the_threads_of_a_backward_pass_wait_for_each_other(monkeypatch):
+    """There is one for each device."""
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    opt = lrs_ext.SGD(params, lr=0.5)
+    opt.step_in_backward()
+    single, inside, most = Preparation.single, [], []
+
+    def watched(self, param, *args):
+        inside.append(param)
+        most.append(len(inside))
+        time.sleep(0.02)
+        table = single(self, param, *args)
+        inside.pop()
+        return table
+
+    monkeypatch.setattr(Preparation, "single", watched)
+    threads = [threading.Thread(target=param.sum().backward) for param in params]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]
+    assert all(torch.equal(param, torch.full((3,), 0.5)) for param in params)
