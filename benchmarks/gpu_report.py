@@ -39,9 +39,10 @@ import machines
 import results_page
 import torch
 
+from lrs_ext import backends
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-INSTALL = "pip install --no-build-isolation -e ."
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 JOB_STEPS = 200
 ROUNDS = 11  # of the step benchmark: a GPU's times vary by a percent
@@ -78,11 +79,7 @@ def unusable_reason() -> str | None:
             "GPU and its driver, with a CUDA build of torch; the tests and bench_step.py also run "
             "without one"
         )
-    try:
-        from lrs_ext.backends import unavailable_reason
-    except ImportError as error:
-        return f"lrs_ext cannot be imported ({error}): {INSTALL}"
-    reason = unavailable_reason("cuda", "cuda")
+    reason = backends.unavailable_reason("cuda", "cuda")
     return None if reason is None else f"the cuda backend of lrs_ext cannot be used: {reason}"
 
 
