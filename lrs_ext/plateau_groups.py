@@ -122,7 +122,7 @@ class BufferGroups(Groups):
         driven = optimizer.driven_groups()
         for device, buffer in optimizer.schedule_buffers.items():
             lrs = on_device(self._lrs, device)
-            if len(driven) == len(lrs):
+            if len(driven) == len(buffer.rows):
                 buffer.values.copy_(lrs.unsqueeze(1))
                 continue
             for index in driven:

@@ -256,6 +256,19 @@ def test_handing_back_what_was_found_changes_nothing():
     assert run.used() == [0.125, 0.03125]
 
 
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_handing_back_leaves_a_group_alone_that_has_been_added(num_groups):
+    params = [torch.zeros(2, requires_grad=True) for _ in range(num_groups + 1)]
+    opt = lrs_ext.SGD([{"params": [param]} for param in params[:-1]], lr=0.5)
+    plateau = lrs_ext.ReduceOnPlateau(opt)
+    opt.add_param_group({"params": [params[-1]], "lr": 0.75})
+    for lr in (0.0, opt.param_groups[0]["lr"]):
+        opt.param_groups[0]["lr"] = lr
+        opt.sync_groups()
+    assert opt.current_lr() == [*[0.5] * num_groups, 0.75]
+    del plateau  # which has been in charge until here
+
+
 # Checkpoints.
 
 
