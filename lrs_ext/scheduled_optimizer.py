@@ -424,6 +424,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def driven_groups(self) -> list[int]:
         """Returns the groups whose rows the driver may write; see `LearningRates.driven`."""
+        self._take_loaded_groups()
         return self._numbers.rates.driven(self.param_groups)
 
     def show_(self, lrs: Sequence[float]) -> None:

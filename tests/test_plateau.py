@@ -321,6 +321,19 @@ def test_the_optimizers_checkpoint_has_the_reduced_learning_rates():
     assert [group["lr"] for group in run.opt.param_groups] == [0.25, 0.0625]
 
 
+def test_groups_that_a_wrapper_has_loaded_are_reduced():
+    run = Ours(patience=0, factor=0.5)
+    run.plateau.step(1.0)
+    run.used()
+    saved = copy.deepcopy(run.opt.state_dict())
+    for group, loaded in zip(run.opt.param_groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in loaded.items() if key != "params"})
+    run.plateau.step(1.0)
+    reduced = [0.5 * group["lr"] for group in saved["param_groups"]]
+    assert run.used() == reduced
+    assert [group["lr"] for group in run.opt.param_groups] == reduced
+
+
 def test_a_checkpoint_of_other_groups_is_refused():
     state = Ours().plateau.state_dict()
     other = lrs_ext.ReduceOnPlateau(torch.optim.SGD([torch.zeros(1)], lr=0.1))
