@@ -190,9 +190,9 @@ class LearningRates:
             # The value of a tensor on a device is its owner's affair: looking would be waiting.
             value = ops.host_value(lr) if lr.numel() == 1 else None
             check_learning_rate(lr if lr.numel() != 1 else 0.0 if value is None else value)
-            is_float32 = lr.dtype == torch.float32
+            is_readable = lr.dtype == torch.float32 and ops.has_memory(lr) and not lr.is_neg()
             source.rows = [
-                lr.detach() if is_float32 and lr.device == row.device else row for row in rows
+                lr.detach() if is_readable and lr.device == row.device else row for row in rows
             ]
         else:
             check_learning_rate(lr)

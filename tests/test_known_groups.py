@@ -258,10 +258,11 @@ def test_a_tensor_that_changes_in_its_place_counts_from_the_next_step(name, key)
     [(torch.tensor(-0.5)._neg_view(), 0.5), (torch._efficientzerotensor(()), 0.0)],
     ids=["negated", "without memory"],
 )
-def test_a_tensor_counts_as_what_it_is_worth(number, value):
+@pytest.mark.parametrize("key", ["weight_decay", "lr"])
+def test_a_tensor_counts_as_what_it_is_worth(key, number, value):
     params = [torch.ones(3, requires_grad=True) for _ in range(2)]
-    for param, weight_decay in zip(params, [number, value], strict=True):
-        update(param, lrs_ext.AdamW([param], lr=0.1, weight_decay=weight_decay), 2)
+    for param, worth in zip(params, [number, value], strict=True):
+        update(param, lrs_ext.AdamW([param], **{"lr": 0.1, key: worth}), 2)
     assert torch.equal(*params)
 
 
