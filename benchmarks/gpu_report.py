@@ -376,7 +376,7 @@ def outcome_of(stage: Stage, deadline: float) -> Outcome:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=12.0, help="for all stages together (12)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (9)")
     parser.add_argument("--out", type=Path, default=results_page.FOLDER, help="results folder")
     args = parser.parse_args(argv)
     if not 0.0 < args.minutes < math.inf:
