@@ -108,7 +108,7 @@ class GroupNumbers:
 
     def rearrange(self, groups: list[Group], places: Sequence[int]) -> None:
         """Takes the numbers of the groups along to where these are now, from `places`."""
-        self.rates = self.rates.rebuilt(groups, self.devices, places=places)
+        self.rates = self.rates.rearranged(groups, places)
         self.hyper_schedules.rearrange(places)
         self._notes = [self._notes[place] for place in places]
 
