@@ -426,6 +426,7 @@ PYBIND11_MODULE(_C, m) {
         "bytes"_a);
   m.attr("group_bytes") = sizeof(lrs::Group);
   m.attr("quant_block") = lrs::kQuantBlock;
+  m.attr("changed_while_read") = lrs::StepTensors::kChanged;
   std::vector<std::string> profiles, cooldowns, algorithms;
   for (const auto& [name, profile] : kProfiles) profiles.push_back(name);
   for (const auto& [name, cooldown] : kCooldowns) cooldowns.push_back(name);

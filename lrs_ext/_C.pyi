@@ -9,6 +9,7 @@ cuda_runtime_version: int
 cuda_architectures: str
 group_bytes: int
 quant_block: int
+changed_while_read: str
 profiles: list[str]
 cooldowns: list[str]
 algorithms: list[str]

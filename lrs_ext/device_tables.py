@@ -256,7 +256,7 @@ class DeviceTables:
             label=self._label,
         )
         if not table.refresh(selection.param_lists, selection.state, selection.gradients):
-            raise RuntimeError("a parameter or a state changed while the optimizer read it")
+            raise RuntimeError(ops.CHANGED_WHILE_READ)
         return table
 
     def _updates_of(self, selection: Selection) -> list[reference.TensorUpdate]:

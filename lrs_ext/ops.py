@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 KnownGroups = _C.KnownGroups
 QUANT_BLOCK: int = _C.quant_block
+CHANGED_WHILE_READ: str = _C.changed_while_read
 PROFILES: tuple[str, ...] = tuple(_C.profiles)
 COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
 # The parameter of a profile that the native code calls its shape.
