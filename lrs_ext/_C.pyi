@@ -112,7 +112,6 @@ def write_group_cpu(
     target: int,
     lr: int,
     capacity: int,
-    scale: float,
     hyper: Mapping[str, float],
     moving: Mapping[str, tuple[int, int]] = ...,
 ) -> None: ...
@@ -120,7 +119,6 @@ def write_group_cuda(
     target: int,
     lr: int,
     capacity: int,
-    scale: float,
     hyper: Mapping[str, float],
     moving: Mapping[str, tuple[int, int]],
     device: int,

@@ -202,7 +202,7 @@ class GroupTable:
         """
         row = self.rows[index]
         addresses = {name: (values.data_ptr(), values.numel()) for name, values in moving.items()}
-        arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), 1.0, dict(hyper), addresses)
+        arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), dict(hyper), addresses)
         if row.device.type == "cpu":
             _C.write_group_cpu(*arguments)
         elif cuda_unavailable_reason(str(row.device)) is None:
