@@ -129,7 +129,7 @@ class DeviceTables:
 
     def has_state(self, param: Tensor, state: States, index: int) -> bool:
         """Returns whether a parameter in group `index` has all arrays of its state."""
-        needed = self._storage.arrays(param, self._names[index], "meta")
+        needed = self._storage.arrays(param, self._names[index])
         return needed.keys() <= state.get(param, {}).keys()
 
     def complete_state(self, param: Tensor, state: States, index: int) -> bool:

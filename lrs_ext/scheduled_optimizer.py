@@ -392,7 +392,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Returns what arrays are kept for each parameter, on the meta device."""
         fixed = map(self._numbers.hyper_schedules.fixed, itertools.count(), self.param_groups)
         return [
-            self._storage.arrays(param, self._state_names(group), "meta")
+            self._storage.arrays(param, self._state_names(group))
             for group in fixed
             for param in group["params"]
         ]
