@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.rates import check_optimizer, usable_lr, warn_of_waiting
+from lrs_ext.drivers import check_num_groups
 from lrs_ext.host_copy import HostCopy
 from lrs_ext.param_devices import first_device, on_device
 from lrs_ext.positions import Group
@@ -74,11 +75,7 @@ class Groups:
 
     def _param_groups(self) -> list[Group]:
         groups: list[Group] = self._optimizer.param_groups
-        if len(groups) != self._num_groups:
-            raise RuntimeError(
-                f"the optimizer has {len(groups)} parameter groups, it had {self._num_groups} when "
-                "ReduceOnPlateau was made: make ReduceOnPlateau after add_param_group"
-            )
+        check_num_groups(groups, self._num_groups, "ReduceOnPlateau")
         return groups
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from lrs_ext.drivers import check_num_groups
 from lrs_ext.param_devices import first_device, on_device
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
@@ -169,12 +170,7 @@ class Rates:
 
     def check_groups(self) -> None:
         """Raises RuntimeError if the optimizer has other parameter groups than at the start."""
-        groups = self._groups
-        if len(groups) != len(self._ratios):
-            raise RuntimeError(
-                f"the optimizer has {len(groups)} parameter groups, it had "
-                f"{len(self._ratios)} when AutoLRS was made: make AutoLRS after add_param_group"
-            )
+        check_num_groups(self._groups, len(self._ratios), "AutoLRS")
 
     def written_by_others(self) -> set[int]:
         """Returns the groups whose learning rate somebody else has written, as the host sees it."""
