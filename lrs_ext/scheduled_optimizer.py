@@ -462,7 +462,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._state_names,
             self._hyper,
             tuple(self.defaults),
-            self._counts_in_state,
         )
         self._preparation = Preparation(
             rule, self._storage, self._requested_backend, self._numbers, counters, groups
