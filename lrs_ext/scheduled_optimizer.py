@@ -22,7 +22,7 @@ from lrs_ext.checkpoint import (
     unwrap_states,
     wrap_tensors,
 )
-from lrs_ext.functional import FEWEST_STATES, STATE_NAMES
+from lrs_ext.functional import FEWEST_STATES, HYPER_NAMES, STATE_NAMES
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
@@ -47,7 +47,7 @@ from lrs_ext.wrappers import whole_optimizer
 class ScheduledOptimizer(torch.optim.Optimizer):
     """One launch a step for every tensor of every group on a device.
 
-    A leaf class says which update it is, which arrays it keeps and which numbers it reads.
+    A leaf class says which update it is, which arrays it keeps and which numbers are in range.
     """
 
     algorithm: ClassVar[str]
@@ -90,10 +90,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _state_names(group: Group) -> list[str]:
-        raise NotImplementedError
-
-    @staticmethod
-    def _hyper(group: Group) -> dict[str, float]:
         raise NotImplementedError
 
     # What users see
@@ -440,6 +436,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._numbers.roll_back(self.param_groups, mark)
 
     # The parts of a step
+
+    @classmethod
+    def _hyper(cls, group: Group) -> dict[str, float]:
+        """Returns the numbers that the update reads, by their native names."""
+        names = HYPER_NAMES[cls.algorithm]
+        if "beta1" in names:
+            beta1, beta2 = group["betas"]
+            group = {**group, "beta1": beta1, "beta2": beta2}
+        return {name: group[name] for name in names}
 
     def _start(self, counters: StepCounters, step: int = 0, capacity: int = 1) -> None:
         self._take_groups(counters, step, capacity)
