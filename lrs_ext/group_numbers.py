@@ -168,8 +168,18 @@ class GroupNumbers:
         self.rates = self.rates.rebuilt(groups, devices)
         self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
 
-    def reserve(self, groups: list[Group], capacity: int) -> bool:
+    def lengthen(self, groups: list[Group], capacity: int) -> bool:
         """Makes the rows of the learning rates longer; returns whether they were too short.
+
+        That waits for the device.
+        """
+        if self.rates.buffer.capacity >= capacity:
+            return False
+        self.rates = self.rates.rebuilt(groups, self.devices, capacity)
+        return True
+
+    def reserve(self, groups: list[Group], capacity: int) -> bool:
+        """As `lengthen`, for somebody who is going to write the rows.
 
         Raises:
             ValueError: a schedule or a tensor is in charge of a group.
@@ -180,10 +190,7 @@ class GroupNumbers:
                     f"the learning rate of group {index} is a schedule or a tensor, which would be "
                     "overwritten: give the optimizer a float"
                 )
-        if self.rates.buffer.capacity >= capacity:
-            return False
-        self.rates = self.rates.rebuilt(groups, self.devices, capacity)
-        return True
+        return self.lengthen(groups, capacity)
 
     # Checkpoints and copies
 

@@ -136,21 +136,6 @@ class LearningRates:
         """Returns the rows of a group in the buffers, whether they are read or not."""
         return [buffer.rows[index] for buffer in self.buffers.values()]
 
-    def with_room_for(
-        self, groups: list[Group], schedule: Schedule, was_captured: bool
-    ) -> LearningRates:
-        """Returns these learning rates, or others in longer rows if theirs cannot hold `schedule`.
-
-        Making the new buffer waits for the device.
-
-        Raises:
-            RuntimeError: they would have to be longer, but a CUDA graph reads the present ones.
-        """
-        if schedule.capacity <= self.buffer.capacity:
-            return self
-        self.check_room(schedule, was_captured)
-        return self.rebuilt(groups, list(self.buffers), schedule.capacity)
-
     def check_room(self, schedule: Schedule, was_captured: bool) -> None:
         """Raises RuntimeError if `schedule` needs longer rows, but a CUDA graph reads these."""
         if was_captured and schedule.capacity > self.buffer.capacity:

@@ -178,14 +178,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check_index(group)
         self._take_loaded_groups()
         indices = range(len(self.param_groups)) if group is None else [group]
-        numbers, present = self._numbers, self._numbers.rates
-        numbers.rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
-        if numbers.rates is not present:
+        self._numbers.rates.check_room(schedule, self.was_captured)
+        if self._numbers.lengthen(self.param_groups, schedule.capacity):
             self._preparation.forget_tables(self.param_groups)
+        rates = self._numbers.rates
         for index in indices:
             scaled = at_height_of(self.param_groups[index], schedule)
-            numbers.rates.withdraw(index, self.param_groups[index])
-            numbers.rates.buffer.fill_(index, scaled)
+            rates.withdraw(index, self.param_groups[index])
+            rates.buffer.fill_(index, scaled)
         if group is None:
             self.defaults["lr"] = schedule  # of groups to come
         self.sync_groups()
