@@ -52,8 +52,8 @@ class GroupNumbers:
         numbers: Sequence[MovableNumber],
         groups: list[Group],
         devices: Sequence[torch.device],
-        step: int = 0,
-        capacity: int = 1,
+        step: int,
+        capacity: int,
     ) -> None:
         self._numbers = numbers
         for group in groups:

@@ -83,7 +83,7 @@ class LearningRates:
         self,
         groups: list[Group],
         devices: Sequence[torch.device],
-        step: int = 0,
+        step: int,
         capacity: int = 1,
         filled: Mapping[int, Schedule] = MappingProxyType({}),
     ) -> None:
