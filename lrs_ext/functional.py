@@ -195,14 +195,5 @@ def _check_memory(
 
 
 @step.register_fake
-def _(
-    algorithm: str,
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[Tensor],
-    counters: list[Tensor],
-    lr: Tensor,
-    position: Tensor,
-    hyper: list[float],
-) -> None:
+def _(*_: object) -> None:
     return None
