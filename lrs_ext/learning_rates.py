@@ -329,6 +329,21 @@ class LearningRates:
                 source.seen = None  # the host may hand back before a step has seen it take over
         return driven
 
+    def write_driven(self, groups: list[Group], values: Tensor) -> None:
+        """Writes the rows of the driven groups on all devices.
+
+        Args:
+            values: (groups, capacity) or (groups, 1).
+        """
+        driven = self.driven(groups)
+        for device, buffer in self.buffers.items():
+            rows = on_device(values, device)
+            if len(driven) == len(groups):
+                buffer.values.copy_(rows)
+            else:
+                for index in driven:
+                    buffer.rows[index].copy_(rows[index])
+
     def show(self, groups: list[Group], lrs: Sequence[float]) -> None:
         """Shows on the host what its driver has put into each row for the next update."""
         for source, group, lr in zip(self._sources, groups, lrs, strict=True):

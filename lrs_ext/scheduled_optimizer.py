@@ -423,6 +423,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._take_loaded_groups()
         return self._numbers.rates.driven(self.param_groups)
 
+    def write_driven_(self, values: Tensor) -> None:
+        """Writes the rows that the driver may write; see `LearningRates.write_driven`."""
+        self._take_loaded_groups()
+        self._numbers.rates.write_driven(self.param_groups, values)
+
     def show_(self, lrs: Sequence[float]) -> None:
         """Shows each driven group's learning rate; see `LearningRates.show`."""
         self._numbers.rates.show(self.param_groups, lrs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrs_ext.drivers import check_num_groups
-from lrs_ext.param_devices import first_device, on_device
+from lrs_ext.param_devices import first_device
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.wrappers import is_zero_redundancy, whole_optimizer
@@ -296,12 +296,7 @@ class BufferRates(Rates):
             self._positions = self._all_positions()
         since = (self._positions - self._start).clamp_(0, len(self._shape) - 1)
         heights = (self.rate * self._ratio_tensor).unsqueeze(1)
-        values = heights * self._shape.index_select(0, since)
-        driven = optimizer.driven_groups()
-        for device, buffer in optimizer.schedule_buffers.items():
-            values = on_device(values, device)
-            for index in driven:
-                buffer.rows[index].copy_(values[index])
+        optimizer.write_driven_(heights * self._shape.index_select(0, since))
         self._is_ahead = False
 
     def _put_next(self) -> None:
