@@ -358,7 +358,7 @@ class LearningRates:
         """Returns the same learning rates in new buffers: new groups, longer rows, other devices.
 
         Args:
-            groups: those there were, before any that are new.
+            groups: those there were, in their places, before any that are new.
             capacity: the least length of a row; none gets shorter.
         """
         return self._rebuilt(groups, devices, capacity, range(len(self._sources)))
@@ -383,6 +383,8 @@ class LearningRates:
         capacity: int,
         places: Sequence[int],
     ) -> LearningRates:
+        """As `rebuilt`, for groups that were at `places`, before any that are new."""
+        # Elsewhere the host has put something new into the group.
         kept = {i for i, p in enumerate(places) if groups[i]["lr"] is self._sources[p].seen}
         filled = {}
         for index in kept:
