@@ -139,9 +139,9 @@ class Schedule {
 // Of each moving hyper-parameter: address and length of its float32 values, one a step.
 using MovingNumbers = std::map<std::string, std::pair<uintptr_t, int64_t>>;
 
-lrs::Group make_group(uintptr_t lr, int64_t capacity, double scale,
-                      const std::map<std::string, double>& hyper, const MovingNumbers& moving) {
-  lrs::Group group{pointer<const float>(lr), capacity, scale, {}, {}, {}};
+lrs::Group make_group(uintptr_t lr, int64_t capacity, const std::map<std::string, double>& hyper,
+                      const MovingNumbers& moving) {
+  lrs::Group group{pointer<const float>(lr), capacity, {}, {}, {}};
   for (const auto& [name, value] : hyper) group.hyper[at(kHyper, name)] = value;
   for (const auto& [name, row] : moving) {
     group.*at(kMoving, name) = {pointer<const float>(row.first), row.second};
@@ -393,22 +393,21 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "write_group_cpu",
-      [](uintptr_t target, uintptr_t lr, int64_t capacity, double scale,
+      [](uintptr_t target, uintptr_t lr, int64_t capacity,
          const std::map<std::string, double>& hyper, const MovingNumbers& moving) {
-        *pointer<lrs::Group>(target) = make_group(lr, capacity, scale, hyper, moving);
+        *pointer<lrs::Group>(target) = make_group(lr, capacity, hyper, moving);
       },
-      "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a, "moving"_a = MovingNumbers());
+      "target"_a, "lr"_a, "capacity"_a, "hyper"_a, "moving"_a = MovingNumbers());
 #ifdef LRS_WITH_CUDA
   m.def(
       "write_group_cuda",
-      [](uintptr_t target, uintptr_t lr, int64_t capacity, double scale,
+      [](uintptr_t target, uintptr_t lr, int64_t capacity,
          const std::map<std::string, double>& hyper, const MovingNumbers& moving, int device,
          uintptr_t stream) {
-        lrs::write_group_cuda(pointer<lrs::Group>(target),
-                              make_group(lr, capacity, scale, hyper, moving), device,
-                              pointer<void>(stream));
+        lrs::write_group_cuda(pointer<lrs::Group>(target), make_group(lr, capacity, hyper, moving),
+                              device, pointer<void>(stream));
       },
-      "target"_a, "lr"_a, "capacity"_a, "scale"_a, "hyper"_a, "moving"_a, "device"_a, "stream"_a);
+      "target"_a, "lr"_a, "capacity"_a, "hyper"_a, "moving"_a, "device"_a, "stream"_a);
   m.def("cuda_unavailable_reason", &lrs::cuda_unavailable_reason);
   m.def("memory_bandwidth", &lrs::memory_bandwidth, "device"_a);
   m.attr("cuda_runtime_version") = lrs::cuda_runtime_version();
@@ -426,6 +425,7 @@ PYBIND11_MODULE(_C, m) {
         "bytes"_a);
   m.attr("group_bytes") = sizeof(lrs::Group);
   m.attr("quant_block") = lrs::kQuantBlock;
+  m.attr("changed_while_read") = lrs::StepTensors::kChanged;
   std::vector<std::string> profiles, cooldowns, algorithms;
   for (const auto& [name, profile] : kProfiles) profiles.push_back(name);
   for (const auto& [name, cooldown] : kCooldowns) cooldowns.push_back(name);

@@ -16,7 +16,7 @@ namespace {
 // Below this many elements a parallel region costs more than it saves.
 constexpr int64_t kSerialElements = 32768;
 // What a tensor costs besides its elements, in elements: some 100 ns on a Xeon.
-constexpr int64_t kTensorWork = 256;
+constexpr int64_t kTensorCost = 256;
 
 struct InstructionSet {
   const char* name;
@@ -54,31 +54,34 @@ const InstructionSet& instruction_set() {
   return set;
 }
 
-// The elements that have a gradient, -1 if no tensor has one.
-int64_t count_elements(const StepTable& table, const void* const* gradients) {
-  int64_t elements = -1;
+// The tensors that have a gradient, and their elements.
+struct Work {
+  int64_t tensors = 0, elements = 0;
+
+  int64_t cost() const { return kTensorCost * tensors + elements; }
+};
+
+Work work_in(const StepTable& table, const void* const* gradients) {
+  Work work;
   for (int64_t i = 0; i < table.num_tensors; ++i) {
     if (gradients[i] == nullptr) continue;
-    elements = (elements < 0 ? 0 : elements) + table.tensors[i].numel;
+    ++work.tensors;
+    work.elements += table.tensors[i].numel;
   }
-  return elements;
+  return work;
 }
 
 // Cuts the chunks into parts of about as much work: the first chunk of each, and the end.
-std::vector<int64_t> equal_parts(const StepTable& table, const void* const* gradients,
+std::vector<int64_t> equal_parts(const StepTable& table, const void* const* gradients, int64_t cost,
                                  int num_parts) {
-  const auto work_of = [&](int64_t i) {
-    return gradients[i] == nullptr ? 0 : kTensorWork + table.tensors[i].numel;
-  };
-  int64_t all = 0;
-  for (int64_t i = 0; i < table.num_tensors; ++i) all += work_of(i);
   std::vector<int64_t> parts{0};
   int64_t before = 0, chunk = 0;
   for (int64_t i = 0; i < table.num_tensors; ++i) {
-    const int64_t numel = table.tensors[i].numel, after = before + work_of(i);
+    const int64_t numel = table.tensors[i].numel;
+    const int64_t after = before + (gradients[i] == nullptr ? 0 : Work{1, numel}.cost());
     const int64_t num_chunks = num_chunks_of(numel, table.chunk_elements);
     while (static_cast<int>(parts.size()) < num_parts) {
-      const int64_t begin = all * static_cast<int64_t>(parts.size()) / num_parts;
+      const int64_t begin = cost * static_cast<int64_t>(parts.size()) / num_parts;
       if (begin >= after) break;
       parts.push_back(chunk + (begin - before) * num_chunks / (after - before));
     }
@@ -91,13 +94,13 @@ std::vector<int64_t> equal_parts(const StepTable& table, const void* const* grad
 
 // Calls body(first, last) for contiguous parts of the chunks, one a thread.
 template <typename Body>
-void split_chunks(const StepTable& table, const void* const* gradients, int64_t elements,
+void split_chunks(const StepTable& table, const void* const* gradients, const Work& work,
                   int num_threads, const Body& body) {
-  if (num_threads <= 1 || elements <= kSerialElements || !take_threads()) {
+  if (num_threads <= 1 || work.elements <= kSerialElements || !take_threads()) {
     body(0, table.num_chunks);
     return;
   }
-  const std::vector<int64_t> parts = equal_parts(table, gradients, num_threads);
+  const std::vector<int64_t> parts = equal_parts(table, gradients, work.cost(), num_threads);
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1)
   for (int part = 0; part < num_threads; ++part) {
     body(parts[static_cast<size_t>(part)], parts[static_cast<size_t>(part) + 1]);
@@ -126,10 +129,10 @@ void commit(const StepTable& table, const void* const* gradients) {
 std::string cpu_instruction_set() { return instruction_set().name; }
 
 void step_cpu(const StepTable& table, const void* const* gradients, int num_threads) {
-  const int64_t elements = count_elements(table, gradients);
-  if (elements < 0 || is_skipped(table.scaling)) return;
+  const Work work = work_in(table, gradients);
+  if (work.tensors == 0 || is_skipped(table.scaling)) return;
   const auto visit_chunks = [&](ChunkLoop* loop) {
-    split_chunks(table, gradients, elements, num_threads,
+    split_chunks(table, gradients, work, num_threads,
                  [&](int64_t first, int64_t last) { loop(table, gradients, first, last); });
   };
   if (table.algorithm == Algorithm::kLAMB) {
@@ -149,7 +152,7 @@ float grad_norm_cpu(const StepTable& table, const void* const* gradients, double
                     int num_threads) {
   const auto square_chunks = instruction_set().square_chunks;
   split_chunks(
-      table, gradients, count_elements(table, gradients), num_threads,
+      table, gradients, work_in(table, gradients), num_threads,
       [&](int64_t first, int64_t last) { square_chunks(table, gradients, first, last, sums); });
   double sum = 0.0;
   for (int64_t i = 0; i < table.num_chunks; ++i) sum += sums[i];

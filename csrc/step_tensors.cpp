@@ -173,7 +173,7 @@ StepTensors::StepTensors(const TensorAccess& access, const py::list& param_lists
               array(hold(param_state[kRemainder]), dlpack::kInt, 16, tensor.device, entry.numel));
         }
       } else if (!names.empty()) {
-        throw std::runtime_error("a parameter or a state changed while the optimizer read it");
+        throw std::runtime_error(kChanged);
       }
       entry.step = floats(hold(step), tensor.device, 1);
       params_.back().addresses_end = static_cast<uint32_t>(held_addresses.size());

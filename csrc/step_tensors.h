@@ -17,6 +17,10 @@ namespace lrs {
 
 class StepTensors {
  public:
+  // What to say where another thread has changed what a table is being made of.
+  static constexpr const char* kChanged =
+      "a parameter or a state changed while the optimizer read it";
+
   // `param_lists` and `state_names` have one list per group: its parameters, and the keys under
   // which `state` keeps the arrays that the update reads, of the given type. Block-quantised ones
   // have their scales under the same key with the suffix "_scale"; the low halves of a split

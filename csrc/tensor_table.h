@@ -32,11 +32,10 @@ struct MovingNumber {
   int64_t capacity;
 };
 
-// A parameter group. Its learning rate is lr[min(step, capacity - 1)] * scale.
+// A parameter group. Its learning rate is lr[min(step, capacity - 1)].
 struct Group {
   const float* lr;
   int64_t capacity;
-  double scale;
   double hyper[kNumHyper];
   MovingNumber weight_decay;  // in the place of hyper[kWeightDecay]
   MovingNumber momentum;      // in the place of hyper[kMomentum], which is also kBeta1
@@ -123,7 +122,7 @@ LRS_HOST_DEVICE Range vector_range(Range range, int64_t lane, const uint64_t (&a
 
 LRS_HOST_DEVICE double learning_rate(const Group& group, int64_t step) {
   const int64_t last = group.capacity - 1;
-  return static_cast<double>(group.lr[step < last ? step : last]) * group.scale;
+  return static_cast<double>(group.lr[step < last ? step : last]);
 }
 
 LRS_HOST_DEVICE double number_at(const MovingNumber& number, double fixed, int64_t step) {

@@ -9,6 +9,7 @@ cuda_runtime_version: int
 cuda_architectures: str
 group_bytes: int
 quant_block: int
+changed_while_read: str
 profiles: list[str]
 cooldowns: list[str]
 algorithms: list[str]
@@ -111,7 +112,6 @@ def write_group_cpu(
     target: int,
     lr: int,
     capacity: int,
-    scale: float,
     hyper: Mapping[str, float],
     moving: Mapping[str, tuple[int, int]] = ...,
 ) -> None: ...
@@ -119,7 +119,6 @@ def write_group_cuda(
     target: int,
     lr: int,
     capacity: int,
-    scale: float,
     hyper: Mapping[str, float],
     moving: Mapping[str, tuple[int, int]],
     device: int,

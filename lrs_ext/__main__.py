@@ -174,8 +174,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+def _parser() -> argparse.ArgumentParser:
     description = "What lrs_ext is and does on this machine. Each command has a --help of its own."
     parser = argparse.ArgumentParser(prog="python -m lrs_ext", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -206,7 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--rounds", type=_positive, default=21, help="of which the median counts (default 21)"
     )
     bench_parser.add_argument("--json", action="store_true", help="print one JSON array")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    options = _parser().parse_args(arguments)
     if options.command == "info" and options.json:
         print(json.dumps(info(), indent=2))
     elif options.command == "info":

@@ -129,7 +129,7 @@ class DeviceTables:
 
     def has_state(self, param: Tensor, state: States, index: int) -> bool:
         """Returns whether a parameter in group `index` has all arrays of its state."""
-        needed = self._storage.arrays(param, self._names[index], "meta")
+        needed = self._storage.arrays(param, self._names[index])
         return needed.keys() <= state.get(param, {}).keys()
 
     def complete_state(self, param: Tensor, state: States, index: int) -> bool:
@@ -256,7 +256,7 @@ class DeviceTables:
             label=self._label,
         )
         if not table.refresh(selection.param_lists, selection.state, selection.gradients):
-            raise RuntimeError("a parameter or a state changed while the optimizer read it")
+            raise RuntimeError(ops.CHANGED_WHILE_READ)
         return table
 
     def _updates_of(self, selection: Selection) -> list[reference.TensorUpdate]:

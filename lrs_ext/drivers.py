@@ -1,8 +1,9 @@
-"""Who writes an optimizer's learning rates on the device: one at most."""
+"""Who writes an optimizer's learning rates: one at most, and for the groups that it knows."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sized
 
 import torch
 
@@ -25,6 +26,15 @@ def check_free(optimizer: torch.optim.Optimizer) -> None:
         article = "an" if name[0] in "AEIOU" else "a"
         raise RuntimeError(
             f"the optimizer has {article} {name} already: use that one, or delete it first"
+        )
+
+
+def check_num_groups(groups: Sized, known: int, driver: str) -> None:
+    """Raises RuntimeError if there are other groups than those `known` when `driver` was made."""
+    if len(groups) != known:
+        raise RuntimeError(
+            f"the optimizer has {len(groups)} parameter groups, it had {known} when {driver} was "
+            f"made: make {driver} after add_param_group"
         )
 
 

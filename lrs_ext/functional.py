@@ -75,36 +75,13 @@ def _step(
     >>> p.tolist(), int(position)
     ([0.125, 0.125], 2)
     """
-    if algorithm not in STATE_NAMES:
-        raise ValueError(f"algorithm must be one of {sorted(STATE_NAMES)}, got {algorithm!r}")
-    names, hyper_names = STATE_NAMES[algorithm], HYPER_NAMES[algorithm]
-    kept = len(states) // max(len(params), 1)
-    if not len(params) == len(grads) == len(counters) or len(states) != kept * len(params):
-        raise ValueError(
-            "a gradient, a counter and equally many states are needed for each parameter, got "
-            f"{len(params)} parameters, {len(grads)} gradients, {len(counters)} counters and "
-            f"{len(states)} states"
-        )
-    fewest = FEWEST_STATES[algorithm]
-    if params and not fewest <= kept <= len(names):
-        raise ValueError(f"{algorithm} has {fewest} to {len(names)} states, got {kept}")
-    if len(hyper) != len(hyper_names):
-        raise ValueError(f"hyper must be the {len(hyper_names)} numbers {hyper_names}, got {hyper}")
-    numbers = dict(zip(hyper_names, hyper, strict=True))
+    _check_lengths(algorithm, params, grads, states, counters, hyper)
+    names, kept = STATE_NAMES[algorithm], len(states) // max(len(params), 1)
+    numbers = dict(zip(HYPER_NAMES[algorithm], hyper, strict=True))
     check_numbers(numbers)
     check_params(params, "lrs_ext.functional.step")
     _check_memory(params, states, kept, position.device)
-    if position.dtype != torch.int64 or position.dim() != 0:
-        raise RuntimeError(
-            f"position must be int64 and 0-d, got {position.dtype} of shape {tuple(position.shape)}"
-        )
-    if lr.dim() > 1 or lr.numel() == 0:
-        raise RuntimeError(f"lr must be one number or a row of them, got shape {tuple(lr.shape)}")
-    if lr.dtype != torch.float32 or not lr.is_contiguous() or lr.device != position.device:
-        raise RuntimeError(
-            f"lr must be float32, contiguous and on the device of position, {position.device}, "
-            f"got {lr.dtype} on {lr.device}"
-        )
+    _check_schedule(lr, position)
     if position.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "lrs_ext.functional.step cannot be captured into a CUDA graph: capture the step() of "
@@ -154,6 +131,47 @@ step = torch.library.custom_op(
 step.__doc__ = _step.__doc__  # for help()
 
 
+def _check_lengths(
+    algorithm: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    counters: list[Tensor],
+    hyper: list[float],
+) -> None:
+    """Raises ValueError unless there is as much of everything as the update of `params` needs."""
+    if algorithm not in STATE_NAMES:
+        raise ValueError(f"algorithm must be one of {sorted(STATE_NAMES)}, got {algorithm!r}")
+    names, hyper_names = STATE_NAMES[algorithm], HYPER_NAMES[algorithm]
+    kept = len(states) // max(len(params), 1)
+    if not len(params) == len(grads) == len(counters) or len(states) != kept * len(params):
+        raise ValueError(
+            "a gradient, a counter and equally many states are needed for each parameter, got "
+            f"{len(params)} parameters, {len(grads)} gradients, {len(counters)} counters and "
+            f"{len(states)} states"
+        )
+    fewest = FEWEST_STATES[algorithm]
+    if params and not fewest <= kept <= len(names):
+        raise ValueError(f"{algorithm} has {fewest} to {len(names)} states, got {kept}")
+    if len(hyper) != len(hyper_names):
+        raise ValueError(f"hyper must be the {len(hyper_names)} numbers {hyper_names}, got {hyper}")
+
+
+def _check_schedule(lr: Tensor, position: Tensor) -> None:
+    """Raises RuntimeError unless the kernels can read a learning rate from `lr` at `position`."""
+    if position.dtype != torch.int64 or position.dim() != 0:
+        raise RuntimeError(
+            f"position must be int64 and 0-d, got {position.dtype} of shape {tuple(position.shape)}"
+        )
+    if lr.dim() > 1 or lr.numel() == 0:
+        raise RuntimeError(f"lr must be one number or a row of them, got shape {tuple(lr.shape)}")
+    if lr.dtype != torch.float32 or not lr.is_contiguous() or lr.device != position.device:
+        raise RuntimeError(
+            f"lr must be float32, contiguous and on the device of position, {position.device}, "
+            f"got {lr.dtype} on {lr.device}"
+        )
+
+
 def _check_memory(
     params: list[Tensor], states: list[Tensor], kept: int, device: torch.device
 ) -> None:
@@ -177,14 +195,5 @@ def _check_memory(
 
 
 @step.register_fake
-def _(
-    algorithm: str,
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[Tensor],
-    counters: list[Tensor],
-    lr: Tensor,
-    position: Tensor,
-    hyper: list[float],
-) -> None:
+def _(*_: object) -> None:
     return None

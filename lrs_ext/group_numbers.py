@@ -52,8 +52,8 @@ class GroupNumbers:
         numbers: Sequence[MovableNumber],
         groups: list[Group],
         devices: Sequence[torch.device],
-        step: int = 0,
-        capacity: int = 1,
+        step: int,
+        capacity: int,
     ) -> None:
         self._numbers = numbers
         for group in groups:
@@ -108,7 +108,7 @@ class GroupNumbers:
 
     def rearrange(self, groups: list[Group], places: Sequence[int]) -> None:
         """Takes the numbers of the groups along to where these are now, from `places`."""
-        self.rates = self.rates.rebuilt(groups, self.devices, places=places)
+        self.rates = self.rates.rearranged(groups, places)
         self.hyper_schedules.rearrange(places)
         self._notes = [self._notes[place] for place in places]
 
@@ -168,8 +168,18 @@ class GroupNumbers:
         self.rates = self.rates.rebuilt(groups, devices)
         self.hyper_schedules = self.hyper_schedules.moved(groups, devices, self.rates.step)
 
-    def reserve(self, groups: list[Group], capacity: int) -> bool:
+    def lengthen(self, groups: list[Group], capacity: int) -> bool:
         """Makes the rows of the learning rates longer; returns whether they were too short.
+
+        That waits for the device.
+        """
+        if self.rates.buffer.capacity >= capacity:
+            return False
+        self.rates = self.rates.rebuilt(groups, self.devices, capacity)
+        return True
+
+    def reserve(self, groups: list[Group], capacity: int) -> bool:
+        """As `lengthen`, for somebody who is going to write the rows.
 
         Raises:
             ValueError: a schedule or a tensor is in charge of a group.
@@ -180,10 +190,7 @@ class GroupNumbers:
                     f"the learning rate of group {index} is a schedule or a tensor, which would be "
                     "overwritten: give the optimizer a float"
                 )
-        if self.rates.buffer.capacity >= capacity:
-            return False
-        self.rates = self.rates.rebuilt(groups, self.devices, capacity)
-        return True
+        return self.lengthen(groups, capacity)
 
     # Checkpoints and copies
 

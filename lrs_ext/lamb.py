@@ -92,16 +92,3 @@ class LAMB(ScheduledOptimizer):
     @staticmethod
     def _state_names(group: Group) -> list[str]:
         return ["exp_avg", "exp_avg_sq"]
-
-    @staticmethod
-    def _hyper(group: Group) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
-        return {
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "bias_correction": group["bias_correction"],
-            "always_adapt": group["always_adapt"],
-        }

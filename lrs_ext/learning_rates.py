@@ -83,7 +83,7 @@ class LearningRates:
         self,
         groups: list[Group],
         devices: Sequence[torch.device],
-        step: int = 0,
+        step: int,
         capacity: int = 1,
         filled: Mapping[int, Schedule] = MappingProxyType({}),
     ) -> None:
@@ -135,21 +135,6 @@ class LearningRates:
     def _own_rows(self, index: int) -> list[Tensor]:
         """Returns the rows of a group in the buffers, whether they are read or not."""
         return [buffer.rows[index] for buffer in self.buffers.values()]
-
-    def with_room_for(
-        self, groups: list[Group], schedule: Schedule, was_captured: bool
-    ) -> LearningRates:
-        """Returns these learning rates, or others in longer rows if theirs cannot hold `schedule`.
-
-        Making the new buffer waits for the device.
-
-        Raises:
-            RuntimeError: they would have to be longer, but a CUDA graph reads the present ones.
-        """
-        if schedule.capacity <= self.buffer.capacity:
-            return self
-        self.check_room(schedule, was_captured)
-        return self.rebuilt(groups, list(self.buffers), schedule.capacity)
 
     def check_room(self, schedule: Schedule, was_captured: bool) -> None:
         """Raises RuntimeError if `schedule` needs longer rows, but a CUDA graph reads these."""
@@ -344,6 +329,21 @@ class LearningRates:
                 source.seen = None  # the host may hand back before a step has seen it take over
         return driven
 
+    def write_driven(self, groups: list[Group], values: Tensor) -> None:
+        """Writes the rows of the driven groups on all devices.
+
+        Args:
+            values: (groups, capacity) or (groups, 1).
+        """
+        driven = self.driven(groups)
+        for device, buffer in self.buffers.items():
+            rows = on_device(values, device)
+            if len(driven) == len(groups):
+                buffer.values.copy_(rows)
+            else:
+                for index in driven:
+                    buffer.rows[index].copy_(rows[index])
+
     def show(self, groups: list[Group], lrs: Sequence[float]) -> None:
         """Shows on the host what its driver has put into each row for the next update."""
         for source, group, lr in zip(self._sources, groups, lrs, strict=True):
@@ -353,53 +353,72 @@ class LearningRates:
                 group["lr"] = source.scheduled = lr
 
     def rebuilt(
-        self,
-        groups: list[Group],
-        devices: Sequence[torch.device],
-        capacity: int = 1,
-        places: Sequence[int] | None = None,
+        self, groups: list[Group], devices: Sequence[torch.device], capacity: int = 1
     ) -> LearningRates:
-        """Returns the same learning rates in new buffers: other groups, longer rows, new devices.
+        """Returns the same learning rates in new buffers: new groups, longer rows, other devices.
 
         Args:
+            groups: those there were, in their places, before any that are new.
             capacity: the least length of a row; none gets shorter.
-            places: where the groups were; None is where they are, before any that are new.
+        """
+        return self._rebuilt(groups, devices, capacity, range(len(self._sources)))
+
+    def rearranged(self, groups: list[Group], places: Sequence[int]) -> LearningRates:
+        """Returns the learning rates of the groups that were at `places`, in new buffers.
 
         Raises:
-            RuntimeError: the groups have other places, but somebody else writes their rows.
+            RuntimeError: somebody else writes their rows.
         """
-        if places is None:
-            places = range(len(self._sources))
-        elif any(source.refill is not None for source in self._sources):
+        if any(source.refill is not None for source in self._sources):
             raise RuntimeError(
                 "the parameter groups have been removed or put in another order under AutoLRS or "
                 "ReduceOnPlateau: do it before that is made"
             )
-        kept = [i for i, p in enumerate(places) if groups[i]["lr"] is self._sources[p].seen]
+        return self._rebuilt(groups, list(self.buffers), 1, places)
+
+    def _rebuilt(
+        self,
+        groups: list[Group],
+        devices: Sequence[torch.device],
+        capacity: int,
+        places: Sequence[int],
+    ) -> LearningRates:
+        """As `rebuilt`, for groups that were at `places`, before any that are new."""
+        # Elsewhere the host has put something new into the group.
+        kept = {i for i, p in enumerate(places) if groups[i]["lr"] is self._sources[p].seen}
+        filled = {}
         for index in kept:
-            if self.buffer.schedules[places[index]] is not self._sources[places[index]].schedule:
-                self._follow_schedule(places[index], groups[index])
-        sources = [self._sources[place] for place in places]
-        schedules = [(index, self.schedule(places[index])) for index in kept]
-        filled = {index: schedule for index, schedule in schedules if schedule is not None}
+            place = places[index]
+            if self.buffer.schedules[place] is not self._sources[place].schedule:
+                self._follow_schedule(place, groups[index])
+            schedule = self.schedule(place)
+            if schedule is not None:
+                filled[index] = schedule
         capacity = max(capacity, self.buffer.capacity)
         rates = LearningRates(groups, devices, int(self.buffer.step), capacity, filled)
-        for index in kept:  # somebody may have written to the row, whose last value holds
-            old = self.buffer.rows[places[index]]
-            for row in rates._own_rows(index):
-                row[: len(old)].copy_(old)
-                row[len(old) :].copy_(old[-1])
-        for index, old_source in enumerate(sources):
-            source = rates._sources[index]
-            if index in filled:
-                if source.scheduled == old_source.scheduled:  # which wrappers have in their groups
-                    source.scheduled = source.seen = groups[index]["lr"] = old_source.scheduled
-            elif source.schedule is None and old_source.scheduled is not None:
-                # The very float may hand back to whoever has been in charge.
-                rates.buffer.schedules[index] = old_source.schedule
-                seen = groups[index]["lr"] if index in kept else None
-                rates._sources[index] = replace(old_source, rows=source.rows, seen=seen)
+        for index, place in enumerate(places):
+            if index in kept:  # somebody may have written to the row, whose last value holds
+                old_row = self.buffer.rows[place]
+                for row in rates._own_rows(index):
+                    row[: len(old_row)].copy_(old_row)
+                    row[len(old_row) :].copy_(old_row[-1])
+            rates._keep_floats(index, groups[index], self._sources[place], index in kept)
         return rates
+
+    def _keep_floats(self, index: int, group: Group, old: _Source, is_kept: bool) -> None:
+        """Takes over the floats by which the group's source in other buffers has been known.
+
+        Args:
+            is_kept: the host has put nothing new into the group.
+        """
+        source = self._sources[index]
+        if source.schedule is None:
+            if old.scheduled is not None:  # it may hand back to whoever has been in charge
+                self.buffer.schedules[index] = old.schedule
+                seen = group["lr"] if is_kept else None
+                self._sources[index] = replace(old, rows=source.rows, seen=seen)
+        elif is_kept and source.scheduled == old.scheduled:  # which wrappers have in their groups
+            source.scheduled = source.seen = group["lr"] = old.scheduled
 
     @property
     def zeroed_by_host(self) -> bool:

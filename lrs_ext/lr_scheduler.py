@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from lrs_ext.drivers import check_num_groups
 from lrs_ext.learning_rates import at_height_of
 from lrs_ext.schedules import Schedule
 from lrs_ext.tensor_checks import number
@@ -58,19 +59,13 @@ class ScheduleLR(LRScheduler):
         ]
         schedules = _schedules(schedule, base_lrs)
         if isinstance(schedule, Schedule):
-            groups = optimizer.param_groups
-            schedules = list(map(at_height_of, groups, schedules))
+            schedules = list(map(at_height_of, optimizer.param_groups, schedules))
         self.schedules = schedules
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
         """Returns the learning rate of each group at the present step, as Python floats."""
-        groups = len(self.optimizer.param_groups)
-        if groups != len(self.schedules):
-            raise RuntimeError(
-                f"the optimizer has {groups} parameter groups, it had {len(self.schedules)} when "
-                "ScheduleLR was made: make ScheduleLR after add_param_group"
-            )
+        check_num_groups(self.optimizer.param_groups, len(self.schedules), "ScheduleLR")
         return [schedule(max(self.last_epoch, 0)) for schedule in self.schedules]
 
     def get_last_lr(self) -> list[float | Tensor]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 KnownGroups = _C.KnownGroups
 QUANT_BLOCK: int = _C.quant_block
+CHANGED_WHILE_READ: str = _C.changed_while_read
 PROFILES: tuple[str, ...] = tuple(_C.profiles)
 COOLDOWNS: tuple[str, ...] = tuple(_C.cooldowns)
 # The parameter of a profile that the native code calls its shape.
@@ -201,7 +202,7 @@ class GroupTable:
         """
         row = self.rows[index]
         addresses = {name: (values.data_ptr(), values.numel()) for name, values in moving.items()}
-        arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), 1.0, dict(hyper), addresses)
+        arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), dict(hyper), addresses)
         if row.device.type == "cpu":
             _C.write_group_cpu(*arguments)
         elif cuda_unavailable_reason(str(row.device)) is None:
@@ -252,7 +253,6 @@ class StepTable:
     ) -> None:
         self.spread = spread
         self._label = label
-        self._passes = "both"
         self.backend = backend
         self.algorithm = algorithm
         self.groups = groups
@@ -268,8 +268,7 @@ class StepTable:
         )
         params = itertools.chain.from_iterable(param_lists)
         elements = sum(p.numel() for p, s in zip(params, steps, strict=True) if s is not None)
-        device = self.step.device
-        bandwidth = _C.memory_bandwidth(device.index or 0) if backend == "cuda" else 0.0
+        bandwidth = _C.memory_bandwidth(step.device.index or 0) if backend == "cuda" else 0.0
         self._chunk_elements = chunk_elements(
             backend, algorithm, storage.state_type, elements, bandwidth
         )
@@ -286,24 +285,27 @@ class StepTable:
         self._scaling: GradScaling | None = None  # of the last step
         tickets = 1
         if algorithm == "lamb":
-            chunks, tensors = len(self._native.chunk_rows), len(self._native.tensor_rows)
-            self._squares = torch.zeros(
-                chunks + tensors, 2, dtype=torch.float64, device=step.device
-            )
+            tensors = len(self._native.tensor_rows)
+            sums = len(self._native.chunk_rows) + tensors
+            self._squares = torch.zeros(sums, 2, dtype=torch.float64, device=step.device)
             self._native.bind_squares(self._squares.data_ptr())
             tickets += tensors
         if backend != "cpu":
-            device = step.device
-            self._rows = _to_device(self._native.tensor_rows, device)
-            self._chunks = _to_device(self._native.chunk_rows, device)
-            self._ticket = torch.zeros(tickets, dtype=torch.int32, device=device)
-            self._native.bind_device(
-                self._rows.data_ptr(), self._chunks.data_ptr(), self._ticket.data_ptr()
-            )
-            self._addresses = self._native.gradient_addresses
-            self._gradients = _to_device(self._addresses, device)
-            self._captured_addresses: list[Tensor] = []
-            self._spare_addresses: Tensor | None = None
+            self._bind_device(tickets)
+
+    def _bind_device(self, tickets: int) -> None:
+        """Copies the tables to the device."""
+        device = self.step.device
+        self._rows = _to_device(self._native.tensor_rows, device)
+        self._chunks = _to_device(self._native.chunk_rows, device)
+        self._ticket = torch.zeros(tickets, dtype=torch.int32, device=device)
+        self._native.bind_device(
+            self._rows.data_ptr(), self._chunks.data_ptr(), self._ticket.data_ptr()
+        )
+        self._addresses = self._native.gradient_addresses
+        self._gradients = _to_device(self._addresses, device)
+        self._captured_addresses: list[Tensor] = []
+        self._spare_addresses: Tensor | None = None
 
     def refresh(
         self,
@@ -374,28 +376,25 @@ class StepTable:
         if not self._tensors.count_update():
             torch.autograd.graph.increment_version(self._tensors.updated_params())
 
-    def _launch(self, commits_step: bool) -> None:
-        if self.algorithm == "lamb" and self.spread.groups and self._passes == "both":
+    def _launch(self, commits_step: bool, passes: str = "both") -> None:
+        if self.algorithm == "lamb" and self.spread.groups and passes == "both":
             self._launch_passes(commits_step)
         elif self.backend == "cpu":
             self._native.run_cpu(torch.get_num_threads(), commits_step)
         elif self.backend == "cuda":
             self._native.run_cuda(commits_step)
         else:
-            self._run_triton(commits_step)
+            self._run_triton(commits_step, passes)
 
     def _launch_passes(self, commits_step: bool) -> None:
         """Completes the sums of squares of each tensor's parts between the two passes of LAMB."""
         squares = self._squares[-len(self._native.tensor_rows) :]
         squares.zero_()  # no chunk writes the sums of an empty part
-        try:
-            for self._passes in ("moments", "params"):
-                self._native.choose_passes(self._passes)
-                self._launch(commits_step)
-                if self._passes == "moments":
-                    self.spread.sum_(squares)
-        finally:
-            self._passes = "both"
+        for passes in ("moments", "params"):
+            self._native.choose_passes(passes)
+            self._launch(commits_step, passes)
+            if passes == "moments":
+                self.spread.sum_(squares)
 
     def _scale(self, scaling: GradScaling) -> None:
         for tensor in scaling.tensors():
@@ -440,7 +439,7 @@ class StepTable:
     def _is_being_captured(self) -> bool:
         return self.step.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def _run_triton(self, commits_step: bool) -> None:
+    def _run_triton(self, commits_step: bool, passes: str) -> None:
         from lrs_ext import triton_kernels, triton_lamb
 
         tables: dict[str, Any] = {
@@ -455,7 +454,7 @@ class StepTable:
             "commits_step": commits_step,
         }
         if self.algorithm == "lamb":
-            triton_lamb.step(**tables, squares=self._squares, passes=self._passes)
+            triton_lamb.step(**tables, squares=self._squares, passes=passes)
         else:
             triton_kernels.step(
                 self.algorithm,

@@ -102,16 +102,6 @@ class SGD(ScheduledOptimizer):
     def _state_names(group: Group) -> list[str]:
         return ["momentum_buffer"] if group["momentum"] != 0 else []
 
-    @staticmethod
-    def _hyper(group: Group) -> dict[str, float]:
-        return {
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-            "momentum": group["momentum"],
-            "dampening": group["dampening"],
-            "nesterov": group["nesterov"],
-        }
-
     def state_dict(self) -> dict[str, Any]:
         """As in torch, where there is no momentum buffer before its first gradient.
 
@@ -213,18 +203,6 @@ class Adam(ScheduledOptimizer):
     def _state_names(group: Group) -> list[str]:
         names = ["exp_avg", "exp_avg_sq"]
         return [*names, "max_exp_avg_sq"] if group["amsgrad"] else names
-
-    @staticmethod
-    def _hyper(group: Group) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
-        return {
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "decoupled_weight_decay": group["decoupled_weight_decay"],
-        }
 
 
 class AdamW(Adam):
@@ -356,16 +334,6 @@ class Lion(ScheduledOptimizer):
     @staticmethod
     def _state_names(group: Group) -> list[str]:
         return ["exp_avg"]
-
-    @staticmethod
-    def _hyper(group: Group) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
-        return {
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-            "beta1": beta1,
-            "beta2": beta2,
-        }
 
 
 def check_tensor_lr(lr: LearningRate, foreach: bool | None, capturable: bool) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lrs_ext.autolrs.rates import check_optimizer, usable_lr, warn_of_waiting
+from lrs_ext.drivers import check_num_groups
 from lrs_ext.host_copy import HostCopy
-from lrs_ext.param_devices import first_device, on_device
+from lrs_ext.param_devices import first_device
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.wrappers import whole_optimizer
@@ -74,11 +75,7 @@ class Groups:
 
     def _param_groups(self) -> list[Group]:
         groups: list[Group] = self._optimizer.param_groups
-        if len(groups) != self._num_groups:
-            raise RuntimeError(
-                f"the optimizer has {len(groups)} parameter groups, it had {self._num_groups} when "
-                "ReduceOnPlateau was made: make ReduceOnPlateau after add_param_group"
-            )
+        check_num_groups(groups, self._num_groups, "ReduceOnPlateau")
         return groups
 
 
@@ -118,15 +115,7 @@ class BufferGroups(Groups):
             self._show(self._lrs.tolist())
 
     def _put(self) -> None:
-        optimizer = self._optimizer
-        driven = optimizer.driven_groups()
-        for device, buffer in optimizer.schedule_buffers.items():
-            lrs = on_device(self._lrs, device)
-            if len(driven) == len(buffer.rows):
-                buffer.values.copy_(lrs.unsqueeze(1))
-                continue
-            for index in driven:
-                buffer.rows[index].copy_(lrs[index])
+        self._optimizer.write_driven_(self._lrs.unsqueeze(1))
 
     def _show_what_is_here(self) -> None:
         if self._copy is not None and self._copy.is_here:

@@ -176,8 +176,8 @@ class ReferenceTable:
         updates: Sequence[TensorUpdate],
         step: Tensor,
         storage: Storage,
-        spread: Spread = WHOLE,
-        label: str = "lrs_ext::step",
+        spread: Spread,
+        label: str,
     ) -> None:
         self._update = UPDATES[algorithm]
         if algorithm == "lamb":

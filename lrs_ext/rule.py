@@ -19,8 +19,6 @@ class Rule:
         state_names: returns the keys of the arrays that the update of a group keeps.
         hyper: returns the numbers of a group that the update reads, by their native names.
         options: the keys of a group that the update depends on.
-        counts_in_state: whether the state of a parameter has its count of updates, as in
-            `torch.optim.Adam`; that of `torch.optim.SGD` has no place for it.
     """
 
     algorithm: str
@@ -29,4 +27,3 @@ class Rule:
     state_names: Callable[[Group], list[str]]
     hyper: Callable[[Group], dict[str, float]]
     options: tuple[str, ...]
-    counts_in_state: bool

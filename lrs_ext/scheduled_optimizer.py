@@ -22,7 +22,7 @@ from lrs_ext.checkpoint import (
     unwrap_states,
     wrap_tensors,
 )
-from lrs_ext.functional import FEWEST_STATES, STATE_NAMES
+from lrs_ext.functional import FEWEST_STATES, HYPER_NAMES, STATE_NAMES
 from lrs_ext.grad_scaling import StepScaling
 from lrs_ext.gradient_release import GradientRelease
 from lrs_ext.group_numbers import GroupNumbers, put_all_schedules
@@ -47,7 +47,7 @@ from lrs_ext.wrappers import whole_optimizer
 class ScheduledOptimizer(torch.optim.Optimizer):
     """One launch a step for every tensor of every group on a device.
 
-    A leaf class says which update it is, which arrays it keeps and which numbers it reads.
+    A leaf class says which update it is, which arrays it keeps and which numbers are in range.
     """
 
     algorithm: ClassVar[str]
@@ -90,10 +90,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _state_names(group: Group) -> list[str]:
-        raise NotImplementedError
-
-    @staticmethod
-    def _hyper(group: Group) -> dict[str, float]:
         raise NotImplementedError
 
     # What users see
@@ -182,14 +178,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._check_index(group)
         self._take_loaded_groups()
         indices = range(len(self.param_groups)) if group is None else [group]
-        numbers, present = self._numbers, self._numbers.rates
-        numbers.rates = present.with_room_for(self.param_groups, schedule, self.was_captured)
-        if numbers.rates is not present:
+        self._numbers.rates.check_room(schedule, self.was_captured)
+        if self._numbers.lengthen(self.param_groups, schedule.capacity):
             self._preparation.forget_tables(self.param_groups)
+        rates = self._numbers.rates
         for index in indices:
             scaled = at_height_of(self.param_groups[index], schedule)
-            numbers.rates.withdraw(index, self.param_groups[index])
-            numbers.rates.buffer.fill_(index, scaled)
+            rates.withdraw(index, self.param_groups[index])
+            rates.buffer.fill_(index, scaled)
         if group is None:
             self.defaults["lr"] = schedule  # of groups to come
         self.sync_groups()
@@ -392,7 +388,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """Returns what arrays are kept for each parameter, on the meta device."""
         fixed = map(self._numbers.hyper_schedules.fixed, itertools.count(), self.param_groups)
         return [
-            self._storage.arrays(param, self._state_names(group), "meta")
+            self._storage.arrays(param, self._state_names(group))
             for group in fixed
             for param in group["params"]
         ]
@@ -427,6 +423,11 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._take_loaded_groups()
         return self._numbers.rates.driven(self.param_groups)
 
+    def write_driven_(self, values: Tensor) -> None:
+        """Writes the rows that the driver may write; see `LearningRates.write_driven`."""
+        self._take_loaded_groups()
+        self._numbers.rates.write_driven(self.param_groups, values)
+
     def show_(self, lrs: Sequence[float]) -> None:
         """Shows each driven group's learning rate; see `LearningRates.show`."""
         self._numbers.rates.show(self.param_groups, lrs)
@@ -440,6 +441,15 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._numbers.roll_back(self.param_groups, mark)
 
     # The parts of a step
+
+    @classmethod
+    def _hyper(cls, group: Group) -> dict[str, float]:
+        """Returns the numbers that the update reads, by their native names."""
+        names = HYPER_NAMES[cls.algorithm]
+        if "beta1" in names:
+            beta1, beta2 = group["betas"]
+            group = {**group, "beta1": beta1, "beta2": beta2}
+        return {name: group[name] for name in names}
 
     def _start(self, counters: StepCounters, step: int = 0, capacity: int = 1) -> None:
         self._take_groups(counters, step, capacity)
@@ -462,7 +472,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._state_names,
             self._hyper,
             tuple(self.defaults),
-            self._counts_in_state,
         )
         self._preparation = Preparation(
             rule, self._storage, self._requested_backend, self._numbers, counters, groups

@@ -75,21 +75,18 @@ class Storage:
                 "state_dtype, master_weights and stochastic_rounding alone, or use bfloat16"
             )
 
-    def arrays(
-        self, param: Tensor, names: Sequence[str], device: torch.device | str | None = None
-    ) -> dict[str, Tensor]:
-        """Returns the arrays that are kept for a parameter, or this rank's part of it, all 0.
+    def arrays(self, param: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Returns, on the meta device, what is kept for a parameter, or this rank's part of it.
 
         Args:
             names: of the states.
-            device: None is that of the parameter.
         """
         arrays: dict[str, Tensor] = {}
-        param = local(param)
+        param = torch.empty_like(local(param), device="meta")
         for name in names:
-            arrays |= self._zeros(param, name, device)
+            arrays |= self._zeros(param, name)
         if self._is_split(param):
-            arrays[REMAINDER] = torch.zeros_like(param, dtype=torch.int16, device=device)
+            arrays[REMAINDER] = torch.zeros_like(param, dtype=torch.int16)
         return arrays
 
     def has_arrays(self, param: Tensor, names: Sequence[str]) -> bool:
@@ -290,13 +287,11 @@ class Storage:
         if scale is not None:
             state[name + _SCALE_SUFFIX] = scale.to(param.device, torch.float32).contiguous()
 
-    def _zeros(
-        self, param: Tensor, name: str, device: torch.device | str | None = None
-    ) -> dict[str, Tensor]:
-        zeros = {name: torch.zeros_like(param, dtype=self.state_dtype, device=device)}
+    def _zeros(self, param: Tensor, name: str) -> dict[str, Tensor]:
+        zeros = {name: torch.zeros_like(param, dtype=self.state_dtype)}
         if self.state_dtype == torch.uint8:
             blocks = block_codes.num_blocks(param.numel())
-            scales = torch.zeros(blocks, dtype=torch.float32, device=zeros[name].device)
+            scales = torch.zeros(blocks, dtype=torch.float32, device=param.device)
             zeros[name + _SCALE_SUFFIX] = scales
         return zeros
 

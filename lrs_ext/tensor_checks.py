@@ -24,44 +24,48 @@ def check_params(params: list[Tensor], name: str) -> None:
             f"{name} is made"
         )
     check_alike(params, name)
-    for whole in params:
-        check_placements(whole, name)
-        param = local(whole)
-        if is_traceable_wrapper_subclass(param):
-            raise RuntimeError(
-                f"{name} does not support {type(param).__name__} parameters yet: "
-                "use torch.optim for them"
-            )
-        if param.dtype not in ops.DTYPES:
-            frozen = "leave it out, as it is not trained: give only those that require a gradient"
-            raise RuntimeError(
-                f"{name} requires all the params to be floating point Tensors of float32, "
-                f"bfloat16 or float16, got {param.dtype}: "
-                f"{'use torch.optim for it' if whole.requires_grad else frozen}"
-            )
-        if param.layout != torch.strided:
-            raise RuntimeError(
-                f"{name} does not support parameters of layout {param.layout}, only strided ones: "
-                "make it with .to_dense()"
-            )
-        if may_overlap(param) or param.is_neg():
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} is a view "
-                "with overlaps or signs of its own: make it with .contiguous()"
-            )
-        if param is not whole and not is_dense(param):
-            raise RuntimeError(
-                f"this rank's part of a DTensor has shape {tuple(param.shape)}, strides "
-                f"{param.stride()} and gaps between its elements: make it with .contiguous()"
-            )
-        if not ops.has_memory(param):
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} has no memory: its storage was "
-                "resized or never allocated; restore it before the step"
-            )
+    for param in params:
+        _check_param(param, name)
     if len(params) != len(set(params)):
         raise ValueError(
             "optimizer contains a parameter group with duplicate parameters: list each once"
+        )
+
+
+def _check_param(whole: Tensor, name: str) -> None:
+    check_placements(whole, name)
+    param = local(whole)
+    if is_traceable_wrapper_subclass(param):
+        raise RuntimeError(
+            f"{name} does not support {type(param).__name__} parameters yet: "
+            "use torch.optim for them"
+        )
+    if param.dtype not in ops.DTYPES:
+        frozen = "leave it out, as it is not trained: give only those that require a gradient"
+        raise RuntimeError(
+            f"{name} requires all the params to be floating point Tensors of float32, "
+            f"bfloat16 or float16, got {param.dtype}: "
+            f"{'use torch.optim for it' if whole.requires_grad else frozen}"
+        )
+    if param.layout != torch.strided:
+        raise RuntimeError(
+            f"{name} does not support parameters of layout {param.layout}, only strided ones: "
+            "make it with .to_dense()"
+        )
+    if may_overlap(param) or param.is_neg():
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} is a view "
+            "with overlaps or signs of its own: make it with .contiguous()"
+        )
+    if param is not whole and not is_dense(param):
+        raise RuntimeError(
+            f"this rank's part of a DTensor has shape {tuple(param.shape)}, strides "
+            f"{param.stride()} and gaps between its elements: make it with .contiguous()"
+        )
+    if not ops.has_memory(param):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} has no memory: its storage was "
+            "resized or never allocated; restore it before the step"
         )
 
 

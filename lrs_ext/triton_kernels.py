@@ -35,7 +35,6 @@ from lrs_ext.triton_updates import (
     LR,
     MOMENTA,
     MOMENTUM,
-    SCALE,
     WEIGHT_DECAY,
     WEIGHT_DECAYS,
     adam_apply,
@@ -271,7 +270,7 @@ def fold(
     lrs = tl.load(group + LR).to(tl.pointer_type(tl.float32))
     now = tl.load(step)
     position = tl.minimum(now, tl.load(group + CAPACITY) - 1)
-    lr = tl.load(lrs + position).to(tl.float64) * tl.load(doubles + SCALE)
+    lr = tl.load(lrs + position).to(tl.float64)
     weight_decay = number_at(group, now, WEIGHT_DECAY, WEIGHT_DECAYS)
     momentum = number_at(group, now, MOMENTUM, MOMENTA)
     tensor_step = tl.load(row + TENSOR_STEP).to(tl.pointer_type(tl.float32))
@@ -397,7 +396,7 @@ def step(
     Args:
         algorithm: a key of `ALGORITHMS`.
         tensors: int64 `(N, 13)`, a TensorEntry a row; its null pointers are 0.
-        groups: int64 `(G, 14)`, a Group a row; its doubles are bit-cast.
+        groups: int64 `(G, 13)`, a Group a row; its doubles are bit-cast.
         chunks: int32 `(C, 2)`: the tensor, and the index of the chunk within it.
         gradients: int64 `(N,)`, addresses; 0 where a tensor has no gradient.
         step: int64, 0-d: committed updates; advances by one, even if no tensor has a gradient.

@@ -13,7 +13,6 @@ from lrs_ext.triton_kernels import (
     BFLOAT16,
     DTYPE,
     FLOAT32,
-    NUM_WARPS,
     NUMEL,
     PARAM,
     STATES,
@@ -23,6 +22,7 @@ from lrs_ext.triton_kernels import (
     fold,
     grad_scale,
     jit_kernel,
+    launch_options,
     pointers_of,
 )
 from lrs_ext.triton_storage import jit, with_reciprocal
@@ -357,7 +357,7 @@ def step(
     """
     tables = (tensors, groups, chunks, gradients, step, ticket, squares, *scaling)
     sizes = (len(tensors), len(chunks), chunk_elements, commits_step)
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}  # the bits of the other backends
+    options = launch_options("float32")
     with torch.accelerator.device_index(tensors.device.index):
         if passes != "params" and len(chunks) > 0:
             moments_kernel[(len(chunks),)](*tables, *sizes, **options)

@@ -10,20 +10,19 @@ import triton.language as tl
 
 from lrs_ext.triton_storage import jit, with_reciprocal
 
-# Columns of a row of the group table. From SCALE to ALWAYS_ADAPT, they are float64.
+# Columns of a row of the group table. From WEIGHT_DECAY to ALWAYS_ADAPT, they are float64.
 LR = tl.constexpr(0)
 CAPACITY = tl.constexpr(1)
-SCALE = tl.constexpr(2)
-WEIGHT_DECAY = tl.constexpr(3)
-MAXIMIZE = tl.constexpr(4)
-MOMENTUM = tl.constexpr(5)  # beta1 too
-BETA2 = DAMPENING = tl.constexpr(6)
-EPS = NESTEROV = tl.constexpr(7)
-DECOUPLED = tl.constexpr(8)
-ALWAYS_ADAPT = tl.constexpr(9)
-WEIGHT_DECAYS = tl.constexpr(10)  # the address of its values and their number, or zeros
-MOMENTA = tl.constexpr(12)  # likewise; of beta1 too
-GROUP_COLUMNS = tl.constexpr(14)
+WEIGHT_DECAY = tl.constexpr(2)
+MAXIMIZE = tl.constexpr(3)
+MOMENTUM = tl.constexpr(4)  # beta1 too
+BETA2 = DAMPENING = tl.constexpr(5)
+EPS = NESTEROV = tl.constexpr(6)
+DECOUPLED = tl.constexpr(7)
+ALWAYS_ADAPT = tl.constexpr(8)
+WEIGHT_DECAYS = tl.constexpr(9)  # the address of its values and their number, or zeros
+MOMENTA = tl.constexpr(11)  # likewise; of beta1 too
+GROUP_COLUMNS = tl.constexpr(13)
 
 
 class SGD(NamedTuple):

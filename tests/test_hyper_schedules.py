@@ -303,7 +303,7 @@ def test_sync_groups_puts_all_numbers_into_the_table():
     opt.param_groups[0].update(weight_decay=0.2, betas=(0.5, 0.6), eps=0.3, lr=0.4)
     opt.sync_groups()
     numbers = opt._preparation.tables.all[0].groups.rows[0].view(torch.float64).tolist()
-    assert numbers[3:9] == [0.2, 0.0, 0.5, 0.6, 0.3, 0.0]
+    assert numbers[2:8] == [0.2, 0.0, 0.5, 0.6, 0.3, 0.0]
     assert opt.schedule_buffer.values[0, 0].item() == float(np.float32(0.4))
     assert not opt.state
     assert int(opt.schedule_buffer.step) == 0

@@ -206,12 +206,12 @@ MOVING = ("weight_decay", "momentum", "beta1")
 def test_a_group_that_moves_has_the_address_and_length_of_its_values(name):
     values, lr, row = torch.rand(5), torch.rand(3), torch.zeros(_C.group_bytes // 8).long()
     hyper = {name: 0.5}
-    _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, 1.0, hyper)
+    _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, hyper)
     fixed = row.clone()
-    assert fixed.count_nonzero() == 4
+    assert fixed.count_nonzero() == 3
     assert fixed[-4:].eq(0).all()
     moving = {name: (values.data_ptr(), 5)}
-    _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, 1.0, hyper, moving)
+    _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, hyper, moving)
     places = [values.data_ptr(), 5]
     assert row[-4:].tolist() == ([*places, 0, 0] if name == MOVING[0] else [0, 0, *places])
     assert torch.equal(row[:-4], fixed[:-4])
@@ -220,4 +220,4 @@ def test_a_group_that_moves_has_the_address_and_length_of_its_values(name):
 def test_no_other_number_moves():
     lr, row = torch.rand(3), torch.zeros(_C.group_bytes // 8).long()
     with pytest.raises(KeyError, match="eps"):
-        _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, 1.0, {}, {"eps": (lr.data_ptr(), 3)})
+        _C.write_group_cpu(row.data_ptr(), lr.data_ptr(), 3, {}, {"eps": (lr.data_ptr(), 3)})

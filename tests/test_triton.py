@@ -40,27 +40,27 @@ def assert_close(actual, expected, tolerance):
 GROUPS = {
     "sgd": [
         Group(lrs=(0.02, 0.04), momentum=0.9, weight_decay=0.1),
-        Group(lrs=(0.04,), scale=0.5, momentum=0.8, dampening=0.5, maximize=True),
+        Group(lrs=(0.02,), momentum=0.8, dampening=0.5, maximize=True),
         Group(lrs=(0.02, 0.015, 0.01, 0.005), momentum=0.9, nesterov=True),
-        Group(lrs=(0.01, 0.0), scale=2.0, momentum=0.7, weight_decay=0.2, maximize=True),
+        Group(lrs=(0.02, 0.0), momentum=0.7, weight_decay=0.2, maximize=True),
     ],
     "adam": [
         Group(lrs=(0.02, 0.01), weight_decay=0.1, decoupled=True),
-        Group(lrs=(0.01,), scale=0.5, weight_decay=0.1, beta1=0.5, beta2=0.75, eps=1e-3),
+        Group(lrs=(0.005,), weight_decay=0.1, beta1=0.5, beta2=0.75, eps=1e-3),
         Group(lrs=(0.02, 0.01, 0.005, 0.001), maximize=True, beta1=0.0, beta2=0.0),
-        Group(lrs=(0.02, 0.0), scale=2.0, weight_decay=0.2, decoupled=True, maximize=True),
+        Group(lrs=(0.04, 0.0), weight_decay=0.2, decoupled=True, maximize=True),
     ],
     "lion": [
         Group(lrs=(0.02, 0.01), weight_decay=0.1),
-        Group(lrs=(0.01,), scale=0.5, weight_decay=0.1, beta1=0.5, beta2=0.75),
+        Group(lrs=(0.005,), weight_decay=0.1, beta1=0.5, beta2=0.75),
         Group(lrs=(0.02, 0.01, 0.005, 0.001), maximize=True, beta1=0.0, beta2=0.0),
-        Group(lrs=(0.02, 0.0), scale=2.0, weight_decay=0.2, maximize=True),
+        Group(lrs=(0.04, 0.0), weight_decay=0.2, maximize=True),
     ],
     "lamb": [
         Group(lrs=(0.02, 0.01), weight_decay=0.1),
-        Group(lrs=(0.01,), scale=0.5, weight_decay=0.1, beta1=0.5, beta2=0.75, eps=1e-3),
+        Group(lrs=(0.005,), weight_decay=0.1, beta1=0.5, beta2=0.75, eps=1e-3),
         Group(lrs=(0.02, 0.01, 0.005, 0.001), maximize=True, bias_correction=False),
-        Group(lrs=(0.02, 0.0), scale=2.0, always_adapt=True, maximize=True),
+        Group(lrs=(0.04, 0.0), always_adapt=True, maximize=True),
     ],
 }
 # Empty, one element, a piece and a bit, several chunks with a tail of pieces and single elements.
@@ -195,7 +195,7 @@ def test_bias_corrections_are_double(beta, step):
 
 @pytest.mark.parametrize("algorithm", NUM_STATES)
 def test_groups_are_those_of_the_native_core(algorithm):
-    group = Group((0.1, 0.2), 3.0, True, 0.1, 0.2, 0.3, True, 0.4, 0.5, 0.6, True, True, True)
+    group = Group((0.1, 0.2), True, 0.1, 0.2, 0.3, True, 0.4, 0.5, 0.6, True, True, True)
     hyper = {"weight_decay": 0.1, "maximize": 1.0} | {
         "sgd": {"momentum": 0.2, "dampening": 0.3, "nesterov": 1.0},
         "adam": {"beta1": 0.4, "beta2": 0.5, "eps": 0.6, "decoupled_weight_decay": 1.0},
@@ -209,7 +209,7 @@ def test_groups_are_those_of_the_native_core(algorithm):
         },
     }[algorithm]
     row = torch.zeros(_C.group_bytes // 8, dtype=torch.int64)
-    lr = (group.lr_values.data_ptr(), 2, group.scale)
+    lr = (group.lr_values.data_ptr(), 2)
     _C.write_group_cpu(row.data_ptr(), *lr, hyper)
     assert row.tolist() == group.row(algorithm)
     group.weight_decays, group.momenta = (0.1, 0.2), (0.3, 0.2, 0.1)

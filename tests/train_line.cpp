@@ -22,7 +22,6 @@ int main() {
   lrs::Group adamw{};
   adamw.lr = learning_rates.data();
   adamw.capacity = kSteps + 1;
-  adamw.scale = 1.0;
   adamw.hyper[lrs::kBeta1] = 0.9;
   adamw.hyper[lrs::kBeta2] = 0.99;
   adamw.hyper[lrs::kEps] = 1e-8;

@@ -70,7 +70,6 @@ class Group:
     """
 
     lrs: tuple[float, ...] = (0.1,)
-    scale: float = 1.0
     maximize: bool = False
     weight_decay: float = 0.0
     momentum: float = 0.0
@@ -108,7 +107,7 @@ class Group:
         return dataclasses.replace(self, **{name: n.item() for name, n in numbers.items()})
 
     def lr(self, step):
-        return self.lr_values[min(step, len(self.lrs) - 1)].item() * self.scale
+        return self.lr_values[min(step, len(self.lrs) - 1)].item()
 
     def row(self, algorithm):
         columns = {
@@ -118,7 +117,7 @@ class Group:
             "lamb": (self.beta1, self.beta2, self.eps, self.bias_correction, self.always_adapt),
         }
         hyper = (self.weight_decay, self.maximize, *columns[algorithm])
-        doubles = torch.tensor((self.scale, *hyper), dtype=torch.float64)
+        doubles = torch.tensor(hyper, dtype=torch.float64)
         moving = []
         for values in (self.decay_values, self.momentum_values):
             moving += [values.data_ptr() if len(values) else 0, len(values)]

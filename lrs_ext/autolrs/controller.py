@@ -197,7 +197,7 @@ class AutoLRS:
         }
         self._ranks.host_check_alike(self._plan)
         self._begin()
-        self._register(weakref.ref(self))
+        self._register()
 
     # What users see
 
@@ -571,13 +571,14 @@ class AutoLRS:
         self._rates.scale_(scale)
         self._known = HostCopy(self._rates.rate)
 
-    def _register(self, controller: weakref.ref[AutoLRS]) -> None:
+    def _register(self) -> None:
         """Writes the rates again whenever the optimizer has loaded a checkpoint."""
+        controller = weakref.ref(self)
 
         def attach(*_: Any) -> None:
-            self = controller()
-            if self is not None:
-                self._rates.attach()
+            present = controller()
+            if present is not None:
+                present._rates.attach()
 
         handle = self.optimizer.register_load_state_dict_post_hook(attach)
         weakref.finalize(self, handle.remove)

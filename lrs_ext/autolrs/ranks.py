@@ -30,7 +30,7 @@ class Ranks:
         rank: of this process in the group, from 0.
     """
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
+    def __init__(self, group: ProcessGroup | None) -> None:
         self._group = group
         self._pending: Work | None = None
         self.size, self.rank = 1, 0

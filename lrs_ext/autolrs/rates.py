@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lrs_ext.param_devices import first_device, on_device
+from lrs_ext.drivers import check_num_groups
+from lrs_ext.param_devices import first_device
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
 from lrs_ext.wrappers import is_zero_redundancy, whole_optimizer
@@ -169,12 +170,7 @@ class Rates:
 
     def check_groups(self) -> None:
         """Raises RuntimeError if the optimizer has other parameter groups than at the start."""
-        groups = self._groups
-        if len(groups) != len(self._ratios):
-            raise RuntimeError(
-                f"the optimizer has {len(groups)} parameter groups, it had "
-                f"{len(self._ratios)} when AutoLRS was made: make AutoLRS after add_param_group"
-            )
+        check_num_groups(self._groups, len(self._ratios), "AutoLRS")
 
     def written_by_others(self) -> set[int]:
         """Returns the groups whose learning rate somebody else has written, as the host sees it."""
@@ -300,12 +296,7 @@ class BufferRates(Rates):
             self._positions = self._all_positions()
         since = (self._positions - self._start).clamp_(0, len(self._shape) - 1)
         heights = (self.rate * self._ratio_tensor).unsqueeze(1)
-        values = heights * self._shape.index_select(0, since)
-        driven = optimizer.driven_groups()
-        for device, buffer in optimizer.schedule_buffers.items():
-            values = on_device(values, device)
-            for index in driven:
-                buffer.rows[index].copy_(values[index])
+        optimizer.write_driven_(heights * self._shape.index_select(0, since))
         self._is_ahead = False
 
     def _put_next(self) -> None:

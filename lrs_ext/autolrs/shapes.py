@@ -94,10 +94,9 @@ class Shapes:
                 shape = constant(1.0)
             self._schedules[self._key(segment)] = shape
         self._tensors = {
-            key: torch.from_numpy(shape.values(0, shape.capacity))
+            key: torch.from_numpy(shape.values(0, shape.capacity)).to(device)
             for key, shape in self._schedules.items()
         }
-        self._tensors = {key: tensor.to(device) for key, tensor in self._tensors.items()}
 
     def of(self, segment: Segment) -> Tensor:
         """Returns the shape of a segment, float64, (updates,); its last entry holds."""

@@ -198,11 +198,9 @@ class Snapshot:
         The rest is in tuples, which they take as they are. What parameters are spread over ranks as
         DTensors, so are their copies. All is the same on every rank but `of_this_rank`.
         """
-        memory = self._memory
-        away = [name for name, tensor in memory.tensors.items() if tensor.is_pinned()]
-        for device in {memory.homes[name] for name in away}:
+        memory, copies, params = self._memory, self._memory.tensors, self._live.params
+        for device in {memory.homes[name] for name in copies if copies[name].is_pinned()}:
             torch.cuda.synchronize(device)
-        copies, params = self._memory.tensors, self._live.params
         spread, saved = spread_tensors(self._live, copies), {}
         for name in sorted(self._foretold | self._captured):
             part = copies[name]
@@ -218,7 +216,7 @@ class Snapshot:
             "captured": tuple(sorted(self._captured)),
             "younger": tuple((name, saved[name]) for name in sorted(younger)),
             "numbers": tuple(copy.deepcopy(self._numbers).items()),
-            "extra": tuple(copied(self._memory.extra).items()),
+            "extra": tuple(copied(memory.extra).items()),
             "of_this_rank": {
                 "random": self._random,
                 "parts": {name: saved[name] for name in sorted(own & self._captured)},

@@ -210,7 +210,7 @@ def paper_stages(
     stage_steps: int | Sequence[int] | None,
     trial_steps: int | None,
     warmup_steps: int,
-    at_once: int = 1,
+    at_once: int,
 ) -> Timetable:
     """Returns a warm-up and stages of `num_trials` trials and `stage_steps` of training each.
 
