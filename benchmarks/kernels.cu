@@ -136,7 +136,7 @@ void time_steps(const Shape& shape, const Storage& storage, int64_t chunk, int r
     entry.dtype = storage.dtype;
     entry.position = &entry - entries.data();
   }
-  lrs::Group group{arena.copy(std::vector<float>{1e-3f}), 1, 1.0, {}, {}, {}};
+  lrs::Group group{arena.copy(std::vector<float>{1e-3f}), 1, {}, {}, {}};
   group.hyper[lrs::kBeta1] = 0.9;
   group.hyper[lrs::kBeta2] = 0.999;
   group.hyper[lrs::kEps] = 1e-8;
