@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -66,9 +67,11 @@ def suggestion(device: torch.device) -> Callable[[], Tensor]:
     return suggest
 
 
-def captured(device: torch.device) -> tuple[timing.Call, Tensor]:
-    """Returns the replay of a suggestion in a CUDA graph, and where its result lies."""
-    suggest = suggestion(device)
+def captured(suggest: Callable[[], Tensor], device: torch.device) -> tuple[timing.Call, Tensor]:
+    """Returns the replay of a suggestion in a CUDA graph, and where its result lies.
+
+    Replays read the tensors of `suggest`, which must live as long.
+    """
     for _ in range(WARMUP):  # libraries and kernels load before the capture
         suggest()
     torch.cuda.synchronize(device)
@@ -142,7 +145,7 @@ def measure(device: torch.device, rounds: int, opponents: dict[str, Peer]) -> di
     suggested = {OURS: suggest()}
     if device.type == "cuda":
         try:
-            calls[GRAPH], suggested[GRAPH] = captured(device)
+            calls[GRAPH], suggested[GRAPH] = captured(suggest, device)
         except Exception as error:  # the others' numbers are worth having all the same
             missing[GRAPH] = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -193,6 +196,16 @@ def checks(bench: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
         for row in bench["rows"]
         if row["name"] in (OURS, GRAPH)
     ]
+    lrs = {row["name"]: row["suggested_lr"] for row in bench["rows"]}
+    if GRAPH in lrs:
+        found.append(
+            {
+                "what": f"{GRAPH}: suggested lr",
+                "measured": f"{lrs[GRAPH]:.3g}",
+                "target": f"{lrs[OURS]:.3g}",
+                "passed": math.isclose(lrs[GRAPH], lrs[OURS], rel_tol=1e-6),
+            }
+        )
     if GRAPH in bench["missing"]:
         found.append(
             {
