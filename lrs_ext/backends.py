@@ -57,12 +57,8 @@ def select_backend(requested: str | None, device: torch.device) -> str:
         ValueError: there is no such backend.
         RuntimeError: it cannot serve the device; the message says why, and which can.
     """
-    origin = "backend"
-    if requested is None and os.environ.get("LRS_EXT_BACKEND"):
-        requested, origin = os.environ["LRS_EXT_BACKEND"], "LRS_EXT_BACKEND"
+    requested, origin = _request(requested)
     if requested is not None:
-        if requested not in BACKENDS:
-            raise ValueError(f"{origin} must be one of {BACKENDS}, got {requested!r}")
         reason = unavailable_reason(requested, str(device))
         if reason is None:
             return requested
@@ -82,12 +78,29 @@ def select_backend(requested: str | None, device: torch.device) -> str:
     )
 
 
+def _request(requested: str | None) -> tuple[str | None, str]:
+    """Returns the backend that is asked for, and where."""
+    origin = "backend"
+    if requested is None and os.environ.get("LRS_EXT_BACKEND"):
+        requested, origin = os.environ["LRS_EXT_BACKEND"], "LRS_EXT_BACKEND"
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(f"{origin} must be one of {BACKENDS}, got {requested!r}")
+    return requested, origin
+
+
 def select_backends(requested: str | None, params: Iterable[Tensor]) -> dict[torch.device, str]:
     """Returns the backend on each device of `params`, that of the first one first.
 
+    Without parameters, as on a rank that got none, it is that of the CPU, whatever is asked for.
+
     Raises:
-        RuntimeError: there is none; see `select_backend`.
+        ValueError: there is no such backend.
+        RuntimeError: there is none for a device; see `select_backend`.
     """
+    params = list(params)
+    if not params:
+        _request(requested)
+        return {torch.device("cpu"): "cpu"}
     devices = devices_of(params)
     if any(device.type == "meta" for device in devices):
         raise RuntimeError(

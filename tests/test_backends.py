@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+import lrs_ext
 from lrs_ext import ops
 from lrs_ext.__main__ import main
 from lrs_ext.backends import select_backend
@@ -25,6 +26,19 @@ def test_an_unusable_backend_is_refused_with_the_reason_and_the_way_out():
         select_backend("cpu", meta)
     with pytest.raises(RuntimeError, match=r"no kernel .* on meta: .*backend='reference' runs any"):
         select_backend(None, meta)
+
+
+def test_without_parameters_any_backend_will_do(monkeypatch):
+    groups = [{"params": []}]  # as on a rank that got none
+    opt = lrs_ext.SGD(groups, lr=0.5, backend="cuda")
+    opt.step()
+    assert int(opt.schedule_buffer.step) == 1
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot be used .* on cpu"):
+        opt.add_param_group({"params": [torch.ones(1, requires_grad=True)]})
+    for backend in ("tpu", None):
+        monkeypatch.setenv("LRS_EXT_BACKEND", "tpu")
+        with pytest.raises(ValueError, match=r"must be one of .*'cuda', 'triton', 'cpu'"):
+            lrs_ext.SGD(groups, lr=0.5, backend=backend)
 
 
 def test_the_environment_chooses_the_backend_unless_an_argument_does(monkeypatch):
