@@ -4,7 +4,6 @@ The checks stand in rank_checks*.py and run in processes that all tests share.
 """
 
 import re
-import socket
 from pathlib import Path
 
 import cases
@@ -211,18 +210,8 @@ def test_checkpoints_that_do_not_fit_say_the_way_out(call_two):
 # The page of the documentation.
 
 
-def test_the_examples_run(tmp_path):
-    """All code blocks of the page, one after another, as a script under torchrun."""
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 4
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = ranks.Ranks(2)
-    try:
-        own.call("rank_page:run", str(PAGE), blocks, str(tmp_path), port, timeout=120.0)
-    finally:
-        own.stop()
+def test_the_examples_run(engine, tmp_path):
+    ranks.call_with_page("rank_page:run_to_the_end", PAGE, tmp_path, engine)
 
 
 def test_links_of_the_page_exist():
