@@ -8,7 +8,7 @@ import rank_jobs
 import torch
 import torch.distributed as dist
 from rank_jobs import RANK, REX, SIZE
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import (
@@ -100,8 +100,8 @@ def data_parallel_is_one_process(name):
     assert opt.current_lr() == alone_opt.current_lr()
 
 
-def shard(model, mesh=None, policy=None):
-    options = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
+def shard(model, mesh=None, policy=None, **options):
+    options |= {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
     for layer in model:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -149,8 +149,9 @@ def gradients_that_accumulate_are_one_step():
         torch.testing.assert_close(whole(param), whole(expected), **vars(cases.TORCH))
 
 
-def gradients_are_released_in_the_backward_pass(name):
-    model, other = shard(make_model()), shard(make_model())
+def gradients_are_released_in_the_backward_pass(name, is_offloaded):
+    options = {"offload_policy": CPUOffloadPolicy()} if is_offloaded else {}
+    model, other = shard(make_model(), **options), shard(make_model(), **options)
     opts = [make(name, m.parameters()) for m in (model, other)]
     opts[0].step_in_backward()
     for step in range(4):
@@ -161,7 +162,7 @@ def gradients_are_released_in_the_backward_pass(name):
             opt.step()
             opt.zero_grad()
         for param, expected in zip(model.parameters(), other.parameters(), strict=True):
-            assert torch.equal(whole(param), whole(expected))
+            assert torch.equal(param.to_local(), expected.to_local())
     assert int(opts[0].schedule_buffer.step) == 4
 
 

@@ -130,7 +130,13 @@ def test_zero_redundancy_steps_are_those_of_one_process(call_two, name):
 
 @pytest.mark.parametrize("name", [name for name in cases.OPTIMIZERS if name != "LAMB"])
 def test_gradients_are_released_in_the_backward_pass(call_two, name):
-    call_two("rank_checks_torch:gradients_are_released_in_the_backward_pass", name)
+    call_two("rank_checks_torch:gradients_are_released_in_the_backward_pass", name, False)
+
+
+@pytest.mark.two_gpus
+def test_gradients_on_their_way_to_the_cpu_are_released():
+    check = "rank_checks_torch:gradients_are_released_in_the_backward_pass"
+    ranks.ranks(2, "nccl").call(check, "AdamW", True)
 
 
 @pytest.mark.parametrize(
