@@ -8,6 +8,7 @@ import rank_jobs
 import torch
 import torch.distributed as dist
 from rank_jobs import RANK, REX, SIZE
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
@@ -133,6 +134,26 @@ def fully_sharded_steps_are_those_of_one_process(name, how):
             torch.testing.assert_close(whole(param), other.detach(), **vars(tolerance))
     assert opt.current_lr() == alone_opt.current_lr()
     assert int(opt.schedule_buffer.step) == cases.STEPS
+
+
+def offloaded_parts_are_those_on_the_gpu(name):
+    """Where ranks can exchange data on their GPUs only: norms, and whether gradients are zero."""
+    models = [shard(make_model(), offload_policy=CPUOffloadPolicy()), shard(make_model())]
+    opts = [make(name, model.parameters()) for model in models]
+    for model, opt in zip(models, opts, strict=True):
+        get_optimizer_state_dict(model, opt)
+    for step in range(3):
+        norms = []
+        for model, opt in zip(models, opts, strict=True):
+            loss_of(model, share(batch_of(step))).backward()
+            norms.append(lrs_ext.clip_grad_norm_(opt, 0.05).cpu())
+            opt.step()
+            opt.zero_grad()
+        torch.testing.assert_close(*norms, **vars(cases.STATE))
+        for param, other in zip(*(model.parameters() for model in models), strict=True):
+            parts = (param.to_local().cpu(), other.to_local().cpu())
+            torch.testing.assert_close(*parts, **vars(cases.TORCH))
+    assert [int(opt.schedule_buffer.step) for opt in opts] == [3, 3]
 
 
 def gradients_that_accumulate_are_one_step():

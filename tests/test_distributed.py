@@ -133,6 +133,12 @@ def test_gradients_are_released_in_the_backward_pass(call_two, name):
     call_two("rank_checks_torch:gradients_are_released_in_the_backward_pass", name, False)
 
 
+@names
+@pytest.mark.two_gpus
+def test_offloaded_parts_are_those_on_the_gpu(name):
+    ranks.ranks(2, "nccl").call("rank_checks_torch:offloaded_parts_are_those_on_the_gpu", name)
+
+
 @pytest.mark.two_gpus
 def test_gradients_on_their_way_to_the_cpu_are_released():
     check = "rank_checks_torch:gradients_are_released_in_the_backward_pass"
