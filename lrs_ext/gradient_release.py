@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from lrs_ext.shards import local
 from lrs_ext.step_hooks import uncompiled
 
 
@@ -46,6 +47,8 @@ class GradientRelease:
         if not self._has_checked:
             self._check_not_averaged()  # by now whatever wraps the model is there
             self._has_checked = True
+        if local(param.grad).is_pinned():  # on its way here, where fully_shard offloads it
+            torch.accelerator.current_stream().synchronize()
         update(param)
         param.grad = None
         self._released.add(param)

@@ -555,8 +555,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             if param.grad is not None:
                 spread = spread_of(param)
                 found[spread] = bool(local(param.grad).any()) or found.get(spread, False)
-        device = self.schedule_buffer.step.device
-        return sum(spread.any(here, device) for spread, here in found.items()) > 0
+        return sum(spread.any(here) for spread, here in found.items()) > 0
 
     # Pickling, copying, loading
 

@@ -123,21 +123,28 @@ class Spread:
         groups: ranks that have different elements, a process group for each dimension of the mesh;
             none if every rank has them all.
         index: which of the parts is here: ranks with the same elements have the same index.
+        device_type: on which the groups exchange data, also of parts that are offloaded.
     """
 
     groups: tuple[ProcessGroup, ...] = ()
     index: int = 0
+    device_type: str = "cpu"
 
     def sum_(self, values: Tensor) -> None:
         """Adds up the parts' values in place: one all-reduce a group, without a wait on a GPU."""
+        if not self.groups:
+            return
+        exchanged = values.to(self.device_type) if values.device.type == "cpu" else values
         for group in self.groups:
-            torch.distributed.all_reduce(values, group=group)
+            torch.distributed.all_reduce(exchanged, group=group)
+        if exchanged is not values:
+            values.copy_(exchanged)
 
-    def any(self, value: bool, device: torch.device) -> bool:
+    def any(self, value: bool) -> bool:
         """Returns whether `value` is true for any part; waits."""
         if not self.groups:
             return value
-        count = torch.full((), float(value), device=device)
+        count = torch.full((), float(value), device=self.device_type)
         self.sum_(count)
         return bool(count > 0)
 
@@ -154,4 +161,4 @@ def spread_of(param: Tensor) -> Spread:
         if not placement.is_replicate() and mesh.size(dim) > 1:
             groups.append(mesh.get_group(dim))
             index = index * mesh.size(dim) + mesh.get_local_rank(dim)
-    return Spread(tuple(groups), index)
+    return Spread(tuple(groups), index, mesh.device_type)

@@ -298,11 +298,3 @@ def made(options):
 
 def made_with_own_budget(options):
     return made({**options, "total_steps": 150 + 10 * place()[0]})
-
-
-def run_code(code):
-    """Runs a page's code; returns the peak that it found."""
-    names = {}
-    exec(compile(code, "docs/autolrs_ranks.md", "exec"), names)
-    assert names["auto"].done
-    return names["auto"].history.stages[0].best_lr

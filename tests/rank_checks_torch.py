@@ -8,7 +8,8 @@ import rank_jobs
 import torch
 import torch.distributed as dist
 from rank_jobs import RANK, REX, SIZE
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import (
@@ -100,8 +101,8 @@ def data_parallel_is_one_process(name):
     assert opt.current_lr() == alone_opt.current_lr()
 
 
-def shard(model, mesh=None, policy=None):
-    options = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
+def shard(model, mesh=None, policy=None, **options):
+    options |= {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
     for layer in model:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -135,6 +136,26 @@ def fully_sharded_steps_are_those_of_one_process(name, how):
     assert int(opt.schedule_buffer.step) == cases.STEPS
 
 
+def offloaded_parts_are_those_on_the_gpu(name):
+    """Where ranks can exchange data on their GPUs only: norms, and whether gradients are zero."""
+    models = [shard(make_model(), offload_policy=CPUOffloadPolicy()), shard(make_model())]
+    opts = [make(name, model.parameters()) for model in models]
+    for model, opt in zip(models, opts, strict=True):
+        get_optimizer_state_dict(model, opt)
+    for step in range(3):
+        norms = []
+        for model, opt in zip(models, opts, strict=True):
+            loss_of(model, share(batch_of(step))).backward()
+            norms.append(lrs_ext.clip_grad_norm_(opt, 0.05).cpu())
+            opt.step()
+            opt.zero_grad()
+        torch.testing.assert_close(*norms, **vars(cases.STATE))
+        for param, other in zip(*(model.parameters() for model in models), strict=True):
+            parts = (param.to_local().cpu(), other.to_local().cpu())
+            torch.testing.assert_close(*parts, **vars(cases.TORCH))
+    assert [int(opt.schedule_buffer.step) for opt in opts] == [3, 3]
+
+
 def gradients_that_accumulate_are_one_step():
     model, other = shard(make_model()), shard(make_model())
     opts = [make("AdamW", m.parameters()) for m in (model, other)]
@@ -149,8 +170,9 @@ def gradients_that_accumulate_are_one_step():
         torch.testing.assert_close(whole(param), whole(expected), **vars(cases.TORCH))
 
 
-def gradients_are_released_in_the_backward_pass(name):
-    model, other = shard(make_model()), shard(make_model())
+def gradients_are_released_in_the_backward_pass(name, is_offloaded):
+    options = {"offload_policy": CPUOffloadPolicy()} if is_offloaded else {}
+    model, other = shard(make_model(), **options), shard(make_model(), **options)
     opts = [make(name, m.parameters()) for m in (model, other)]
     opts[0].step_in_backward()
     for step in range(4):
@@ -161,7 +183,7 @@ def gradients_are_released_in_the_backward_pass(name):
             opt.step()
             opt.zero_grad()
         for param, expected in zip(model.parameters(), other.parameters(), strict=True):
-            assert torch.equal(whole(param), whole(expected))
+            assert torch.equal(param.to_local(), expected.to_local())
     assert int(opts[0].schedule_buffer.step) == 4
 
 

@@ -8,6 +8,7 @@ others.
 import multiprocessing
 import os
 import signal
+import socket
 import tempfile
 import time
 from multiprocessing import connection
@@ -47,7 +48,8 @@ class Ranks:
         size: how many.
         setup: a function by "module:name", called with the folder that the ranks share and with
             `engine`, once on each rank before anything else.
-        engine: by which torch lets the ranks exchange data: "gloo", or "nccl" with a GPU for each.
+        engine: by which torch lets the ranks exchange data: "gloo", on the CPU alone, or "nccl"
+            with a GPU for each.
     """
 
     def __init__(self, size, setup=None, engine="gloo"):
@@ -103,7 +105,7 @@ class Ranks:
             ours, theirs = FORKS.Pipe()
             path = Path(self._folder.name, f"log-{rank}")
             log = open(path, "w+b")  # noqa: SIM115
-            arguments = (theirs, path, rank, self.size)
+            arguments = (theirs, path, rank, self.size, self._engine)
             process = FORKS.Process(target=rank_worker.serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -161,6 +163,18 @@ def ranks(size, engine="gloo"):
     if (size, engine) not in _pools:
         _pools[size, engine] = Ranks(size, "rank_jobs:start", engine)
     return _pools[size, engine]
+
+
+def call_with_page(function, page, folder, engine):
+    """Calls a function of `rank_page` on two ranks of their own, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = Ranks(2, engine=engine)
+    try:
+        return own.call(function, str(page), str(folder), port, timeout=120.0)
+    finally:
+        own.stop()
 
 
 def stop_all():

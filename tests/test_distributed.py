@@ -4,7 +4,6 @@ The checks stand in rank_checks*.py and run in processes that all tests share.
 """
 
 import re
-import socket
 from pathlib import Path
 
 import cases
@@ -131,7 +130,19 @@ def test_zero_redundancy_steps_are_those_of_one_process(call_two, name):
 
 @pytest.mark.parametrize("name", [name for name in cases.OPTIMIZERS if name != "LAMB"])
 def test_gradients_are_released_in_the_backward_pass(call_two, name):
-    call_two("rank_checks_torch:gradients_are_released_in_the_backward_pass", name)
+    call_two("rank_checks_torch:gradients_are_released_in_the_backward_pass", name, False)
+
+
+@names
+@pytest.mark.two_gpus
+def test_offloaded_parts_are_those_on_the_gpu(name):
+    ranks.ranks(2, "nccl").call("rank_checks_torch:offloaded_parts_are_those_on_the_gpu", name)
+
+
+@pytest.mark.two_gpus
+def test_gradients_on_their_way_to_the_cpu_are_released():
+    check = "rank_checks_torch:gradients_are_released_in_the_backward_pass"
+    ranks.ranks(2, "nccl").call(check, "AdamW", True)
 
 
 @pytest.mark.parametrize(
@@ -211,18 +222,8 @@ def test_checkpoints_that_do_not_fit_say_the_way_out(call_two):
 # The page of the documentation.
 
 
-def test_the_examples_run(tmp_path):
-    """All code blocks of the page, one after another, as a script under torchrun."""
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 4
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = ranks.Ranks(2)
-    try:
-        own.call("rank_page:run", str(PAGE), blocks, str(tmp_path), port, timeout=120.0)
-    finally:
-        own.stop()
+def test_the_examples_run(engine, tmp_path):
+    ranks.call_with_page("rank_page:run_to_the_end", PAGE, tmp_path, engine)
 
 
 def test_links_of_the_page_exist():

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from ranks import ranks
+from ranks import call_with_page
 
 DOCS = Path(__file__).parents[1] / "docs"
 # What each page's examples import, besides torch.
@@ -55,11 +55,9 @@ def test_examples_run(page, tmp_path, monkeypatch):
     assert checks[page]()
 
 
-def test_autolrs_on_several_ranks():
-    first, *others = blocks("autolrs_ranks")
-    assert len(others) == 3
-    whole = "\n".join((first, *others))
-    for best in ranks(2).call("autolrs_rank_jobs:run_code", whole):
+def test_autolrs_on_several_ranks(engine, tmp_path):
+    page = DOCS / "autolrs_ranks.md"
+    for best in call_with_page("rank_page:search", page, tmp_path, engine):
         assert 1e-5 <= best <= 1e-1
 
 
