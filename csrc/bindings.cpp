@@ -262,7 +262,8 @@ class Step {
   }
 
 #ifdef LRS_WITH_CUDA
-  void grad_norm_cuda(uintptr_t sums, uintptr_t norm) const {
+  // Returns the stream that reads the tables, as the next one does.
+  uintptr_t grad_norm_cuda(uintptr_t sums, uintptr_t norm) const {
     void* stream = tensors_->current_stream();
     {
       const py::gil_scoped_release release;
@@ -271,9 +272,10 @@ class Step {
                           stream);
     }
     tensors_->release_gradients();
+    return reinterpret_cast<uintptr_t>(stream);
   }
 
-  void run_cuda(bool commits_step) {
+  uintptr_t run_cuda(bool commits_step) {
     table_.commits_step = commits_step;
     void* stream = tensors_->current_stream();
     {
@@ -282,6 +284,7 @@ class Step {
                      tensors_->device_index(), stream);
     }
     tensors_->release_gradients();
+    return reinterpret_cast<uintptr_t>(stream);
   }
 #endif
 

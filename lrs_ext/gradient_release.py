@@ -26,6 +26,7 @@ class GradientRelease:
         self._update = weakref.WeakMethod(update)
         self._released: set[Tensor] = set()
         self._handles: list[RemovableHandle] = []
+        self._written: list[torch.Event] = []  # when the devices have the numbers of the groups
 
     def begin(self, params: Iterable[Tensor]) -> None:
         """Releases the gradients of `params` from now on."""
@@ -57,8 +58,26 @@ class GradientRelease:
     def is_in_force(self) -> bool:
         return bool(self._handles)
 
+    def wait_for_numbers(self) -> None:
+        """Lets what follows come after what `note_numbers` has been told of.
+
+        Hooks run on the streams of the forward pass, of which each part may have its own.
+        """
+        for event in self._written:
+            event.wait(torch.accelerator.current_stream(event.device))
+
+    def note_numbers(self, devices: Iterable[torch.device]) -> None:
+        """Remembers that numbers of the groups are being written to `devices`."""
+        self._written = []
+        for device in devices:
+            if device.type == "cuda":
+                event = torch.Event(device)
+                event.record(torch.accelerator.current_stream(device))
+                self._written.append(event)
+
     def finish(self) -> bool:
         """Ends the step; returns whether any gradient has been released in it."""
+        self._written = []
         has_released = bool(self._released)
         self._released.clear()
         return has_released

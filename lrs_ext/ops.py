@@ -184,6 +184,14 @@ class GroupTable:
 
     def __init__(self, groups: int, device: torch.device) -> None:
         self.rows = torch.zeros(groups, _C.group_bytes // 8, dtype=torch.int64, device=device)
+        self._values: list[list[Tensor]] = [[] for _ in range(groups)]  # that the rows point to
+        self._streams: set[int] = set()
+
+    def stay_for(self, stream: int) -> None:
+        """As `StepTable._stay_for`."""
+        if stream not in self._streams:
+            self._streams.add(stream)
+            _record([self.rows, *itertools.chain.from_iterable(self._values)])
 
     def write(
         self,
@@ -195,12 +203,14 @@ class GroupTable:
         """Writes row `index`.
 
         Args:
-            lr: float32, contiguous: one value a step, the last one holds. Nobody keeps it alive.
+            lr: float32, contiguous: one value a step, the last one holds.
             hyper: the numbers that the update reads, by native name.
             moving: for "weight_decay" and "momentum" or "beta1", values as those of `lr`, in the
                 place of the number.
         """
         row = self.rows[index]
+        self._values[index] = [lr, *moving.values()]
+        self._streams.clear()
         addresses = {name: (values.data_ptr(), values.numel()) for name, values in moving.items()}
         arguments = (row.data_ptr(), lr.data_ptr(), lr.numel(), dict(hyper), addresses)
         if row.device.type == "cpu":
@@ -304,6 +314,7 @@ class StepTable:
         )
         self._addresses = self._native.gradient_addresses
         self._gradients = _to_device(self._addresses, device)
+        self._streams: set[int] = set()  # that have launched with the present tables
         self._captured_addresses: list[Tensor] = []
         self._spare_addresses: Tensor | None = None
 
@@ -341,7 +352,7 @@ class StepTable:
             return norm
         sums = torch.empty(max(len(self._chunks), 1), dtype=torch.float64, device=norm.device)
         if self.backend == "cuda":
-            self._native.grad_norm_cuda(sums.data_ptr(), norm.data_ptr())
+            self._stay_for(self._native.grad_norm_cuda(sums.data_ptr(), norm.data_ptr()))
         else:
             from lrs_ext import triton_norm
 
@@ -354,7 +365,7 @@ class StepTable:
                 ticket=self._ticket,
                 chunk_elements=self._chunk_elements,
             )
-            self._tensors.release_gradients()
+            self._after_triton()
         return norm
 
     def run(self, scaling: GradScaling | None = None, commits_step: bool = True) -> None:
@@ -382,7 +393,7 @@ class StepTable:
         elif self.backend == "cpu":
             self._native.run_cpu(torch.get_num_threads(), commits_step)
         elif self.backend == "cuda":
-            self._native.run_cuda(commits_step)
+            self._stay_for(self._native.run_cuda(commits_step))
         else:
             self._run_triton(commits_step, passes)
 
@@ -422,6 +433,7 @@ class StepTable:
         if not np.array_equal(addresses, self._addresses):
             self._addresses = addresses
             self._gradients = _to_device(addresses, self.step.device)
+            self._streams.clear()
         return self._gradients
 
     def _captured(self, addresses: NDArray[np.int64]) -> Tensor:
@@ -462,7 +474,28 @@ class StepTable:
                 state_type=self._storage.state_type,
                 param_kind=self._storage.param_kind,
             )
+        self._after_triton()
+
+    def _after_triton(self) -> None:
         self._tensors.release_gradients()
+        if self.step.is_cuda:
+            self._stay_for(torch.cuda.current_stream(self.step.device).cuda_stream)
+
+    def _stay_for(self, stream: int) -> None:
+        """Keeps what is read, once it is let go of, until `stream`, the current one, has read it.
+
+        It may come from another stream, to which its memory would go back at once.
+        """
+        self.groups.stay_for(stream)
+        if stream not in self._streams:
+            self._streams.add(stream)
+            tables = [self._rows, self._chunks, self._ticket, self._gradients, self.step]
+            _record([*tables, self._squares] if self.algorithm == "lamb" else tables)
+
+
+def _record(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -43,8 +43,11 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns the tensor on `device`, for a kernel that is launched next.
 
     The host waits only where a number goes from an accelerator to the CPU, whose kernel runs at
-    once: a copy without waiting would let it read what is not there yet.
+    once: a copy without waiting would let it read what is not there yet. What is in host memory is
+    taken as it is now, also from page-locked memory, which only a CUDA graph reads later.
     """
+    if tensor.is_cpu and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        tensor = tensor.clone()
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 

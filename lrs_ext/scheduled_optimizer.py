@@ -537,7 +537,10 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if is_captured and frozen is not None:
             self._preparation.check_capture_of(param, self.param_groups, frozen)
         with self._step_lock:  # a backward pass has a thread for each device
-            self.sync_groups()
+            self._released.wait_for_numbers()
+            if not self._preparation.has_written(self.param_groups):
+                self.sync_groups()
+                self._released.note_numbers(self._preparation.backends)
             table = self._preparation.single(param, self.param_groups, self.state, frozen)
             table.run(commits_step=False)
 

@@ -214,3 +214,27 @@ def test_the_threads_of_a_backward_pass_wait_for_each_other(monkeypatch):
         thread.join()
     assert most == [1, 1]
     assert all(torch.equal(param, torch.full((3,), 0.5)) for param in params)
+
+
+@pytest.mark.gpu
+def test_new_numbers_of_a_group_reach_parameters_on_all_streams_of_the_forward_pass():
+    params = [torch.nn.Parameter(torch.ones(8, device="cuda")) for _ in range(2)]
+    opt = lrs_ext.SGD(params, lr=0.0)
+    opt.step_in_backward()
+    main, sides = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in params]
+    for lr in (0.0, 1.0):
+        opt.param_groups[0].update(lr=lr, weight_decay=lr)
+        losses = []
+        for side, param in zip(sides, params, strict=True):
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                product = param * 2.0
+                # What comes first in the backward pass, and writes the numbers, comes late.
+                product.register_hook(lambda grad: torch.cuda._sleep(10_000_000))
+                losses.append(product.sum())
+        for side in sides:
+            main.wait_stream(side)
+        sum(losses).backward()
+        opt.step()
+    for param in params:
+        assert torch.equal(param, torch.full_like(param, -2.0))

@@ -1,6 +1,7 @@
 """What steps and checkpoints take in memory beside parameters, gradients and states."""
 
 import copy
+import gc
 
 import cases
 import pytest
@@ -193,3 +194,48 @@ def test_blocks_are_converted_piece_by_piece(monkeypatch, numel):
         assert torch.equal(numbers, wholes_decoded[is_root])
         assert memory_of(block_codes.encode_nearest, values, is_root) < 3
         assert memory_of(block_codes.decode, codes, scales, is_root) < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["SGD", "LAMB"])
+def test_tables_let_go_of_in_a_pending_step_are_not_overwritten_from_another_stream(name):
+    params = [torch.nn.Parameter(torch.zeros(8, device="cuda")) for _ in range(2)]
+    opt = getattr(lrs_ext, name)(params, lr=0.1)
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    params[0].grad = torch.ones(8, device="cuda")
+    side.wait_stream(main)
+    with torch.cuda.stream(side):  # as before the capture of a CUDA graph
+        opt.step()
+    main.wait_stream(side)
+    (tables,) = opt._preparation.tables.all
+    known = {t.data_ptr() for t in vars(tables.table).values() if isinstance(t, torch.Tensor)}
+    torch.cuda._sleep(100_000_000)
+    opt.step()
+    done = main.record_event()
+    params[1].grad = torch.ones(8, device="cuda")
+    opt.step()  # with other tables
+    with torch.cuda.stream(side):
+        taken = [torch.empty(size, device="cuda") for size in (1, 129) for _ in range(40)]
+    assert known.isdisjoint(t.data_ptr() for t in taken) or done.query()
+
+
+@pytest.mark.gpu
+def test_what_a_pending_step_reads_is_not_overwritten_once_the_optimizer_is_gone():
+    param = torch.nn.Parameter(torch.zeros(8, device="cuda"))
+    param.grad = torch.ones(8, device="cuda")
+    opt = lrs_ext.SGD([param], lr=0.1, weight_decay=lrs_ext.linear(0.1, total_steps=4))
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        opt.step()
+        torch.cuda._sleep(100_000_000)
+        opt.step()
+        done = side.record_event()
+        buffer, (tables,) = opt.schedule_buffer, opt._preparation.tables.all
+        decay = opt._numbers.hyper_schedules.rows(0)["weight_decay"]
+        read = [buffer.values, buffer.step, tables.groups.rows, decay]
+        known = {tensor.data_ptr() for tensor in read}
+        del opt, buffer, tables, decay, read
+        gc.collect()
+    taken = [torch.empty(1, device="cuda") for _ in range(80)]
+    assert known.isdisjoint(t.data_ptr() for t in taken) or done.query()

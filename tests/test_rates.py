@@ -394,3 +394,17 @@ def test_nobody_is_kept_alive(kind):
         assert [ref() for ref in seen] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.gpu
+def test_a_number_in_page_locked_memory_is_read_when_the_step_is_called():
+    param = torch.nn.Parameter(torch.zeros(4, device="cuda"))
+    param.grad = torch.ones(4, device="cuda")
+    lr, max_norm = torch.tensor(1.0).pin_memory(), torch.tensor(1.0).pin_memory()
+    opt = lrs_ext.SGD([param], lr=lr)
+    torch.cuda._sleep(100_000_000)
+    lrs_ext.clip_grad_norm_(opt, max_norm)
+    opt.step()
+    lr.fill_(100.0)
+    max_norm.fill_(100.0)
+    assert param.tolist() == pytest.approx([-0.5] * 4, rel=1e-5)
