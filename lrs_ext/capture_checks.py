@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from lrs_ext.table_set import TableSet
+if TYPE_CHECKING:
+    from lrs_ext.table_set import TableSet
 
 CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
 _IN_GRAPH = (
@@ -70,6 +73,16 @@ def check_state_names(tables: TableSet, names: list[list[str]]) -> None:
         raise RuntimeError(
             "an option that decides which states a parameter has, as momentum or amsgrad, has "
             f"changed since a CUDA graph captured the step: {CAPTURE_AGAIN}"
+        )
+
+
+def check_together(what: str, was_captured: bool, is_captured: bool) -> None:
+    """Raises RuntimeError if only one of a step and what came before it is in a graph."""
+    if was_captured != is_captured:
+        inside, outside = (what, "the step") if was_captured else ("the step", what)
+        raise RuntimeError(
+            f"{inside} is in the capture of a CUDA graph, {outside} is not, of which replays would "
+            "not know: capture both, or neither"
         )
 
 

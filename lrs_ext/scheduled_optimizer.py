@@ -322,11 +322,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "in ZeroRedundancyOptimizer each rank's optimizer sees only its own share of the "
                 "gradients: use torch.nn.utils.clip_grad_norm_ for those of the model"
             )
+        is_captured = self._preparation.is_captured
         with self._step_lock:
-            launches = self._ready_launches(self._preparation.is_captured)
+            launches = self._ready_launches(is_captured)
             norms = [(part.grad_norm(), part.spread) for parts in launches for part in parts]
         norm = total_norm(norms, self.schedule_buffer.step.device)
-        self._scaling.clip(norm, max_norm)
+        self._scaling.clip(norm, max_norm, is_captured)
         return norm
 
     profile_hook_step = staticmethod(watched_step)
@@ -508,7 +509,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._has_blank_states = True
             return
         found_inf = getattr(self, "found_inf", None)
-        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
+        loss_scale = getattr(self, "grad_scale", None)
+        scaling = self._scaling.take(loss_scale, found_inf, is_captured)
         if self._released.is_in_force and scaling is not None:
             raise RuntimeError(
                 "gradients released in the backward pass can no longer be unscaled or clipped: use "

@@ -126,6 +126,21 @@ def test_clipping_is_checked_as_the_step_is(capture):
     assert opt.was_captured
 
 
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_a_norm_is_taken_where_the_step_is(capture, is_captured):
+    """Replays of one alone would clip by the norm of the capture, or not at all."""
+    params, opt = make("AdamW")
+    if is_captured:
+        capture(opt)
+    lrs_ext.clip_grad_norm_(opt, 1.0)
+    if is_captured:
+        capture.end()
+    else:
+        capture(opt)
+    assert_refused(params, opt, "is in the capture of a CUDA graph, .* is not")
+    opt.step()  # without a limit
+
+
 CHANGES = {
     "parameter": lambda p, opt: setattr(p, "data", p.data.clone()),
     "state": lambda p, opt: opt.state[p].update(exp_avg=opt.state[p]["exp_avg"].clone()),

@@ -155,6 +155,36 @@ def test_a_step_is_captured_while_the_host_waits_to_know_of_an_earlier_one():
     assert opt.param_groups[0]["lr"] == 0.5
 
 
+def test_a_graph_has_both_the_norm_and_the_step():
+    """Replays of one alone would clip by the norm of the capture, or not at all."""
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.SGD([param], lr=1.0)
+    opt.step()
+    lrs_ext.clip_grad_norm_(opt, 0.5)
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match=r"the step is in the capture .*, clip_grad_norm_ is not"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lrs_ext.clip_grad_norm_(opt, 0.5)
+    graph.replay()
+    with pytest.raises(
+        RuntimeError, match=r"clip_grad_norm_ is in the capture .*, the step"
+    ):
+        opt.step()
+    assert torch.equal(param, torch.full_like(param, -1.0))
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        lrs_ext.clip_grad_norm_(opt, 0.5)
+        opt.step()
+    for k in range(1, 4):
+        graph.replay()
+        assert (param + 1.0).norm().item() == pytest.approx(0.5 * k, rel=1e-5)
+
+
 def test_the_operator_refuses_to_be_captured():
     weight, gradient, lr = (torch.ones(3, device="cuda") for _ in range(3))
     count, position = torch.zeros((), device="cuda"), torch.tensor(0, device="cuda")
