@@ -136,8 +136,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         self._check_index(group)
         self._take_loaded_groups()
-        self._numbers.rates.sync(group, self.param_groups[group])
-        return self._numbers.rates.current(group)
+        rates = self._numbers.rates
+        if self._preparation.is_captured:
+            is_synced = rates.is_synced(group, self.param_groups[group])
+            capture_checks.check_synced(group, is_synced)
+        rates.sync(group, self.param_groups[group])
+        return rates.current(group)
 
     def current_lr(self) -> list[float]:
         """Returns what the next update of each group will use; waits for the device.
@@ -202,6 +206,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a number is invalid.
+            RuntimeError: something has changed, and a CUDA graph is being captured.
 
         >>> import lrs_ext
         >>> opt = lrs_ext.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
@@ -211,6 +216,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         0.1
         """
         if not self._preparation.has_written(self.param_groups):
+            if self._preparation.is_captured:
+                self._preparation.check_written(self.param_groups)
             self._take_loaded_groups()
             self._preparation.write(self.param_groups, self.was_captured)
 
@@ -537,7 +544,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         is_captured = self._preparation.is_captured
         frozen = capture_checks.frozen(is_captured, self.was_captured)
         if is_captured and frozen is not None:
-            self._preparation.check_capture_of(param, self.param_groups, frozen)
+            self._preparation.check_capture_of(param, frozen)
         with self._step_lock:  # a backward pass has a thread for each device
             self.sync_groups()
             table = self._preparation.single(param, self.param_groups, self.state, frozen)

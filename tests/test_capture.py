@@ -102,6 +102,14 @@ def test_new_numbers_are_written_before_the_capture(capture, key, number):
     capture(opt)
     set_gradients(params)
     assert_refused(params, opt, "call sync_groups\\(\\) before the capture")
+    with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
+        opt.sync_groups()
+    if key == "lr":
+        with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
+            opt.lr_tensor()
+    capture.end()
+    opt.sync_groups()
+    capture(opt)
     opt.sync_groups()
     opt.step()
     assert opt.was_captured
@@ -120,7 +128,9 @@ def test_clipping_is_checked_as_the_step_is(capture):
     opt.param_groups[0]["weight_decay"] = 0.5
     with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
         lrs_ext.clip_grad_norm_(opt, 1.0)
+    capture.end()
     opt.sync_groups()
+    capture(opt)
     lrs_ext.clip_grad_norm_(opt, 1.0)
     opt.step()
     assert opt.was_captured
@@ -246,7 +256,9 @@ def test_a_release_of_gradients_is_captured(capture):
     capture(opt)
     with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
         backward(params)
+    capture.end()
     opt.sync_groups()
+    capture(opt)
     for param in params:
         param.grad = None
     backward(params)

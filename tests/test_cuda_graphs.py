@@ -172,9 +172,7 @@ def test_a_graph_has_both_the_norm_and_the_step():
     with torch.cuda.graph(graph):
         lrs_ext.clip_grad_norm_(opt, 0.5)
     graph.replay()
-    with pytest.raises(
-        RuntimeError, match=r"clip_grad_norm_ is in the capture .*, the step"
-    ):
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm_ is in the capture .*, the step"):
         opt.step()
     assert torch.equal(param, torch.full_like(param, -1.0))
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
@@ -183,6 +181,44 @@ def test_a_graph_has_both_the_norm_and_the_step():
     for k in range(1, 4):
         graph.replay()
         assert (param + 1.0).norm().item() == pytest.approx(0.5 * k, rel=1e-5)
+
+
+def changed_lr(opt):
+    opt.param_groups[0]["lr"] = 0.5
+    opt.sync_groups()
+
+
+def captured(step, *arguments):
+    """Returns the graph of what `step` does, after what has gone before."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*arguments)
+    return graph
+
+
+CHANGES = {
+    "lr": changed_lr,
+    "schedule": lambda opt: opt.set_schedule(lrs_ext.rex(0.1, 4)),
+    "table": lambda opt: opt.set_schedule(lrs_ext.from_values([0.1, 0.2])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_does_not_write_learning_rates(change):
+    """Each replay would do so again, whatever the host has put there since."""
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.SGD([param], lr=lrs_ext.linear(1.0, 4))
+    opt.step()
+    with pytest.raises(
+        RuntimeError, match=r"before the capture|the capture of a CUDA graph, whose"
+    ):
+        captured(CHANGES[change], opt)
+    CHANGES[change](opt)
+    lr = opt.current_lr()[0]
+    captured(opt.step).replay()
+    assert param[0].item() == pytest.approx(-1.0 - lr)
 
 
 def test_the_operator_refuses_to_be_captured():
