@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from lrs_ext.capture_checks import check_together
 from lrs_ext.step_hooks import uncompiled
 
 
@@ -18,12 +19,13 @@ class GradientRelease:
     """Hooks on parameters, put on by `begin`; `remove` takes them off.
 
     Args:
-        update: updates one parameter from its gradient. It is held weakly.
+        update: updates one parameter from its gradient; returns whether a CUDA graph captures
+            that. It is held weakly.
     """
 
-    def __init__(self, update: Callable[[Tensor], None]) -> None:
+    def __init__(self, update: Callable[[Tensor], bool]) -> None:
         self._update = weakref.WeakMethod(update)
-        self._released: set[Tensor] = set()
+        self._released: dict[Tensor, bool] = {}  # and whether that is in a graph
         self._handles: list[RemovableHandle] = []
 
     def begin(self, params: Iterable[Tensor]) -> None:
@@ -46,19 +48,27 @@ class GradientRelease:
         if not self._has_checked:
             self._check_not_averaged()  # by now whatever wraps the model is there
             self._has_checked = True
-        update(param)
+        is_captured = update(param)
         param.grad = None
-        self._released.add(param)
+        self._released[param] = is_captured
 
     @property
     def is_in_force(self) -> bool:
         return bool(self._handles)
 
-    def finish(self) -> bool:
-        """Ends the step; returns whether any gradient has been released in it."""
-        has_released = bool(self._released)
-        self._released.clear()
-        return has_released
+    def finish(self, is_captured: bool) -> bool:
+        """Ends the step; returns whether any gradient has been released in it.
+
+        Args:
+            is_captured: whether the step is.
+
+        Raises:
+            RuntimeError: a backward pass was captured and the step is not, or the other way round.
+        """
+        released, self._released = self._released, {}
+        for was_captured in released.values():
+            check_together("the backward pass of step_in_backward", was_captured, is_captured)
+        return bool(released)
 
     def remove(self) -> None:
         """Takes the hooks off: from now on `step()` updates all parameters."""

@@ -506,7 +506,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         had_state = bool(self.state)
         is_captured = self._preparation.is_captured
         launches = self._ready_launches(is_captured)
-        has_released = self._released.finish()
+        has_released = self._released.finish(is_captured)
         if not any(launches) and not has_released and not self._others_step():
             self._scaling = StepScaling()  # a limit was for this step
             return
@@ -539,8 +539,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 self.committed_steps = committed_steps + (self._numbers.rates.step > host_step)
             raise
 
-    def _update_one(self, param: Tensor) -> None:
-        """Updates one dense parameter from its gradient, without advancing the schedule."""
+    def _update_one(self, param: Tensor) -> bool:
+        """Updates one dense parameter from its gradient, without advancing the schedule.
+
+        Returns:
+            Whether a CUDA graph captures that.
+        """
         is_captured = self._preparation.is_captured
         frozen = capture_checks.frozen(is_captured, self.was_captured)
         if is_captured and frozen is not None:
@@ -549,6 +553,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self.sync_groups()
             table = self._preparation.single(param, self.param_groups, self.state, frozen)
             table.run(commits_step=False)
+        return is_captured
 
     def _others_step(self) -> bool:
         """Returns whether this is a part of a step with gradients on other ranks only."""

@@ -270,6 +270,26 @@ def test_a_release_of_gradients_is_captured(capture):
         backward(params)
 
 
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_a_release_is_captured_with_the_step(capture, is_captured):
+    """Replays of the backward pass alone would leave the schedule where it is."""
+    params, opt = make("AdamW", steps=0)
+    opt.step_in_backward()
+    backward(params)
+    opt.step()
+    if is_captured:
+        capture(opt)
+    backward(params)
+    if is_captured:
+        capture.end()
+    else:
+        capture(opt)
+    assert_refused(params, opt, "is in the capture of a CUDA graph, .* is not")
+    backward(params)
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 2
+
+
 def test_the_operator_stays_out_of_graphs():
     assert torch.Tag.cudagraph_unsafe in torch.ops.lrs_ext.step.default.tags
 

@@ -183,6 +183,29 @@ def test_a_graph_has_both_the_norm_and_the_step():
         assert (param + 1.0).norm().item() == pytest.approx(0.5 * k, rel=1e-5)
 
 
+def test_a_graph_has_both_a_release_of_gradients_and_the_step():
+    """Replays of the backward pass alone would leave the schedule where it is."""
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    opt = lrs_ext.SGD([param], lr=lrs_ext.linear(1.0, 4))
+    opt.step_in_backward()
+
+    def backward():
+        param.sum().backward()
+
+    def train():
+        backward()
+        opt.step()
+
+    train()
+    captured(backward).replay()
+    with pytest.raises(RuntimeError, match=r"step_in_backward is in the capture .*, the step is"):
+        opt.step()
+    graph = captured(train)
+    for _ in range(2):
+        graph.replay()
+    assert torch.equal(param, torch.full_like(param, -1.0 - 0.75 - 0.75 - 0.5))
+
+
 def changed_lr(opt):
     opt.param_groups[0]["lr"] = 0.5
     opt.sync_groups()
