@@ -503,14 +503,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def _update_all(self) -> None:
         """Updates every parameter that has a gradient, and advances the schedule."""
-        had_state = bool(self.state)
         is_captured = self._preparation.is_captured
+        may_be_blank = not self.state and not is_captured  # a capture makes no states
         launches = self._ready_launches(is_captured)
         has_released = self._released.finish(is_captured)
         if not any(launches) and not has_released and not self._others_step():
             self._scaling = StepScaling()  # a limit was for this step
             return
-        if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
+        if may_be_blank and self._numbers.rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             self._has_blank_states = True

@@ -61,6 +61,16 @@ def test_a_step_after_a_first_one_is_captured(capture, name):
 
 
 @optimizers
+def test_nobody_looks_for_gradients_in_a_capture(capture, name, monkeypatch):
+    """To see whether a step at a learning rate of 0 counts is to wait, which ends the capture."""
+    _, opt = make(name, lr=0.0)
+    monkeypatch.setattr(opt, "_any_gradient", lambda: pytest.fail("waits"))
+    capture(opt)
+    opt.step()
+    assert opt.was_captured
+
+
+@optimizers
 def test_the_first_step_cannot_be_captured(capture, name):
     params, opt = make(name, steps=0)
     set_gradients(params)

@@ -206,6 +206,18 @@ def test_a_graph_has_both_a_release_of_gradients_and_the_step():
     assert torch.equal(param, torch.full_like(param, -1.0 - 0.75 - 0.75 - 0.5))
 
 
+def test_a_step_at_a_learning_rate_of_0_is_captured():
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.SGD([param], lr=0.0)
+    opt.step()
+    graph = captured(opt.step)
+    opt.param_groups[0]["lr"] = 0.5
+    opt.sync_groups()
+    graph.replay()
+    assert torch.equal(param, torch.full_like(param, -0.5))
+
+
 def changed_lr(opt):
     opt.param_groups[0]["lr"] = 0.5
     opt.sync_groups()
