@@ -283,7 +283,7 @@ class LearningRates:
         schedule is in charge here.
         """
         step = next((p.step for p in positions if p is not None), updates)
-        step = self.step if step is None else step
+        step = int(self.buffer.step) if step is None else step
         for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
             present = self._sources[index].seen
             schedule = self.schedule(index) if position is None else position.schedule

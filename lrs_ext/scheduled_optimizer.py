@@ -374,8 +374,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if len(self.param_groups) != self._preparation.tables.num_groups:
             if self.was_captured:
                 raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
-            rates = self._numbers.rates
-            self._take_groups(self._preparation.counters, rates.step, rates.buffer.capacity)
+            rates, counters = self._numbers.rates, self._preparation.counters
+            self._take_groups(counters, int(rates.buffer.step), rates.buffer.capacity)
         for index, group in enumerate(self.param_groups):
             # A schedule that was put there, or put aside for a while and back, is in charge.
             self._numbers.sync(index, group, self._check)
