@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from lrs_ext.device_tables import States
     from lrs_ext.table_set import TableSet
 
 CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
@@ -74,6 +76,23 @@ def check_state_names(tables: TableSet, names: list[list[str]]) -> None:
             "an option that decides which states a parameter has, as momentum or amsgrad, has "
             f"changed since a CUDA graph captured the step: {CAPTURE_AGAIN}"
         )
+
+
+def check_loaded_states(states: States, loaded: Mapping[Any, Any], own: Sequence[str]) -> None:
+    """Raises RuntimeError if a checkpoint lacks states that a graph updates.
+
+    Args:
+        states: of all parameters.
+        loaded: what they are to become.
+        own: the names of the arrays that the update may read.
+    """
+    for param, state in states.items():
+        lost = [name for name in state if name in own and name not in loaded.get(param, {})]
+        if lost:
+            raise RuntimeError(
+                f"the checkpoint has no {', '.join(lost)} for a parameter, which a captured CUDA "
+                f"graph would go on updating: {CAPTURE_AGAIN}"
+            )
 
 
 def check_together(what: str, was_captured: bool, is_captured: bool) -> None:

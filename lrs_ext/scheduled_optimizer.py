@@ -36,7 +36,7 @@ from lrs_ext.preparation import Preparation
 from lrs_ext.rule import Rule
 from lrs_ext.schedules import Schedule
 from lrs_ext.shards import Spread, is_dtensor, local, spread_of
-from lrs_ext.state_storage import Storage
+from lrs_ext.state_storage import REMAINDER, Storage
 from lrs_ext.step_counters import StepCounters
 from lrs_ext.step_hooks import watched_step
 from lrs_ext.table_set import Launches
@@ -367,7 +367,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the parameter groups do not match, as in torch, or states do not.
-            RuntimeError: there are more or fewer than before, and a CUDA graph holds a step.
+            RuntimeError: there are more or fewer than before, or states without a counterpart in
+                the checkpoint, and a CUDA graph holds a step.
         """
         self._complete(self.param_groups)
         self._follow_places()
@@ -632,6 +633,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._complete(groups)
         names = STATE_NAMES[self.algorithm]
         states = unwrap_states(saved_state, self.state, self._storage, names)
+        if self.was_captured:
+            capture_checks.check_loaded_states(self.state, states, [*names, REMAINDER])
         needed = names[: FEWEST_STATES[self.algorithm]]
         if len(needed) > 1:  # most implementations of Lion, which has one, keep no count
             check_complete(states, ["step", *needed])

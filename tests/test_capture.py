@@ -210,6 +210,26 @@ def test_states_are_not_made_in_a_capture(capture, name):
     assert params[1] not in opt.step_counters
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_captured_step_loses_no_states_to_a_checkpoint(capture, name, kept):
+    """Replays would go on with those that it had, and nobody would look at them any more."""
+    params, opt = make(name)
+    checkpoint = opt.state_dict()
+    capture(opt)
+    opt.step()
+    capture.end()
+    opt.load_state_dict(checkpoint)
+    before = values(params, opt)
+    fewer = dict(list(checkpoint["state"].items())[:kept])
+    with pytest.raises(RuntimeError, match=r"the checkpoint has no exp_avg.* CUDA graph would"):
+        opt.load_state_dict({**checkpoint, "state": fewer})
+    assert all(torch.equal(a, b) for a, b in zip(before, values(params, opt), strict=True))
+    opt.forget_graphs()
+    opt.load_state_dict({**checkpoint, "state": fewer})
+    assert len(opt.state) == kept
+
+
 STATE_OPTIONS = {"SGD": ("momentum", 0.9, 0.0), "AdamW": ("amsgrad", False, True)}
 
 

@@ -218,6 +218,25 @@ def test_a_step_at_a_learning_rate_of_0_is_captured():
     assert torch.equal(param, torch.full_like(param, -0.5))
 
 
+def test_replays_go_on_from_a_checkpoint_that_is_loaded():
+    params = [torch.zeros(3, device="cuda", requires_grad=True) for _ in range(2)]
+    opts = [lrs_ext.AdamW([param], lr=lrs_ext.rex(0.1, 9)) for param in params]
+    for param, opt in zip(params, opts, strict=True):
+        param.grad = torch.ones_like(param)
+        unused = opt.state_dict()
+        opt.step()
+    graph = captured(opts[1].step)
+    for k in range(6):
+        if k == 3:
+            opts[1].load_state_dict(opts[0].state_dict())
+            params[1].data.copy_(params[0])
+        opts[0].step()
+        graph.replay()
+    assert torch.equal(*params)
+    with pytest.raises(RuntimeError, match="the checkpoint has no exp_avg"):
+        opts[1].load_state_dict(unused)
+
+
 def changed_lr(opt):
     opt.param_groups[0]["lr"] = 0.5
     opt.sync_groups()
