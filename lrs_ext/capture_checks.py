@@ -121,3 +121,13 @@ def check_synced(index: int, is_synced: bool) -> None:
             f"a number of group {index} has changed since the last step, and each replay "
             "would write it again: call sync_groups() before the capture"
         )
+
+
+def check_in_place(index: int, is_copied: bool) -> None:
+    """Raises RuntimeError if the step would copy the learning rate of group `index`."""
+    if is_copied:
+        raise RuntimeError(
+            f"the learning rate of group {index} is a tensor that the kernels cannot read where it "
+            "is, and each replay would copy it over whatever the host puts there later: make it "
+            "float32 on the parameters' device, or a float"
+        )

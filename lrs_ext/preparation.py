@@ -148,6 +148,7 @@ class Preparation:
             is_written = self.tables.has_written(index, self._hyper(fixed))
             is_synced = is_written and self._numbers.is_synced(index, groups[index])
             capture_checks.check_synced(index, is_synced)
+            capture_checks.check_in_place(index, self._numbers.rates.is_copied(index))
 
     # All parameters
 

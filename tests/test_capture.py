@@ -60,6 +60,20 @@ def test_a_step_after_a_first_one_is_captured(capture, name):
     assert opt.schedule_buffer.step.item() == 2
 
 
+def test_a_tensor_that_is_copied_is_not_captured(capture):
+    """Each replay would copy it over whatever takes its place."""
+    lr = torch.tensor(0.5)
+    params, opt = make("SGD", lr=lr.double())
+    capture(opt)
+    assert_refused(params, opt, "make it float32 on the parameters' device, or a float")
+    capture.end()
+    opt.param_groups[0]["lr"] = lr
+    opt.sync_groups()
+    capture(opt)
+    opt.step()
+    assert opt.was_captured
+
+
 @optimizers
 def test_nobody_looks_for_gradients_in_a_capture(capture, name, monkeypatch):
     """To see whether a step at a learning rate of 0 counts is to wait, which ends the capture."""

@@ -237,6 +237,26 @@ def test_replays_go_on_from_a_checkpoint_that_is_loaded():
         opts[1].load_state_dict(unused)
 
 
+def test_replays_read_a_tensor_and_what_takes_its_place():
+    param = torch.zeros((), device="cuda", requires_grad=True)
+    param.grad = torch.full_like(param, -1.0)
+    lr = torch.tensor(0.5, device="cuda")
+    opt = lrs_ext.SGD([param], lr=lr.double())
+    opt.step()
+    with pytest.raises(RuntimeError, match="make it float32 on the parameters' device, or a float"):
+        captured(opt.step)
+    opt.param_groups[0]["lr"] = lr
+    opt.step()
+    graph = captured(opt.step)
+    lr.fill_(0.25)
+    graph.replay()
+    assert param.item() == 1.25
+    opt.param_groups[0]["lr"] = 0.125
+    opt.sync_groups()
+    graph.replay()
+    assert param.item() == 1.375
+
+
 def changed_lr(opt):
     opt.param_groups[0]["lr"] = 0.5
     opt.sync_groups()
