@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -102,6 +103,15 @@ def check_together(what: str, was_captured: bool, is_captured: bool) -> None:
         raise RuntimeError(
             f"{inside} is in the capture of a CUDA graph, {outside} is not, of which replays would "
             "not know: capture both, or neither"
+        )
+
+
+def check_outside(what: str, device: torch.device) -> None:
+    """Raises RuntimeError if what the host follows is captured on `device`."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} cannot be captured into a CUDA graph, as the host would not see its replays: "
+            "call it after each replay"
         )
 
 

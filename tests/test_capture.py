@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lrs_ext
-from lrs_ext import ops
+from lrs_ext import capture_checks, ops
 from lrs_ext.backends import unavailable_reason
 
 optimizers = pytest.mark.parametrize("name", cases.OPTIMIZERS)
@@ -336,6 +336,15 @@ def test_a_release_is_captured_with_the_step(capture, is_captured):
 
 def test_the_operator_stays_out_of_graphs():
     assert torch.Tag.cudagraph_unsafe in torch.ops.lrs_ext.step.default.tags
+
+
+def test_what_the_host_follows_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    capture_checks.check_outside("auto.step()", torch.device("cpu"))
+    with pytest.raises(
+        RuntimeError, match=r"auto.step\(\) cannot be captured .* after each replay"
+    ):
+        capture_checks.check_outside("auto.step()", torch.device("cuda"))
 
 
 def test_there_are_no_new_groups_after_a_capture(capture):
