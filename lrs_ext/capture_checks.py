@@ -35,6 +35,18 @@ def frozen(is_captured: bool, was_captured: bool) -> str | None:
     return _IN_GRAPH if was_captured else None
 
 
+def check_device(device: torch.device, current: int) -> None:
+    """Raises RuntimeError if the capture is on the GPU `current`, and the step on another.
+
+    The stream that `torch.cuda.graph` captures by default is on the device of its first use.
+    """
+    if device.type == "cuda" and device.index != current:
+        raise RuntimeError(
+            f"the CUDA graph is captured on cuda:{current}, and a step on {device} would not be in "
+            f"it: pass torch.cuda.graph a stream=torch.cuda.Stream('{device}')"
+        )
+
+
 def check_gradients(params: list[Tensor]) -> None:
     """Raises RuntimeError if replays of the capture would leave parameters out."""
     missing = [param for param in params if param.requires_grad and param.grad is None]

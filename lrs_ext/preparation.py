@@ -135,6 +135,8 @@ class Preparation:
         if not is_released:
             capture_checks.check_gradients(params_of(groups))
         capture_checks.check_tables(self.tables, is_released)
+        [device] = self.backends
+        capture_checks.check_device(device, torch.cuda.current_device())
 
     def check_capture_of(self, param: Tensor, frozen: str) -> None:
         """Checks the same for the update of one parameter in the backward pass."""

@@ -18,6 +18,7 @@ def capture(monkeypatch):
     def begin(opt):
         monkeypatch.setattr(opt._preparation, "_is_on_gpu", True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     begin.end = monkeypatch.undo
     return begin
@@ -336,6 +337,16 @@ def test_a_release_is_captured_with_the_step(capture, is_captured):
 
 def test_the_operator_stays_out_of_graphs():
     assert torch.Tag.cudagraph_unsafe in torch.ops.lrs_ext.step.default.tags
+
+
+def test_a_capture_on_another_gpu_is_refused():
+    first, second = (torch.device("cuda", index) for index in range(2))
+    capture_checks.check_device(first, 0)
+    capture_checks.check_device(torch.device("cpu"), 0)
+    with pytest.raises(
+        RuntimeError, match=r"captured on cuda:0, and a step on cuda:1 would not be"
+    ):
+        capture_checks.check_device(second, 0)
 
 
 def test_what_the_host_follows_is_not_captured(monkeypatch):

@@ -257,6 +257,27 @@ def test_replays_read_a_tensor_and_what_takes_its_place():
     assert param.item() == 1.375
 
 
+@pytest.mark.two_gpus
+def test_a_graph_is_captured_on_the_gpu_of_the_step():
+    """Otherwise the step would be made once, in the capture, and not in the replays."""
+    with torch.cuda.device(1):
+        param = torch.zeros(3, device="cuda", requires_grad=True)
+        param.grad = torch.ones_like(param)
+        opt = lrs_ext.SGD([param], lr=1.0)
+        opt.step()
+        torch.cuda.synchronize()
+        with (
+            pytest.raises(RuntimeError, match="captured on cuda:0, and a step on cuda:1 would"),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream("cuda:0")),
+        ):
+            opt.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream("cuda:1")):
+            opt.step()
+        graph.replay()
+        assert torch.equal(param, torch.full_like(param, -2.0))
+
+
 def changed_lr(opt):
     opt.param_groups[0]["lr"] = 0.5
     opt.sync_groups()
