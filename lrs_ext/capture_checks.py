@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import Tensor
 
-from lrs_ext.table_set import TableSet
+if TYPE_CHECKING:
+    from lrs_ext.device_tables import States
+    from lrs_ext.table_set import TableSet
 
 CAPTURE_AGAIN = "throw the graph away, call forget_graphs(), make a step and capture again"
 _IN_GRAPH = (
@@ -27,6 +33,18 @@ def frozen(is_captured: bool, was_captured: bool) -> str | None:
     if is_captured:
         return _IN_CAPTURE
     return _IN_GRAPH if was_captured else None
+
+
+def check_device(device: torch.device, current: int) -> None:
+    """Raises RuntimeError if the capture is on the GPU `current`, and the step on another.
+
+    The stream that `torch.cuda.graph` captures by default is on the device of its first use.
+    """
+    if device.type == "cuda" and device.index != current:
+        raise RuntimeError(
+            f"the CUDA graph is captured on cuda:{current}, and a step on {device} would not be in "
+            f"it: pass torch.cuda.graph a stream=torch.cuda.Stream('{device}')"
+        )
 
 
 def check_gradients(params: list[Tensor]) -> None:
@@ -73,6 +91,42 @@ def check_state_names(tables: TableSet, names: list[list[str]]) -> None:
         )
 
 
+def check_loaded_states(states: States, loaded: Mapping[Any, Any], own: Sequence[str]) -> None:
+    """Raises RuntimeError if a checkpoint lacks states that a graph updates.
+
+    Args:
+        states: of all parameters.
+        loaded: what they are to become.
+        own: the names of the arrays that the update may read.
+    """
+    for param, state in states.items():
+        lost = [name for name in state if name in own and name not in loaded.get(param, {})]
+        if lost:
+            raise RuntimeError(
+                f"the checkpoint has no {', '.join(lost)} for a parameter, which a captured CUDA "
+                f"graph would go on updating: {CAPTURE_AGAIN}"
+            )
+
+
+def check_together(what: str, was_captured: bool, is_captured: bool) -> None:
+    """Raises RuntimeError if only one of a step and what came before it is in a graph."""
+    if was_captured != is_captured:
+        inside, outside = (what, "the step") if was_captured else ("the step", what)
+        raise RuntimeError(
+            f"{inside} is in the capture of a CUDA graph, {outside} is not, of which replays would "
+            "not know: capture both, or neither"
+        )
+
+
+def check_outside(what: str, device: torch.device) -> None:
+    """Raises RuntimeError if what the host follows is captured on `device`."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} cannot be captured into a CUDA graph, as the host would not see its replays: "
+            "call it after each replay"
+        )
+
+
 def check_places(are_in_place: bool) -> None:
     """Raises RuntimeError if the groups are not those of the last step."""
     if not are_in_place:
@@ -88,4 +142,14 @@ def check_synced(index: int, is_synced: bool) -> None:
         raise RuntimeError(
             f"a number of group {index} has changed since the last step, and each replay "
             "would write it again: call sync_groups() before the capture"
+        )
+
+
+def check_in_place(index: int, is_copied: bool) -> None:
+    """Raises RuntimeError if the step would copy the learning rate of group `index`."""
+    if is_copied:
+        raise RuntimeError(
+            f"the learning rate of group {index} is a tensor that the kernels cannot read where it "
+            "is, and each replay would copy it over whatever the host puts there later: make it "
+            "float32 on the parameters' device, or a float"
         )

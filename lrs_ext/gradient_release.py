@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from lrs_ext.capture_checks import check_together
 from lrs_ext.shards import local
 from lrs_ext.step_hooks import uncompiled
 
@@ -19,12 +20,13 @@ class GradientRelease:
     """Hooks on parameters, put on by `begin`; `remove` takes them off.
 
     Args:
-        update: updates one parameter from its gradient. It is held weakly.
+        update: updates one parameter from its gradient; returns whether a CUDA graph captures
+            that. It is held weakly.
     """
 
-    def __init__(self, update: Callable[[Tensor], None]) -> None:
+    def __init__(self, update: Callable[[Tensor], bool]) -> None:
         self._update = weakref.WeakMethod(update)
-        self._released: set[Tensor] = set()
+        self._released: dict[Tensor, bool] = {}  # and whether that is in a graph
         self._handles: list[RemovableHandle] = []
         self._written: list[torch.Event] = []  # when the devices have the numbers of the groups
 
@@ -50,9 +52,9 @@ class GradientRelease:
             self._has_checked = True
         if local(param.grad).is_pinned():  # on its way here, where fully_shard offloads it
             torch.accelerator.current_stream().synchronize()
-        update(param)
+        is_captured = update(param)
         param.grad = None
-        self._released.add(param)
+        self._released[param] = is_captured
 
     @property
     def is_in_force(self) -> bool:
@@ -75,12 +77,20 @@ class GradientRelease:
                 event.record(torch.accelerator.current_stream(device))
                 self._written.append(event)
 
-    def finish(self) -> bool:
-        """Ends the step; returns whether any gradient has been released in it."""
+    def finish(self, is_captured: bool) -> bool:
+        """Ends the step; returns whether any gradient has been released in it.
+
+        Args:
+            is_captured: whether the step is.
+
+        Raises:
+            RuntimeError: a backward pass was captured and the step is not, or the other way round.
+        """
         self._written = []
-        has_released = bool(self._released)
-        self._released.clear()
-        return has_released
+        released, self._released = self._released, {}
+        for was_captured in released.values():
+            check_together("the backward pass of step_in_backward", was_captured, is_captured)
+        return bool(released)
 
     def remove(self) -> None:
         """Takes the hooks off: from now on `step()` updates all parameters."""

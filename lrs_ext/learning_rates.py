@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -152,6 +153,12 @@ class LearningRates:
         is_filled = self.buffer.schedules[index] is source.schedule
         return is_filled and lr is source.seen and not self._has_moved(index, lr)
 
+    def is_copied(self, index: int) -> bool:
+        """Returns whether each update copies a tensor, which the kernels do not read in place."""
+        source = self._sources[index]
+        is_tensor = isinstance(source.seen, Tensor)
+        return is_tensor and any(map(operator.is_, source.rows, self._own_rows(index)))
+
     def _has_moved(self, index: int, lr: float | Tensor | None) -> bool:
         """Whether a tensor that the kernels read in place has got another memory."""
         return isinstance(lr, Tensor) and any(
@@ -283,7 +290,7 @@ class LearningRates:
         schedule is in charge here.
         """
         step = next((p.step for p in positions if p is not None), updates)
-        step = self.step if step is None else step
+        step = int(self.buffer.step) if step is None else step
         for index, (group, position) in enumerate(zip(groups, positions, strict=True)):
             present = self._sources[index].seen
             schedule = self.schedule(index) if position is None else position.schedule

@@ -122,7 +122,7 @@ def fill_schedule(target: Tensor, schedule: ProfileSchedule) -> None:
     else:
         host = torch.empty(target.shape, dtype=target.dtype, device="cpu")
         native.fill_cpu(host.data_ptr(), host.numel())
-        target.copy_(_pinned(host.numpy(), target.device), non_blocking=True)
+        target.copy_(_to_device(host.numpy(), target.device))
 
 
 def fill_values(target: Tensor, values: NDArray[np.float64]) -> None:
@@ -500,6 +500,11 @@ def _record(tensors: list[Tensor]) -> None:
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """Copies without waiting: the caching allocator keeps pinned memory until the copy is done."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "rows of the schedule buffer cannot be filled in the capture of a CUDA graph, whose "
+            "replays would copy from memory that is somebody else's by then: fill them before"
+        )
     return _pinned(array, device).to(device, non_blocking=True)
 
 

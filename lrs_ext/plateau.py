@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lrs_ext.capture_checks import check_outside
 from lrs_ext.drivers import check_free, register
 from lrs_ext.number_checks import (
     checked_count,
@@ -116,7 +117,8 @@ class ReduceOnPlateau:
         Raises:
             TypeError: it is no number.
             ValueError: it has more than one element, or a schedule is now in charge of a group.
-            RuntimeError: the optimizer has other parameter groups than at the start.
+            RuntimeError: the optimizer has other parameter groups than at the start, or a CUDA
+                graph is being captured.
 
         >>> import lrs_ext
         >>> opt = lrs_ext.SGD([torch.zeros(2, requires_grad=True)], lr=0.5)
@@ -126,6 +128,7 @@ class ReduceOnPlateau:
         >>> opt.current_lr()
         [0.25]
         """
+        check_outside("ReduceOnPlateau.step()", self._best.device)
         if not isinstance(metric, Tensor):
             metric = torch.tensor(checked_number("metric", metric), dtype=torch.float64)
         if metric.numel() != 1:

@@ -135,20 +135,22 @@ class Preparation:
         if not is_released:
             capture_checks.check_gradients(params_of(groups))
         capture_checks.check_tables(self.tables, is_released)
-        self._check_written(groups)
+        [device] = self.backends
+        capture_checks.check_device(device, torch.cuda.current_device())
 
-    def check_capture_of(self, param: Tensor, groups: list[Group], frozen: str) -> None:
+    def check_capture_of(self, param: Tensor, frozen: str) -> None:
         """Checks the same for the update of one parameter in the backward pass."""
         if device_of(param) not in self.backends or not self.tables.of(param).has_single(param):
             raise RuntimeError(frozen)
-        self._check_written(groups)
 
-    def _check_written(self, groups: list[Group]) -> None:
+    def check_written(self, groups: list[Group]) -> None:
+        """Raises RuntimeError if `write` would write: captured, each replay would again."""
         capture_checks.check_places(self._numbers.are_in_place(groups))
         for index, fixed in enumerate(self._fixed(groups)):
             is_written = self.tables.has_written(index, self._hyper(fixed))
             is_synced = is_written and self._numbers.is_synced(index, groups[index])
             capture_checks.check_synced(index, is_synced)
+            capture_checks.check_in_place(index, self._numbers.rates.is_copied(index))
 
     # All parameters
 

@@ -36,7 +36,7 @@ from lrs_ext.preparation import Preparation
 from lrs_ext.rule import Rule
 from lrs_ext.schedules import Schedule
 from lrs_ext.shards import Spread, is_dtensor, local, spread_of
-from lrs_ext.state_storage import Storage
+from lrs_ext.state_storage import REMAINDER, Storage
 from lrs_ext.step_counters import StepCounters
 from lrs_ext.step_hooks import watched_step
 from lrs_ext.table_set import Launches
@@ -136,8 +136,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         self._check_index(group)
         self._take_loaded_groups()
-        self._numbers.rates.sync(group, self.param_groups[group])
-        return self._numbers.rates.current(group)
+        rates = self._numbers.rates
+        if self._preparation.is_captured:
+            is_synced = rates.is_synced(group, self.param_groups[group])
+            capture_checks.check_synced(group, is_synced)
+        rates.sync(group, self.param_groups[group])
+        return rates.current(group)
 
     def current_lr(self) -> list[float]:
         """Returns what the next update of each group will use; waits for the device.
@@ -202,6 +206,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a number is invalid.
+            RuntimeError: something has changed, and a CUDA graph is being captured.
 
         >>> import lrs_ext
         >>> opt = lrs_ext.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
@@ -211,6 +216,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         0.1
         """
         if not self._preparation.has_written(self.param_groups):
+            if self._preparation.is_captured:
+                self._preparation.check_written(self.param_groups)
             self._take_loaded_groups()
             self._preparation.write(self.param_groups, self.was_captured)
 
@@ -322,11 +329,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 "in ZeroRedundancyOptimizer each rank's optimizer sees only its own share of the "
                 "gradients: use torch.nn.utils.clip_grad_norm_ for those of the model"
             )
+        is_captured = self._preparation.is_captured
         with self._step_lock:
-            launches = self._ready_launches(self._preparation.is_captured)
+            launches = self._ready_launches(is_captured)
             norms = [(part.grad_norm(), part.spread) for parts in launches for part in parts]
         norm = total_norm(norms, self.schedule_buffer.step.device)
-        self._scaling.clip(norm, max_norm)
+        self._scaling.clip(norm, max_norm, is_captured)
         return norm
 
     profile_hook_step = staticmethod(watched_step)
@@ -359,15 +367,16 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the parameter groups do not match, as in torch, or states do not.
-            RuntimeError: there are more or fewer than before, and a CUDA graph holds a step.
+            RuntimeError: there are more or fewer than before, or states without a counterpart in
+                the checkpoint, and a CUDA graph holds a step.
         """
         self._complete(self.param_groups)
         self._follow_places()
         if len(self.param_groups) != self._preparation.tables.num_groups:
             if self.was_captured:
                 raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
-            rates = self._numbers.rates
-            self._take_groups(self._preparation.counters, rates.step, rates.buffer.capacity)
+            rates, counters = self._numbers.rates, self._preparation.counters
+            self._take_groups(counters, int(rates.buffer.step), rates.buffer.capacity)
         for index, group in enumerate(self.param_groups):
             # A schedule that was put there, or put aside for a while and back, is in charge.
             self._numbers.sync(index, group, self._check)
@@ -495,20 +504,21 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def _update_all(self) -> None:
         """Updates every parameter that has a gradient, and advances the schedule."""
-        had_state = bool(self.state)
         is_captured = self._preparation.is_captured
+        may_be_blank = not self.state and not is_captured  # a capture makes no states
         launches = self._ready_launches(is_captured)
-        has_released = self._released.finish()
+        has_released = self._released.finish(is_captured)
         if not any(launches) and not has_released and not self._others_step():
             self._scaling = StepScaling()  # a limit was for this step
             return
-        if not had_state and self._numbers.rates.zeroed_by_host and not self._any_gradient():
+        if may_be_blank and self._numbers.rates.zeroed_by_host and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             self._has_blank_states = True
             return
         found_inf = getattr(self, "found_inf", None)
-        scaling = self._scaling.take(getattr(self, "grad_scale", None), found_inf)
+        loss_scale = getattr(self, "grad_scale", None)
+        scaling = self._scaling.take(loss_scale, found_inf, is_captured)
         if self._released.is_in_force and scaling is not None:
             raise RuntimeError(
                 "gradients released in the backward pass can no longer be unscaled or clipped: use "
@@ -530,12 +540,16 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 self.committed_steps = committed_steps + (self._numbers.rates.step > host_step)
             raise
 
-    def _update_one(self, param: Tensor) -> None:
-        """Updates one dense parameter from its gradient, without advancing the schedule."""
+    def _update_one(self, param: Tensor) -> bool:
+        """Updates one dense parameter from its gradient, without advancing the schedule.
+
+        Returns:
+            Whether a CUDA graph captures that.
+        """
         is_captured = self._preparation.is_captured
         frozen = capture_checks.frozen(is_captured, self.was_captured)
         if is_captured and frozen is not None:
-            self._preparation.check_capture_of(param, self.param_groups, frozen)
+            self._preparation.check_capture_of(param, frozen)
         with self._step_lock:  # a backward pass has a thread for each device
             self._released.wait_for_numbers()
             if not self._preparation.has_written(self.param_groups):
@@ -543,6 +557,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
                 self._released.note_numbers(self._preparation.backends)
             table = self._preparation.single(param, self.param_groups, self.state, frozen)
             table.run(commits_step=False)
+        return is_captured
 
     def _others_step(self) -> bool:
         """Returns whether this is a part of a step with gradients on other ranks only."""
@@ -620,6 +635,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._complete(groups)
         names = STATE_NAMES[self.algorithm]
         states = unwrap_states(saved_state, self.state, self._storage, names)
+        if self.was_captured:
+            capture_checks.check_loaded_states(self.state, states, [*names, REMAINDER])
         needed = names[: FEWEST_STATES[self.algorithm]]
         if len(needed) > 1:  # most implementations of Lion, which has one, keep no count
             check_complete(states, ["step", *needed])

@@ -97,3 +97,15 @@ def test_a_cpu_checkpoint_of_a_search_goes_on_here():
     assert not state["measured"]["losses"].is_cuda
     job.auto.load_state_dict(state)
     assert job.run().auto.done
+
+
+def test_a_search_is_not_captured():
+    """Its replays would not count."""
+    job = Job("peak", "device", replayed=False)
+    job.auto.step(job.forward_and_step())
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match=r"auto.step\(\) cannot be captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        job.auto.step(torch.ones((), device="cuda"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lrs_ext
-from lrs_ext import ops
+from lrs_ext import capture_checks, ops
 from lrs_ext.backends import unavailable_reason
 
 optimizers = pytest.mark.parametrize("name", cases.OPTIMIZERS)
@@ -18,6 +18,7 @@ def capture(monkeypatch):
     def begin(opt):
         monkeypatch.setattr(opt._preparation, "_is_on_gpu", True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     begin.end = monkeypatch.undo
     return begin
@@ -58,6 +59,30 @@ def test_a_step_after_a_first_one_is_captured(capture, name):
     opt.step()
     assert opt.was_captured
     assert opt.schedule_buffer.step.item() == 2
+
+
+def test_a_tensor_that_is_copied_is_not_captured(capture):
+    """Each replay would copy it over whatever takes its place."""
+    lr = torch.tensor(0.5)
+    params, opt = make("SGD", lr=lr.double())
+    capture(opt)
+    assert_refused(params, opt, "make it float32 on the parameters' device, or a float")
+    capture.end()
+    opt.param_groups[0]["lr"] = lr
+    opt.sync_groups()
+    capture(opt)
+    opt.step()
+    assert opt.was_captured
+
+
+@optimizers
+def test_nobody_looks_for_gradients_in_a_capture(capture, name, monkeypatch):
+    """To see whether a step at a learning rate of 0 counts is to wait, which ends the capture."""
+    _, opt = make(name, lr=0.0)
+    monkeypatch.setattr(opt, "_any_gradient", lambda: pytest.fail("waits"))
+    capture(opt)
+    opt.step()
+    assert opt.was_captured
 
 
 @optimizers
@@ -102,6 +127,14 @@ def test_new_numbers_are_written_before_the_capture(capture, key, number):
     capture(opt)
     set_gradients(params)
     assert_refused(params, opt, "call sync_groups\\(\\) before the capture")
+    with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
+        opt.sync_groups()
+    if key == "lr":
+        with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
+            opt.lr_tensor()
+    capture.end()
+    opt.sync_groups()
+    capture(opt)
     opt.sync_groups()
     opt.step()
     assert opt.was_captured
@@ -120,10 +153,27 @@ def test_clipping_is_checked_as_the_step_is(capture):
     opt.param_groups[0]["weight_decay"] = 0.5
     with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
         lrs_ext.clip_grad_norm_(opt, 1.0)
+    capture.end()
     opt.sync_groups()
+    capture(opt)
     lrs_ext.clip_grad_norm_(opt, 1.0)
     opt.step()
     assert opt.was_captured
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_a_norm_is_taken_where_the_step_is(capture, is_captured):
+    """Replays of one alone would clip by the norm of the capture, or not at all."""
+    params, opt = make("AdamW")
+    if is_captured:
+        capture(opt)
+    lrs_ext.clip_grad_norm_(opt, 1.0)
+    if is_captured:
+        capture.end()
+    else:
+        capture(opt)
+    assert_refused(params, opt, "is in the capture of a CUDA graph, .* is not")
+    opt.step()  # without a limit
 
 
 CHANGES = {
@@ -173,6 +223,26 @@ def test_states_are_not_made_in_a_capture(capture, name):
     assert_refused(params, opt, "make a step before the capture")
     assert not opt.state.get(params[1])
     assert params[1] not in opt.step_counters
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_captured_step_loses_no_states_to_a_checkpoint(capture, name, kept):
+    """Replays would go on with those that it had, and nobody would look at them any more."""
+    params, opt = make(name)
+    checkpoint = opt.state_dict()
+    capture(opt)
+    opt.step()
+    capture.end()
+    opt.load_state_dict(checkpoint)
+    before = values(params, opt)
+    fewer = dict(list(checkpoint["state"].items())[:kept])
+    with pytest.raises(RuntimeError, match=r"the checkpoint has no exp_avg.* CUDA graph would"):
+        opt.load_state_dict({**checkpoint, "state": fewer})
+    assert all(torch.equal(a, b) for a, b in zip(before, values(params, opt), strict=True))
+    opt.forget_graphs()
+    opt.load_state_dict({**checkpoint, "state": fewer})
+    assert len(opt.state) == kept
 
 
 STATE_OPTIONS = {"SGD": ("momentum", 0.9, 0.0), "AdamW": ("amsgrad", False, True)}
@@ -231,7 +301,9 @@ def test_a_release_of_gradients_is_captured(capture):
     capture(opt)
     with pytest.raises(RuntimeError, match="call sync_groups\\(\\) before the capture"):
         backward(params)
+    capture.end()
     opt.sync_groups()
+    capture(opt)
     for param in params:
         param.grad = None
     backward(params)
@@ -243,8 +315,47 @@ def test_a_release_of_gradients_is_captured(capture):
         backward(params)
 
 
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_a_release_is_captured_with_the_step(capture, is_captured):
+    """Replays of the backward pass alone would leave the schedule where it is."""
+    params, opt = make("AdamW", steps=0)
+    opt.step_in_backward()
+    backward(params)
+    opt.step()
+    if is_captured:
+        capture(opt)
+    backward(params)
+    if is_captured:
+        capture.end()
+    else:
+        capture(opt)
+    assert_refused(params, opt, "is in the capture of a CUDA graph, .* is not")
+    backward(params)
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 2
+
+
 def test_the_operator_stays_out_of_graphs():
     assert torch.Tag.cudagraph_unsafe in torch.ops.lrs_ext.step.default.tags
+
+
+def test_a_capture_on_another_gpu_is_refused():
+    first, second = (torch.device("cuda", index) for index in range(2))
+    capture_checks.check_device(first, 0)
+    capture_checks.check_device(torch.device("cpu"), 0)
+    with pytest.raises(
+        RuntimeError, match=r"captured on cuda:0, and a step on cuda:1 would not be"
+    ):
+        capture_checks.check_device(second, 0)
+
+
+def test_what_the_host_follows_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    capture_checks.check_outside("auto.step()", torch.device("cpu"))
+    with pytest.raises(
+        RuntimeError, match=r"auto.step\(\) cannot be captured .* after each replay"
+    ):
+        capture_checks.check_outside("auto.step()", torch.device("cuda"))
 
 
 def test_there_are_no_new_groups_after_a_capture(capture):

@@ -464,6 +464,22 @@ def test_after_a_checkpoint_of_torchs_sgd_the_step_can_be_set(backend, row):
         assert_close_runs(opt, torch_opt, k, k + 1)
 
 
+@pytest.mark.parametrize("has_new_group", [False, True])
+def test_a_checkpoint_of_torchs_sgd_leaves_the_step_where_the_device_is(backend, has_new_group):
+    """The host does not know of updates that were skipped, or replayed from a CUDA graph."""
+    params = make_params(backend)
+    torch_opt = make("SGD", copies(params), lr=0.05)
+    opt = make("SGD", params, backend, lr=REX)
+    opt.schedule_buffer.set_step_(4)
+    if has_new_group:
+        new = [torch.zeros(2, device=backend.device, requires_grad=True)]
+        opt.param_groups.append({"params": new, "lr": 0.5})
+        torch_opt.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+    opt.load_state_dict(torch_opt.state_dict())
+    assert opt.schedule_buffer.step.item() == 4
+    assert has_new_group or opt.param_groups[0]["lr"] == REX(4)
+
+
 @pytest.mark.parametrize("row", ["Adam", "AdamW"])
 @pytest.mark.parametrize("kind", [float, int, torch.tensor])
 def test_old_checkpoints_with_steps_of_any_kind_and_fewer_options_load(backend, row, kind):

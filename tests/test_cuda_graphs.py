@@ -155,6 +155,167 @@ def test_a_step_is_captured_while_the_host_waits_to_know_of_an_earlier_one():
     assert opt.param_groups[0]["lr"] == 0.5
 
 
+def test_a_graph_has_both_the_norm_and_the_step():
+    """Replays of one alone would clip by the norm of the capture, or not at all."""
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.SGD([param], lr=1.0)
+    opt.step()
+    lrs_ext.clip_grad_norm_(opt, 0.5)
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match=r"the step is in the capture .*, clip_grad_norm_ is not"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lrs_ext.clip_grad_norm_(opt, 0.5)
+    graph.replay()
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm_ is in the capture .*, the step"):
+        opt.step()
+    assert torch.equal(param, torch.full_like(param, -1.0))
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        lrs_ext.clip_grad_norm_(opt, 0.5)
+        opt.step()
+    for k in range(1, 4):
+        graph.replay()
+        assert (param + 1.0).norm().item() == pytest.approx(0.5 * k, rel=1e-5)
+
+
+def test_a_graph_has_both_a_release_of_gradients_and_the_step():
+    """Replays of the backward pass alone would leave the schedule where it is."""
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    opt = lrs_ext.SGD([param], lr=lrs_ext.linear(1.0, 4))
+    opt.step_in_backward()
+
+    def backward():
+        param.sum().backward()
+
+    def train():
+        backward()
+        opt.step()
+
+    train()
+    captured(backward).replay()
+    with pytest.raises(RuntimeError, match=r"step_in_backward is in the capture .*, the step is"):
+        opt.step()
+    graph = captured(train)
+    for _ in range(2):
+        graph.replay()
+    assert torch.equal(param, torch.full_like(param, -1.0 - 0.75 - 0.75 - 0.5))
+
+
+def test_a_step_at_a_learning_rate_of_0_is_captured():
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.SGD([param], lr=0.0)
+    opt.step()
+    graph = captured(opt.step)
+    opt.param_groups[0]["lr"] = 0.5
+    opt.sync_groups()
+    graph.replay()
+    assert torch.equal(param, torch.full_like(param, -0.5))
+
+
+def test_replays_go_on_from_a_checkpoint_that_is_loaded():
+    params = [torch.zeros(3, device="cuda", requires_grad=True) for _ in range(2)]
+    opts = [lrs_ext.AdamW([param], lr=lrs_ext.rex(0.1, 9)) for param in params]
+    for param, opt in zip(params, opts, strict=True):
+        param.grad = torch.ones_like(param)
+        unused = opt.state_dict()
+        opt.step()
+    graph = captured(opts[1].step)
+    for k in range(6):
+        if k == 3:
+            opts[1].load_state_dict(opts[0].state_dict())
+            params[1].data.copy_(params[0])
+        opts[0].step()
+        graph.replay()
+    assert torch.equal(*params)
+    with pytest.raises(RuntimeError, match="the checkpoint has no exp_avg"):
+        opts[1].load_state_dict(unused)
+
+
+def test_replays_read_a_tensor_and_what_takes_its_place():
+    param = torch.zeros((), device="cuda", requires_grad=True)
+    param.grad = torch.full_like(param, -1.0)
+    lr = torch.tensor(0.5, device="cuda")
+    opt = lrs_ext.SGD([param], lr=lr.double())
+    opt.step()
+    with pytest.raises(RuntimeError, match="make it float32 on the parameters' device, or a float"):
+        captured(opt.step)
+    opt.param_groups[0]["lr"] = lr
+    opt.step()
+    graph = captured(opt.step)
+    lr.fill_(0.25)
+    graph.replay()
+    assert param.item() == 1.25
+    opt.param_groups[0]["lr"] = 0.125
+    opt.sync_groups()
+    graph.replay()
+    assert param.item() == 1.375
+
+
+@pytest.mark.two_gpus
+def test_a_graph_is_captured_on_the_gpu_of_the_step():
+    """Otherwise the step would be made once, in the capture, and not in the replays."""
+    with torch.cuda.device(1):
+        param = torch.zeros(3, device="cuda", requires_grad=True)
+        param.grad = torch.ones_like(param)
+        opt = lrs_ext.SGD([param], lr=1.0)
+        opt.step()
+        torch.cuda.synchronize()
+        with (
+            pytest.raises(RuntimeError, match="captured on cuda:0, and a step on cuda:1 would"),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream("cuda:0")),
+        ):
+            opt.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream("cuda:1")):
+            opt.step()
+        graph.replay()
+        assert torch.equal(param, torch.full_like(param, -2.0))
+
+
+def changed_lr(opt):
+    opt.param_groups[0]["lr"] = 0.5
+    opt.sync_groups()
+
+
+def captured(step, *arguments):
+    """Returns the graph of what `step` does, after what has gone before."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*arguments)
+    return graph
+
+
+CHANGES = {
+    "lr": changed_lr,
+    "schedule": lambda opt: opt.set_schedule(lrs_ext.rex(0.1, 4)),
+    "table": lambda opt: opt.set_schedule(lrs_ext.from_values([0.1, 0.2])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_does_not_write_learning_rates(change):
+    """Each replay would do so again, whatever the host has put there since."""
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.SGD([param], lr=lrs_ext.linear(1.0, 4))
+    opt.step()
+    with pytest.raises(
+        RuntimeError, match=r"before the capture|the capture of a CUDA graph, whose"
+    ):
+        captured(CHANGES[change], opt)
+    CHANGES[change](opt)
+    lr = opt.current_lr()[0]
+    captured(opt.step).replay()
+    assert param[0].item() == pytest.approx(-1.0 - lr)
+
+
 def test_the_operator_refuses_to_be_captured():
     weight, gradient, lr = (torch.ones(3, device="cuda") for _ in range(3))
     count, position = torch.zeros((), device="cuda"), torch.tensor(0, device="cuda")

@@ -216,6 +216,28 @@ def test_nothing_reads_from_a_gpu(kind, backend):
     assert run.used() == pytest.approx([0.5 * 1e-2, 0.125 * 1e-2])
 
 
+@pytest.mark.gpu
+def test_a_plateau_follows_replays_and_is_not_captured():
+    """The host would see neither what replays have reduced nor, in them, what it puts there."""
+    run, metric = Ours("cuda", patience=0, factor=0.5), torch.ones((), device="cuda")
+    run.used()
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match=r"ReduceOnPlateau.step\(\) cannot be captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        run.plateau.step(metric)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.opt.step()
+    for k in range(4):
+        for param in run.params:
+            param.data.zero_()
+        graph.replay()
+        assert [param.item() for param in run.params] == [lr * 0.5 ** max(k - 1, 0) for lr in LRS]
+        run.plateau.step(metric)
+
+
 def test_a_tensor_of_an_optimizer_of_torch_is_written_in_place():
     tensor = torch.tensor(0.5)
     opt = torch.optim.Adam([torch.zeros(2, requires_grad=True)], lr=tensor)

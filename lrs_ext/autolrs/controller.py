@@ -42,6 +42,7 @@ from lrs_ext.autolrs.shapes import Shapes, usual_warmup
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
 from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
+from lrs_ext.capture_checks import check_outside
 from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
 from lrs_ext.host_copy import HostCopy
@@ -286,12 +287,14 @@ class AutoLRS:
         Raises:
             TypeError, ValueError: it is no such tensor; or see `batches`.
             RuntimeError: the optimizer has not stepped since the last call, or the budget is used
-                up; or a scheduler of torch has written a learning rate.
+                up; or a scheduler of torch has written a learning rate; or a CUDA graph is being
+                captured.
 
         Warns:
             UserWarning: the trials did not tell the learning rates apart or saw other batches, or
                 training has diverged and was rolled back; once the host knows.
         """
+        check_outside("auto.step()", self._rates.rate.device)
         if self._open:
             self._finish()
             self._watch.follow()
