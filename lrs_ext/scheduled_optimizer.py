@@ -140,6 +140,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if self._preparation.is_captured:
             is_synced = rates.is_synced(group, self.param_groups[group])
             capture_checks.check_synced(group, is_synced)
+            capture_checks.check_in_place(group, rates.is_copied(group))
         rates.sync(group, self.param_groups[group])
         return rates.current(group)
 

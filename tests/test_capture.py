@@ -67,6 +67,8 @@ def test_a_tensor_that_is_copied_is_not_captured(capture):
     params, opt = make("SGD", lr=lr.double())
     capture(opt)
     assert_refused(params, opt, "make it float32 on the parameters' device, or a float")
+    with pytest.raises(RuntimeError, match="make it float32 on the parameters' device, or a float"):
+        opt.lr_tensor(0)
     capture.end()
     opt.param_groups[0]["lr"] = lr
     opt.sync_groups()

@@ -245,6 +245,8 @@ def test_replays_read_a_tensor_and_what_takes_its_place():
     opt.step()
     with pytest.raises(RuntimeError, match="make it float32 on the parameters' device, or a float"):
         captured(opt.step)
+    with pytest.raises(RuntimeError, match="make it float32 on the parameters' device, or a float"):
+        captured(opt.lr_tensor, 0)
     opt.param_groups[0]["lr"] = lr
     opt.step()
     graph = captured(opt.step)
