@@ -114,7 +114,8 @@ def check_together(what: str, was_captured: bool, is_captured: bool) -> None:
         inside, outside = (what, "the step") if was_captured else ("the step", what)
         raise RuntimeError(
             f"{inside} is in the capture of a CUDA graph, {outside} is not, of which replays would "
-            "not know: capture both, or neither"
+            "not know: capture both, or neither, and call forget_graphs() after a capture that has "
+            "failed"
         )
 
 

@@ -46,6 +46,11 @@ class StepScaling:
         else:
             self._max_norm = torch.full_like(norm, max_norm)
 
+    def forget_capture(self) -> None:
+        """Gives up the limit of a norm that is only in a graph."""
+        if self._is_captured:
+            self._norm = self._max_norm = None
+
     def take(
         self, loss_scale: Tensor | None, found_inf: Tensor | None, is_captured: bool
     ) -> GradScaling | None:

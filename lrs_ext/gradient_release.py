@@ -44,8 +44,8 @@ class GradientRelease:
         if param in self._released:
             raise RuntimeError(
                 "a second gradient for a parameter that step_in_backward has already updated: "
-                "call step() after every backward(); gradients that are freed at once cannot "
-                "be accumulated"
+                "call step() after every backward(), and forget_graphs() after a capture that has "
+                "failed; gradients that are freed at once cannot be accumulated"
             )
         if not self._has_checked:
             self._check_not_averaged()  # by now whatever wraps the model is there
@@ -91,6 +91,11 @@ class GradientRelease:
         for was_captured in released.values():
             check_together("the backward pass of step_in_backward", was_captured, is_captured)
         return bool(released)
+
+    def forget_capture(self) -> None:
+        """Gives up a step whose gradients have been released in a graph alone."""
+        if all(self._released.values()):
+            self._released, self._written = {}, []
 
     def remove(self) -> None:
         """Takes the hooks off: from now on `step()` updates all parameters."""

@@ -225,9 +225,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def forget_graphs(self) -> None:
         """Says that no captured CUDA graph holds a step any more, so that everything may change.
 
-        Until then, what such a graph would not notice is an error: new groups, other tensors.
+        Until then, what such a graph would not notice is an error: new groups, other tensors. What
+        a capture that has failed leaves to its step, a norm or released gradients, goes as well.
         """
         self.was_captured = False
+        self._scaling.forget_capture()
+        self._released.forget_capture()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; the schedules go on where they are.

@@ -337,6 +337,44 @@ def test_a_release_is_captured_with_the_step(capture, is_captured):
     assert opt.schedule_buffer.step.item() == 2
 
 
+def test_a_capture_that_has_failed_leaves_no_norm(capture):
+    params, opt = make("SGD", lr=1.0)
+    capture(opt)
+    lrs_ext.clip_grad_norm_(opt, 0.5)
+    capture.end()
+    opt.forget_graphs()
+    opt.step()
+    assert all(torch.equal(param, torch.full_like(param, -1.0)) for param in params)
+    lrs_ext.clip_grad_norm_(opt, 0.5)
+    opt.forget_graphs()
+    opt.step()  # limited as it is to be
+    assert torch.cat([param.flatten() + 1.0 for param in params]).norm().item() < 0.501
+
+
+def test_a_capture_that_has_failed_leaves_no_released_gradients(capture):
+    params, opt = make("SGD", steps=0)
+    opt.step_in_backward()
+    backward(params)
+    opt.step()
+    for message in ("a second gradient .*, and forget_graphs\\(\\) after a capture", None):
+        capture(opt)
+        backward(params)
+        capture.end()
+        if message is not None:
+            with pytest.raises(RuntimeError, match=message):
+                backward(params)
+            for param in params:
+                param.grad = None
+        opt.forget_graphs()
+    backward(params)
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 2
+    backward(params)
+    opt.forget_graphs()
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 3
+
+
 def test_the_operator_stays_out_of_graphs():
     assert torch.Tag.cudagraph_unsafe in torch.ops.lrs_ext.step.default.tags
 

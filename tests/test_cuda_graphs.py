@@ -206,6 +206,30 @@ def test_a_graph_has_both_a_release_of_gradients_and_the_step():
     assert torch.equal(param, torch.full_like(param, -1.0 - 0.75 - 0.75 - 0.5))
 
 
+def test_training_goes_on_after_a_capture_that_has_failed():
+    param = torch.zeros(3, device="cuda", requires_grad=True)
+    opt = lrs_ext.SGD([param], lr=torch.tensor(0.5, device="cuda"))
+    opt.step_in_backward()
+
+    def backward():
+        param.sum().backward()
+
+    def fail():
+        backward()
+        raise KeyError
+
+    backward()
+    opt.step()
+    with pytest.raises(KeyError):
+        captured(fail)
+    opt.forget_graphs()
+    for train in (backward, opt.step):
+        train()
+    graph = captured(lambda: [backward(), opt.step()])
+    graph.replay()
+    assert torch.equal(param, torch.full_like(param, -1.5))
+
+
 def test_a_step_at_a_learning_rate_of_0_is_captured():
     param = torch.zeros(3, device="cuda", requires_grad=True)
     param.grad = torch.ones_like(param)
