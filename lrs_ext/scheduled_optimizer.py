@@ -511,7 +511,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if not any(launches) and not has_released and not self._others_step():
             self._scaling = StepScaling()  # a limit was for this step
             return
-        if may_be_blank and self._numbers.rates.zeroed_by_host and not self._any_gradient():
+        may_be_blank = may_be_blank and not has_released and self._numbers.rates.zeroed_by_host
+        if may_be_blank and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             self._has_blank_states = True

@@ -156,6 +156,16 @@ def test_a_checkpoint_goes_on(backend, tmp_path):
     assert_same(models, opts)
 
 
+def test_an_update_at_a_learning_rate_of_0_counts():
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = lrs_ext.SGD([param], lr=0.0, weight_decay=lrs_ext.linear(1.0, total_steps=4))
+    opt.step_in_backward()
+    param.sum().backward()
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 1
+    assert opt.param_groups[0]["weight_decay"] == 0.75
+
+
 def test_gradients_cannot_be_accumulated():
     param = torch.ones(3, requires_grad=True)
     opt = lrs_ext.SGD([param], lr=0.5)
