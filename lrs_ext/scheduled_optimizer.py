@@ -528,6 +528,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         committed_steps, host_step = self.committed_steps, self._numbers.rates.step
         try:
             self._preparation.tables.run(launches, scaling)
+            if self._released.is_in_force and not is_captured:
+                self._released.note_step(self._preparation.backends)
             self.committed_steps += 1
             self._has_blank_states = False
             self.may_have_skipped = found_inf is not None
@@ -554,6 +556,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         with self._step_lock:  # a backward pass has a thread for each device
             self._released.wait_for_numbers()
             if not self._preparation.has_written(self.param_groups):
+                if not is_captured:
+                    self._released.wait_for_step()
                 self.sync_groups()
                 self._released.note_numbers(self._preparation.backends)
             table = self._preparation.single(param, self.param_groups, self.state, frozen)
