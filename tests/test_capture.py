@@ -140,6 +140,15 @@ def test_new_numbers_are_written_before_the_capture(capture, key, number):
     assert opt.was_captured
 
 
+@pytest.mark.parametrize("key", ["weight_decay", "betas"])
+def test_a_number_on_the_device_is_not_read_in_a_capture(capture, key):
+    params, opt = make("AdamW")
+    number = torch.empty((), device="meta")  # which nobody can read
+    opt.param_groups[0][key] = (number, number) if key == "betas" else number
+    capture(opt)
+    assert_refused(params, opt, "of group 0 would be read from the GPU.*make it a float")
+
+
 def test_clipping_is_checked_as_the_step_is(capture):
     params, opt = make("AdamW", steps=0)
     set_gradients(params)

@@ -218,6 +218,19 @@ def test_a_step_at_a_learning_rate_of_0_is_captured():
     assert torch.equal(param, torch.full_like(param, -0.5))
 
 
+def test_a_number_on_the_gpu_is_refused():
+    param = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.AdamW([param], weight_decay=torch.tensor(0.1, device="cuda"))
+    opt.step()
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="weight_decay of group 0 would be read from the GPU"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        opt.step()
+
+
 def test_replays_go_on_from_a_checkpoint_that_is_loaded():
     params = [torch.zeros(3, device="cuda", requires_grad=True) for _ in range(2)]
     opts = [lrs_ext.AdamW([param], lr=lrs_ext.rex(0.1, 9)) for param in params]
