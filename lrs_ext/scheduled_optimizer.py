@@ -52,7 +52,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     algorithm: ClassVar[str]
     _counts_in_state: ClassVar[bool] = True
-    committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
+    committed_steps: int  # by this object, roll-backs or not; not those of CUDA graphs
     was_captured: bool  # whether a step has been captured into a CUDA graph
     _released: GradientRelease
     _has_blank_states: bool  # all 0, made for a distributed checkpoint
@@ -530,13 +530,14 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._preparation.tables.run(launches, scaling)
             if self._released.is_in_force and not is_captured:
                 self._released.note_step(self._preparation.backends)
-            self.committed_steps += 1
             self._has_blank_states = False
             self.may_have_skipped = found_inf is not None
-            if is_captured:
+            if is_captured:  # no update before the first replay
                 self.was_captured = True
+                return
+            self.committed_steps += 1
             known = self._preparation.tables.known_groups
-            self._numbers.advance(self.param_groups, known, None if is_captured else found_inf)
+            self._numbers.advance(self.param_groups, known, found_inf)
         except KeyboardInterrupt:  # it waits for a kernel on the CPU, which has advanced the step
             if not is_captured:
                 self._numbers.follow_device(self.param_groups, self._check)

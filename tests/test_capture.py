@@ -61,6 +61,16 @@ def test_a_step_after_a_first_one_is_captured(capture, name):
     assert opt.schedule_buffer.step.item() == 2
 
 
+def test_a_capture_is_no_update(capture):
+    """There is none before the first replay."""
+    _, opt = make("SGD", momentum=lrs_ext.linear(0.9, total_steps=10))
+    shown = dict(opt.param_groups[0])
+    capture(opt)
+    opt.step()
+    assert opt.param_groups[0] == shown
+    assert opt.committed_steps == 1
+
+
 def test_a_tensor_that_is_copied_is_not_captured(capture):
     """Each replay would copy it over whatever takes its place."""
     lr = torch.tensor(0.5)
