@@ -137,6 +137,16 @@ def check_places(are_in_place: bool) -> None:
         )
 
 
+def check_on_host(index: int, hyper: Mapping[str, Any]) -> None:
+    """Raises RuntimeError if the step would wait for a number of group `index`, as it is read."""
+    names = [n for n, value in hyper.items() if isinstance(value, Tensor) and not value.is_cpu]
+    if names:
+        raise RuntimeError(
+            f"{', '.join(names)} of group {index} would be read from the GPU, for which a capture "
+            "cannot wait, and replays would not follow it: make it a float or a schedule"
+        )
+
+
 def check_synced(index: int, is_synced: bool) -> None:
     """Raises RuntimeError if the step would write numbers of group `index` to the device."""
     if not is_synced:

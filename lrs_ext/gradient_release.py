@@ -29,6 +29,7 @@ class GradientRelease:
         self._released: dict[Tensor, bool] = {}  # and whether that is in a graph
         self._handles: list[RemovableHandle] = []
         self._written: list[torch.Event] = []  # when the devices have the numbers of the groups
+        self._read: list[torch.Event] = []  # when they have read those of the last step
 
     def begin(self, params: Iterable[Tensor]) -> None:
         """Releases the gradients of `params` from now on."""
@@ -65,17 +66,22 @@ class GradientRelease:
 
         Hooks run on the streams of the forward pass, of which each part may have its own.
         """
-        for event in self._written:
-            event.wait(torch.accelerator.current_stream(event.device))
+        _wait(self._written)
 
     def note_numbers(self, devices: Iterable[torch.device]) -> None:
         """Remembers that numbers of the groups are being written to `devices`."""
-        self._written = []
-        for device in devices:
-            if device.type == "cuda":
-                event = torch.Event(device)
-                event.record(torch.accelerator.current_stream(device))
-                self._written.append(event)
+        self._written = _events(devices)
+
+    def wait_for_step(self) -> None:
+        """Lets what follows come after the step that `note_step` has been told of.
+
+        A hook runs on a stream of its parameter's device, and on the default streams of others.
+        """
+        _wait(self._read)
+
+    def note_step(self, devices: Iterable[torch.device]) -> None:
+        """Remembers that numbers of the groups are being read on `devices`."""
+        self._read = _events(devices)
 
     def finish(self, is_captured: bool) -> bool:
         """Ends the step; returns whether any gradient has been released in it.
@@ -122,3 +128,17 @@ class GradientRelease:
     def _has_hooks_in(self, module: torch.nn.Module) -> bool:
         hooks = (param._post_accumulate_grad_hooks for param in module.parameters())
         return any(self._release in of_param.values() for of_param in hooks if of_param)
+
+
+def _events(devices: Iterable[torch.device]) -> list[torch.Event]:
+    events = []
+    for device in devices:
+        if device.type == "cuda":
+            events.append(torch.Event(device))
+            events[-1].record(torch.accelerator.current_stream(device))
+    return events
+
+
+def _wait(events: Iterable[torch.Event]) -> None:
+    for event in events:
+        event.wait(torch.accelerator.current_stream(event.device))

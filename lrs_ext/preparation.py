@@ -147,6 +147,7 @@ class Preparation:
         """Raises RuntimeError if `write` would write: captured, each replay would again."""
         capture_checks.check_places(self._numbers.are_in_place(groups))
         for index, fixed in enumerate(self._fixed(groups)):
+            capture_checks.check_on_host(index, self._rule.hyper(fixed))
             is_written = self.tables.has_written(index, self._hyper(fixed))
             is_synced = is_written and self._numbers.is_synced(index, groups[index])
             capture_checks.check_synced(index, is_synced)

@@ -52,7 +52,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     algorithm: ClassVar[str]
     _counts_in_state: ClassVar[bool] = True
-    committed_steps: int  # by this object, roll-backs or not; replays of a CUDA graph do not count
+    committed_steps: int  # by this object, roll-backs or not; not those of CUDA graphs
     was_captured: bool  # whether a step has been captured into a CUDA graph
     _released: GradientRelease
     _has_blank_states: bool  # all 0, made for a distributed checkpoint
@@ -515,7 +515,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         if not any(launches) and not has_released and not self._others_step():
             self._scaling = StepScaling()  # a limit was for this step
             return
-        if may_be_blank and self._numbers.rates.zeroed_by_host and not self._any_gradient():
+        may_be_blank = may_be_blank and not has_released and self._numbers.rates.zeroed_by_host
+        if may_be_blank and not self._any_gradient():
             # Distributed checkpoints make an optimizer create its states by a step with zero
             # gradients and a zero learning rate. It must not count as an update.
             self._has_blank_states = True
@@ -531,13 +532,16 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         committed_steps, host_step = self.committed_steps, self._numbers.rates.step
         try:
             self._preparation.tables.run(launches, scaling)
-            self.committed_steps += 1
+            if self._released.is_in_force and not is_captured:
+                self._released.note_step(self._preparation.backends)
             self._has_blank_states = False
             self.may_have_skipped = found_inf is not None
-            if is_captured:
+            if is_captured:  # no update before the first replay
                 self.was_captured = True
+                return
+            self.committed_steps += 1
             known = self._preparation.tables.known_groups
-            self._numbers.advance(self.param_groups, known, None if is_captured else found_inf)
+            self._numbers.advance(self.param_groups, known, found_inf)
         except KeyboardInterrupt:  # it waits for a kernel on the CPU, which has advanced the step
             if not is_captured:
                 self._numbers.follow_device(self.param_groups, self._check)
@@ -557,6 +561,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         with self._step_lock:  # a backward pass has a thread for each device
             self._released.wait_for_numbers()
             if not self._preparation.has_written(self.param_groups):
+                if not is_captured:
+                    self._released.wait_for_step()
                 self.sync_groups()
                 self._released.note_numbers(self._preparation.backends)
             table = self._preparation.single(param, self.param_groups, self.state, frozen)

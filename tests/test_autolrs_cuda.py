@@ -109,3 +109,13 @@ def test_a_search_is_not_captured():
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         job.auto.step(torch.ones((), device="cuda"))
+
+
+def test_a_loss_in_page_locked_memory_is_that_of_the_call():
+    job = Job("peak", "device", replayed=False)
+    loss = torch.tensor(2.0).pin_memory()
+    job.forward_and_step()
+    torch.cuda._sleep(100_000_000)
+    job.auto.step(loss)
+    loss.fill_(100.0)
+    assert job.auto.history.losses[0] == 2.0

@@ -61,6 +61,16 @@ def test_a_step_after_a_first_one_is_captured(capture, name):
     assert opt.schedule_buffer.step.item() == 2
 
 
+def test_a_capture_is_no_update(capture):
+    """There is none before the first replay."""
+    _, opt = make("SGD", momentum=lrs_ext.linear(0.9, total_steps=10))
+    shown = dict(opt.param_groups[0])
+    capture(opt)
+    opt.step()
+    assert opt.param_groups[0] == shown
+    assert opt.committed_steps == 1
+
+
 def test_a_tensor_that_is_copied_is_not_captured(capture):
     """Each replay would copy it over whatever takes its place."""
     lr = torch.tensor(0.5)
@@ -140,6 +150,15 @@ def test_new_numbers_are_written_before_the_capture(capture, key, number):
     opt.sync_groups()
     opt.step()
     assert opt.was_captured
+
+
+@pytest.mark.parametrize("key", ["weight_decay", "betas"])
+def test_a_number_on_the_device_is_not_read_in_a_capture(capture, key):
+    params, opt = make("AdamW")
+    number = torch.empty((), device="meta")  # which nobody can read
+    opt.param_groups[0][key] = (number, number) if key == "betas" else number
+    capture(opt)
+    assert_refused(params, opt, "of group 0 would be read from the GPU.*make it a float")
 
 
 def test_clipping_is_checked_as_the_step_is(capture):

@@ -242,6 +242,43 @@ def test_a_step_at_a_learning_rate_of_0_is_captured():
     assert torch.equal(param, torch.full_like(param, -0.5))
 
 
+def test_a_number_on_the_gpu_is_refused():
+    param = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    param.grad = torch.ones_like(param)
+    opt = lrs_ext.AdamW([param], weight_decay=torch.tensor(0.1, device="cuda"))
+    opt.step()
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="weight_decay of group 0 would be read from the GPU"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        opt.step()
+
+
+def test_a_capture_that_fails_leaves_eager_steps_as_they_were():
+    params = [torch.nn.Parameter(torch.ones(8, device="cuda")) for _ in range(2)]
+    lr, decay = lrs_ext.rex(0.1, 10), lrs_ext.linear(0.1, 10)
+    eager, failed = (lrs_ext.AdamW([param], lr=lr, weight_decay=decay) for param in params)
+
+    def fail():
+        failed.step()
+        raise KeyError
+
+    for k in range(4):
+        for param, opt in zip(params, (eager, failed), strict=True):
+            param.grad = torch.full_like(param, k + 1.0)
+            opt.step()
+        if k == 1:
+            torch.cuda.synchronize()
+            with pytest.raises(KeyError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                fail()
+            failed.forget_graphs()
+        assert torch.equal(*params)
+        for key in ("lr", "weight_decay"):
+            assert failed.param_groups[0][key] == eager.param_groups[0][key]
+    assert failed.current_lr() == eager.current_lr()
+
+
 def test_replays_go_on_from_a_checkpoint_that_is_loaded():
     params = [torch.zeros(3, device="cuda", requires_grad=True) for _ in range(2)]
     opts = [lrs_ext.AdamW([param], lr=lrs_ext.rex(0.1, 9)) for param in params]

@@ -156,6 +156,16 @@ def test_a_checkpoint_goes_on(backend, tmp_path):
     assert_same(models, opts)
 
 
+def test_an_update_at_a_learning_rate_of_0_counts():
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = lrs_ext.SGD([param], lr=0.0, weight_decay=lrs_ext.linear(1.0, total_steps=4))
+    opt.step_in_backward()
+    param.sum().backward()
+    opt.step()
+    assert opt.schedule_buffer.step.item() == 1
+    assert opt.param_groups[0]["weight_decay"] == 0.75
+
+
 def test_gradients_cannot_be_accumulated():
     param = torch.ones(3, requires_grad=True)
     opt = lrs_ext.SGD([param], lr=0.5)
@@ -238,3 +248,24 @@ def test_new_numbers_of_a_group_reach_parameters_on_all_streams_of_the_forward_p
         opt.step()
     for param in params:
         assert torch.equal(param, torch.full_like(param, -2.0))
+
+
+@pytest.mark.two_gpus
+def test_new_numbers_of_a_group_do_not_reach_a_pending_step_on_another_gpu():
+    """The thread of one GPU has the default stream of the other."""
+    params = [torch.nn.Parameter(torch.ones(8, device=f"cuda:{index}")) for index in range(2)]
+    opt = lrs_ext.SGD(params, lr=1.0)
+    opt.step_in_backward()
+    streams = [torch.cuda.Stream(param.device) for param in params]
+    for index in range(2):
+        torch.cuda.synchronize(index)
+    with torch.cuda.stream(streams[1]), torch.cuda.stream(streams[0]):
+        for lr in (1.0, 2.0, 4.0):
+            opt.param_groups[0]["lr"] = lr
+            first = params[0] * 2.0
+            first.register_hook(lambda grad: torch.cuda._sleep(100_000_000))
+            (first.sum().to("cuda:1") + (params[1] * 2.0).sum()).backward()
+            opt.step()
+    for index, param in enumerate(params):
+        torch.cuda.synchronize(index)
+        assert param.tolist() == [-13.0] * 8

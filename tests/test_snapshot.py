@@ -10,7 +10,9 @@ from autolrs_runs import OPTIMIZERS, make_model
 from test_no_sync import NoReadingMethods, NoReadingOps
 from torch import nn
 
+import lrs_ext
 from lrs_ext.autolrs import copy_memory
+from lrs_ext.autolrs.copy_memory import CopyMemory
 from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.snapshot import Snapshot
 
@@ -72,6 +74,43 @@ def test_what_is_saved_has_come_from_each_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
     copied.state_dict()
     assert sorted(waited, key=str) == homes
+
+
+def test_nothing_is_loaded_while_copies_are_on_their_way(monkeypatch):
+    model = make_model()
+    copied = Snapshot(model, next(iter(OPTIMIZERS.values()))(model.parameters()), ())
+    copied.capture()
+    saved = copied.state_dict()
+    weight = next(iter(model.parameters())).detach().clone()
+    with torch.no_grad():
+        next(iter(model.parameters())).zero_()
+    monkeypatch.setattr(CopyMemory, "wait", lambda memory: copied.capture())  # the last one ends
+    copied.load_state_dict(saved)
+    copied.restore()
+    assert torch.equal(next(iter(model.parameters())), weight)
+
+
+@pytest.mark.gpu
+def test_what_is_loaded_into_host_memory_is_not_mixed_with_pending_copies():
+    model = nn.Linear(64, 64).cuda()
+    optimizer = lrs_ext.SGD(model.parameters(), lr=0.1)
+    copied = Snapshot(model, optimizer, (), placement="pinned")
+    weight, first = model.weight.detach(), model.weight.detach().clone()
+    copied.capture()
+    saved = copied.state_dict()
+    weight.fill_(2.0)
+    torch.cuda._sleep(100_000_000)
+    copied.capture()
+    copied.load_state_dict(saved)  # which that must not overwrite
+    copied.restore()
+    assert torch.equal(weight, first)
+    weight.fill_(2.0)
+    copied.capture()
+    weight.fill_(3.0)
+    torch.cuda._sleep(100_000_000)
+    copied.restore()
+    copied.load_state_dict(saved)  # which that must not read
+    assert torch.equal(weight, torch.full_like(weight, 2.0))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -43,6 +43,11 @@ class CopyMemory:
     def nbytes(self) -> int:
         return _bytes([*self.tensors.values(), *tensors_in(self.extra)])
 
+    def wait(self) -> None:
+        """Waits for what devices still copy to and from host memory, before the host uses it."""
+        for device in {self.homes[name] for name, t in self.tensors.items() if t.is_pinned()}:
+            torch.cuda.synchronize(device)
+
     def at_home(self, name: str) -> Tensor:
         """Returns a new tensor where training has it, with the values of its copy."""
         empty = torch.empty_like(self.tensors[name], device=self.homes[name])

@@ -14,6 +14,7 @@ from lrs_ext.autolrs.random_state import random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
 from lrs_ext.autolrs.replicas import Replicas
 from lrs_ext.autolrs.timetable import Segment, Timetable
+from lrs_ext.param_devices import on_device
 
 VALIDATIONS = 16  # in a trial of the preset "paper", as in the reference code
 _TENSORS = ("losses", "trials", "values")
@@ -140,7 +141,7 @@ class Measurements:
         if self._ranks.size > 1:
             slots.zero_()
         if weight > 0.0:
-            slots[slot].copy_(loss.detach(), non_blocking=True)
+            slots[slot].copy_(on_device(loss.detach(), slots.device))
             if weight < 1.0:
                 slots[slot].mul_(weight)
         self._ranks.sum_(slots)

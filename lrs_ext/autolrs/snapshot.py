@@ -199,8 +199,7 @@ class Snapshot:
         DTensors, so are their copies. All is the same on every rank but `of_this_rank`.
         """
         memory, copies, params = self._memory, self._memory.tensors, self._live.params
-        for device in {memory.homes[name] for name in copies if copies[name].is_pinned()}:
-            torch.cuda.synchronize(device)
+        memory.wait()
         spread, saved = spread_tensors(self._live, copies), {}
         for name in sorted(self._foretold | self._captured):
             part = copies[name]
@@ -225,6 +224,8 @@ class Snapshot:
 
     def load_state_dict(self, state: dict[str, Any], is_own: bool = True) -> None:
         """Takes over the copies; each goes to where training has what it is a copy of.
+
+        Waits for the device if they are in host memory.
 
         Args:
             is_own: whether it was saved by this rank: another's random numbers are not taken over,
@@ -251,6 +252,7 @@ class Snapshot:
         check_fit(saved, live, ("parameter", "buffer"))
         homes = self._live.homes(saved) | self._memory.homes | _devices(live)
         self._memory.reserve(saved, homes, {})
+        self._memory.wait()
         for name, tensor in saved.items():
             self._memory.tensors[name].copy_(tensor)
         self._captured = set(saved)
