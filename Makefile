@@ -48,7 +48,7 @@ $(ON_HOST)/installed: Makefile pyproject.toml
 	touch $(ON_HOST)/installed
 
 test-gpu-on-host: $(ON_HOST)/installed
-	$(ON_HOST)/bin/python tests/gpu_on_host.py $(ON_HOST)/build -m pytest -p gpu_on_host -m 'gpu or two_gpus' $(ARGS)
+	$(ON_HOST)/bin/python tests/gpu_on_host.py $(ON_HOST)/build -m pytest -p gpu_on_host -m 'gpu or two_gpus' --numprocesses auto --maxprocesses 8 $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
