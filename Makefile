@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
+GPU_TORCH ?= torch==2.14.1
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 FRAMEWORKS := $(VENV)/frameworks
+ON_HOST := $(VENV)/on_host
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 CXX_SOURCES := $(NATIVE) $(wildcard tests/*.cpp tests/cuda_on_host/*)
 
-.PHONY: install train test lint format bench gpu-report clean
+.PHONY: install train test test-gpu-on-host lint format bench gpu-report clean
 
 install: $(STAMP)
 
@@ -37,6 +39,16 @@ train: install
 
 test: $(FRAMEWORKS)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+
+# A torch built for GPUs, for which a machine without any passes itself off as one with two.
+$(ON_HOST)/installed: Makefile pyproject.toml
+	test -x $(ON_HOST)/bin/python || $(PYTHON) -m venv $(ON_HOST)
+	$(ON_HOST)/bin/python -m pip install --quiet '$(GPU_TORCH)'
+	LRS_CUDA=0 $(ON_HOST)/bin/python -m pip install --quiet '.[test]'
+	touch $(ON_HOST)/installed
+
+test-gpu-on-host: $(ON_HOST)/installed
+	$(ON_HOST)/bin/python tests/gpu_on_host.py $(ON_HOST)/build -m pytest -p gpu_on_host -m 'gpu or two_gpus' --numprocesses auto --maxprocesses 8 $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

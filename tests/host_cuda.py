@@ -21,8 +21,6 @@ from unittest import mock
 
 import pybind11
 
-from lrs_ext import ops
-
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_on_host"
 
@@ -52,14 +50,14 @@ def as_cpp(cuda):
     return LAUNCH.sub(call, cuda)
 
 
-def build(folder, sources, name):
+def build(folder, sources, name, module_flags=MODULE_FLAGS):
     """Compiles sources into the shared library `name`; those in CUDA for the host."""
     for header in {header for source in sources for header in source.parent.glob("*.cuh")}:
         (folder / header.name).write_text(as_cpp(header.read_text()))
     include = [EMULATION, pybind11.get_include(), sysconfig.get_path("include")]
     # Quoted includes of a rewritten source are looked up here: its own folder holds only itself.
     include += dict.fromkeys(source.parent for source in sources)
-    flags = [*FLAGS, *MODULE_FLAGS, *(f"-I{path}" for path in include), "-fopenmp"]
+    flags = [*FLAGS, *module_flags, *(f"-I{path}" for path in include), "-fopenmp"]
     compiler = os.environ.get("CXX", "c++")
 
     def compile_one(source):
@@ -102,6 +100,8 @@ class HostCuda:
     @contextlib.contextmanager
     def installed(self):
         """Lets `lrs_ext` use the module; "cuda" serves tensors on any device."""
+        from lrs_ext import ops  # here: gpu_on_host.py builds a module before there is any
+
         access = functools.cache(ops._tensor_access.__wrapped__)
         with (
             mock.patch.object(ops, "_C", self.module),

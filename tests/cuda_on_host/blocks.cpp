@@ -167,8 +167,8 @@ void run_block(unsigned index, const std::vector<unsigned>& turns) {
 }  // namespace
 
 Configuration::Configuration(unsigned blocks, unsigned threads, size_t shared_bytes,
-                             CUstream_st* /*stream*/)
-    : blocks(blocks), threads(threads) {
+                             CUstream_st* stream)
+    : blocks(blocks), threads(threads), stream(stream) {
   if (blocks == 0 || threads == 0 || threads > kMaxThreads) fail("an invalid configuration");
   if (shared_bytes != 0) fail("shared memory of dynamic size is not supported");
 }
@@ -187,6 +187,22 @@ void run_grid(const Configuration& configuration, const std::function<void()>& t
     throw;
   }
 }
+
+#ifdef ON_HOST_RUNTIME
+extern "C" void on_host_enqueue(CUstream_st* stream, void (*run)(void*), void* data,
+                                void (*drop)(void*));
+
+// What a kernel is found to do wrong ends the process: nobody waits for its errors.
+void enqueue_grid(const Configuration& configuration, std::function<void()> thread) {
+  using Grid = std::pair<Configuration, std::function<void()>>;
+  const auto run = [](void* data) noexcept {
+    const auto& [configuration, thread] = *static_cast<Grid*>(data);
+    run_grid(configuration, thread);
+  };
+  const auto drop = [](void* data) { delete static_cast<Grid*>(data); };
+  on_host_enqueue(configuration.stream, run, new Grid(configuration, std::move(thread)), drop);
+}
+#endif
 
 void sync_block(int line) {
   current->line = line;

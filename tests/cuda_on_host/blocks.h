@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the host: the blocks of a grid one after the other, and the threads of a
 // block as fibers that take turns at barriers and shuffles. Which block or thread goes first can be
-// chosen; results must not depend on it.
+// chosen; results must not depend on it. They run at once or, if ON_HOST_RUNTIME is defined, when
+// the streams of runtime.cpp get there.
 //
 // Reported as std::runtime_error: a barrier or shuffle that some threads never reach, and vector
 // accesses that are not aligned. Shared memory is full of 0xff bytes when a block starts.
@@ -24,15 +25,26 @@ struct Configuration {
   Configuration(unsigned blocks, unsigned threads, size_t shared_bytes = 0,
                 CUstream_st* stream = nullptr);
   unsigned blocks, threads;
+  CUstream_st* stream;
 };
 
 // Calls `thread` once for each thread of the grid.
 void run_grid(const Configuration& configuration, const std::function<void()>& thread);
 
+#ifdef ON_HOST_RUNTIME
+// Lets the stream of the launch call `run_grid`.
+void enqueue_grid(const Configuration& configuration, std::function<void()> thread);
+
+template <typename Kernel, typename... Arguments>
+void launch(const Configuration& configuration, Kernel kernel, const Arguments&... arguments) {
+  enqueue_grid(configuration, [=] { kernel(arguments...); });
+}
+#else
 template <typename Kernel, typename... Arguments>
 void launch(const Configuration& configuration, Kernel kernel, const Arguments&... arguments) {
   run_grid(configuration, [&] { kernel(arguments...); });
 }
+#endif
 
 // Waits for the other threads of the block, which must come to the same line.
 void sync_block(int line);

@@ -1,5 +1,6 @@
 // What csrc/*.cu use of CUDA, in terms of blocks.h: words of the language, built-in functions, the
-// runtime. Incomplete by design: what a kernel starts to use and the compiler misses goes here.
+// runtime, which is runtime.cpp if ON_HOST_RUNTIME is defined. Incomplete by design: what a kernel
+// starts to use and the compiler misses goes here.
 #pragma once
 
 #include <cmath>
@@ -99,17 +100,29 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 
 using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrMemoryClockRate = 36, cudaDevAttrGlobalMemoryBusWidth = 37 };
 
+#ifdef ON_HOST_RUNTIME
+extern "C" {
+const char* cudaGetErrorString(cudaError_t);
+cudaError_t cudaGetLastError();
+cudaError_t cudaSetDevice(int);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int);
+cudaError_t cudaDriverGetVersion(int* version);
+}
+#else
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-enum cudaDeviceAttr { cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = 0, cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
   return *version = CUDART_VERSION, cudaSuccess;
 }
+#endif
