@@ -645,8 +645,6 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         self._complete(groups)
         names = STATE_NAMES[self.algorithm]
         states = unwrap_states(saved_state, self.state, self._storage, names)
-        if self.was_captured:
-            capture_checks.check_loaded_states(self.state, states, [*names, REMAINDER])
         needed = names[: FEWEST_STATES[self.algorithm]]
         if len(needed) > 1:  # most implementations of Lion, which has one, keep no count
             check_complete(states, ["step", *needed])
@@ -656,6 +654,8 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         for position in positions:
             if position is not None and position.schedule is not None:
                 self._numbers.rates.check_room(position.schedule, self.was_captured)
+        if self.was_captured:
+            capture_checks.check_loaded_states(self.state, states, [*names, REMAINDER])
         for group in groups:
             fixed = with_peaks(self._movable, group)
             self._check(fixed)
