@@ -495,7 +495,8 @@ class StepTable:
 
 def _record(tensors: list[Tensor]) -> None:
     for tensor in tensors:
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
