@@ -96,15 +96,37 @@ class GroupNumbers:
                 )
         return False
 
-    def places_before(self, groups: list[Group]) -> list[int] | None:
+    def places_before(self, groups: list[Group]) -> list[int | None]:
+        """Returns where each group was, None for one that is not known."""
+        known = {id(note): index for index, note in enumerate(self._notes)}
+        return [known.get(id(group.get("schedule"))) for group in groups]
+
+    def new_order(self, groups: list[Group]) -> list[int] | None:
         """Returns where groups were of which some have been removed or have changed places.
 
         It is None where all are in their places, or some are not known.
         """
-        known = {id(note): index for index, note in enumerate(self._notes)}
-        places = [known[id(g.get("schedule"))] for g in groups if id(g.get("schedule")) in known]
+        places = [place for place in self.places_before(groups) if place is not None]
         are_all_known = len(set(places)) == len(groups)
-        return places if are_all_known and places != list(known.values()) else None
+        return places if are_all_known and places != [*range(len(self._notes))] else None
+
+    def are_elsewhere(self, groups: list[Group]) -> bool:
+        """Returns whether there are more or fewer groups, or a known one has changed places."""
+        places = enumerate(self.places_before(groups))
+        is_moved = any(place not in (None, index) for index, place in places)
+        return is_moved or len(groups) != len(self._notes)
+
+    def unknown(self, groups: list[Group]) -> list[Group]:
+        """Returns the groups that somebody else has made."""
+        places = zip(groups, self.places_before(groups), strict=True)
+        return [group for group, place in places if place is None]
+
+    def put_schedules(self, groups: list[Group], check: Check) -> None:
+        """Puts the schedules in charge back into the groups that are known, wherever they are."""
+        for group, place in zip(groups, self.places_before(groups), strict=True):
+            if place is not None:
+                self.sync(place, group, check)
+                put_all_schedules(self._numbers, group, self.schedules(place))
 
     def rearrange(self, groups: list[Group], places: Sequence[int]) -> None:
         """Takes the numbers of the groups along to where these are now, from `places`."""

@@ -97,7 +97,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         """Returns what torch does, with the schedules that are in charge of each group."""
         lines = [f"{type(self).__name__} ("]
-        places = self._numbers.places_before(self.param_groups)
+        places = self._numbers.new_order(self.param_groups)
         for index, group in enumerate(self.param_groups):
             place = index if places is None else places[index]
             is_known = place < self._preparation.tables.num_groups  # else it waits for a load
@@ -245,23 +245,25 @@ class ScheduledOptimizer(torch.optim.Optimizer):
             self._take_loaded_groups()
         super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
-            check_learning_rate(group["lr"])
-            if isinstance(group["lr"], Schedule):
-                at_height_of(group, group["lr"])
-            check_note(group)
-            fixed = with_peaks(self._movable, group)
-            self._check(fixed)
-            check_numbers(self._hyper(fixed))
-            if fixed["params"]:
-                select_backends(self._requested_backend, fixed["params"])
-            check_params(fixed["params"], type(self).__name__)
-            self._storage.check(fixed["params"], self._state_names(fixed))
+            self._check_new(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
         if self._is_started:
             self._preparation.add_group(self.param_groups)
+
+    def _check_new(self, group: Group) -> None:
+        check_learning_rate(group["lr"])
+        if isinstance(group["lr"], Schedule):
+            at_height_of(group, group["lr"])
+        check_note(group)
+        fixed = with_peaks(self._movable, group)
+        self._check(fixed)
+        check_numbers(self._hyper(fixed))
+        if fixed["params"]:
+            select_backends(self._requested_backend, fixed["params"])
+        check_params(fixed["params"], type(self).__name__)
+        self._storage.check(fixed["params"], self._state_names(fixed))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one update of every parameter that has a gradient, and advances the schedule.
@@ -376,9 +378,12 @@ class ScheduledOptimizer(torch.optim.Optimizer):
         """
         self._complete(self.param_groups)
         self._follow_places()
-        if len(self.param_groups) != self._preparation.tables.num_groups:
+        if self._numbers.are_elsewhere(self.param_groups):
             if self.was_captured:
                 raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
+            for group in self._numbers.unknown(self.param_groups):
+                self._check_new(group)
+            self._numbers.put_schedules(self.param_groups, self._check)
             rates, counters = self._numbers.rates, self._preparation.counters
             self._take_groups(counters, int(rates.buffer.step), rates.buffer.capacity)
         for index, group in enumerate(self.param_groups):
@@ -626,7 +631,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     def _follow_places(self) -> None:
         """Follows whoever has removed groups, or has put them in another order."""
-        places = self._numbers.places_before(self.param_groups)
+        places = self._numbers.new_order(self.param_groups)
         if places is not None:
             if self.was_captured:
                 raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
