@@ -218,7 +218,7 @@ def test_other_groups_are_refused_while_a_graph_holds_a_step(backend):
     opt = make("AdamW", params, backend, lr=REX)
     update(params, opt, 0)
     saved = opt.state_dict()
-    opt.was_captured = True
+    opt._preparation.was_captured = True
     opt.param_groups = [*opt.param_groups, {**opt.param_groups[0], "params": []}]
     with pytest.raises(RuntimeError, match="other groups are not in the captured graph"):
         opt.load_state_dict(saved)
@@ -317,7 +317,7 @@ def test_a_longer_schedule_is_refused_while_a_graph_reads_the_rows(backend):
     saved = make("AdamW", make_params(backend), backend, lr=REX)
     opt = make("AdamW", copies(params_of(saved)), backend, lr=0.5)
     update(params_of(opt), opt, 0)
-    opt.was_captured = True
+    opt._preparation.was_captured = True
     before = [param.detach().clone() for param in params_of(opt)]
     with pytest.raises(RuntimeError, match="a CUDA graph reads the present ones"):
         opt.load_state_dict(saved.state_dict())
