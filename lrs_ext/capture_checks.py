@@ -128,13 +128,19 @@ def check_outside(what: str, device: torch.device) -> None:
         )
 
 
-def check_places(are_in_place: bool) -> None:
-    """Raises RuntimeError if the groups are not those of the last step."""
-    if not are_in_place:
+def check_places(is_captured: bool) -> None:
+    """Raises RuntimeError if that the groups are not those of the last step is in a capture."""
+    if is_captured:
         raise RuntimeError(
             "parameter groups have been added, removed or put in another order since the last "
             "step: make a step before the capture"
         )
+
+
+def check_same_groups(was_captured: bool) -> None:
+    """Raises RuntimeError if a graph holds a step of other groups."""
+    if was_captured:
+        raise RuntimeError(f"other groups are not in the captured graph: {CAPTURE_AGAIN}")
 
 
 def check_on_host(index: int, hyper: Mapping[str, Any]) -> None:

@@ -126,6 +126,12 @@ def last_step(states: dict[Any, Any]) -> int | None:
     return int(max(read_all(counts))) if counts else None
 
 
+def has_content(state: Any) -> bool:
+    """Returns whether any array of a parameter's state that is whole here is not all 0; waits."""
+    arrays = [v for v in state.values() if isinstance(v, Tensor)] if isinstance(state, dict) else []
+    return any(bool(array.any()) for array in arrays if not is_dtensor(array))
+
+
 def replace_states(states: dict[Any, Any], loaded: dict[Any, Any]) -> None:
     """Makes the states of all parameters equal to `loaded`, as `replace_state` does."""
     for param in [param for param in states if param not in loaded]:

@@ -13,8 +13,8 @@ from lrs_ext import ops, reference
 from lrs_ext.group_numbers import GroupNumbers
 from lrs_ext.layout import dense_copies
 from lrs_ext.local_part import LocalPart, by_spread
+from lrs_ext.rule import Rule
 from lrs_ext.shards import WHOLE, Spread, is_dtensor, local, spread_of
-from lrs_ext.state_storage import Storage
 from lrs_ext.step_parts import Selection, StridedPart, Table
 from lrs_ext.tensor_checks import check_numbers
 
@@ -28,11 +28,8 @@ class DeviceTables:
     """The group table and the step tables of an optimizer's parameters on one device.
 
     Args:
-        algorithm: a native name.
-        name: of the optimizer, in a profile.
-        storage: how states and bfloat16 parameters are kept.
+        rule: the optimizer's update.
         numbers: of the groups.
-        num_groups: how many of them there are.
         place: the number of the device among those of `numbers`.
         backend: that of the launches.
 
@@ -44,23 +41,18 @@ class DeviceTables:
 
     def __init__(
         self,
-        algorithm: str,
-        name: str,
-        storage: Storage,
+        rule: Rule,
         numbers: GroupNumbers,
-        num_groups: int,
         place: int,
         backend: str,
     ) -> None:
-        self._algorithm = algorithm
-        self._label = f"lrs_ext::{name}_step[{backend}]"
-        self._storage = storage
+        self._algorithm, self._storage = rule.algorithm, rule.storage
+        self._label = f"lrs_ext::{rule.name.lower()}_step[{backend}]"
         self._numbers = numbers
         self._place = place
         self._step = list(numbers.rates.buffers.values())[place].step
         self._backend = backend
-        self._num_groups = num_groups
-        self.groups = ops.GroupTable(num_groups, self._step.device)
+        self.groups = ops.GroupTable(len(numbers), self._step.device)
         self.table: Table | None = None
         self.copies: dict[Tensor, Tensor] = {}
         self._local_parts: list[LocalPart] = []  # of all parameters, if some are DTensors
@@ -91,7 +83,7 @@ class DeviceTables:
 
     def forget_numbers(self) -> None:
         """Makes the next `write` of each group write."""
-        self._written: list[Written] = [(None, {}, {}) for _ in range(self._num_groups)]
+        self._written: list[Written] = [(None, {}, {}) for _ in range(len(self._numbers))]
 
     def has_named(self, names: list[list[str]]) -> bool:
         """Returns whether these are the arrays that the present tables read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,8 @@ from lrs_ext.positions import (
     position_in,
     saved_position,
 )
+from lrs_ext.rule import Rule
 from lrs_ext.schedules import Schedule
-
-Check = Callable[[Group], None]  # raises ValueError if the numbers of a group do not fit together
 
 
 class GroupNumbers:
@@ -34,7 +33,7 @@ class GroupNumbers:
     save those instead of what `state_dict` returns, and put what they load into these groups.
 
     Args:
-        numbers: what else than the learning rate may follow a schedule.
+        rule: says what else than the learning rate may follow a schedule.
         groups: the optimizer's parameter groups; schedules in them are replaced by floats.
         devices: where the parameters are.
         step: committed updates so far.
@@ -49,18 +48,21 @@ class GroupNumbers:
 
     def __init__(
         self,
-        numbers: Sequence[MovableNumber],
+        rule: Rule,
         groups: list[Group],
         devices: Sequence[torch.device],
         step: int,
         capacity: int,
     ) -> None:
-        self._numbers = numbers
+        self._rule = rule
         for group in groups:
             check_note(group)
         self.rates = LearningRates(groups, devices, step, capacity)
-        self.hyper_schedules = HyperSchedules(numbers, groups, devices, step)
+        self.hyper_schedules = HyperSchedules(rule.movable, groups, devices, step)
         self._renew_notes(groups)
+
+    def __len__(self) -> int:
+        return len(self._notes)
 
     def are_in_place(self, groups: list[Group]) -> bool:
         """Returns whether all groups are where they were, with their notes."""
@@ -96,15 +98,40 @@ class GroupNumbers:
                 )
         return False
 
-    def places_before(self, groups: list[Group]) -> list[int] | None:
+    def places_before(self, groups: list[Group]) -> list[int | None]:
+        """Returns where each group was, None for one that is not known."""
+        known = {id(note): index for index, note in enumerate(self._notes)}
+        return [known.get(id(group.get("schedule"))) for group in groups]
+
+    def new_order(self, groups: list[Group]) -> list[int] | None:
         """Returns where groups were of which some have been removed or have changed places.
 
         It is None where all are in their places, or some are not known.
         """
-        known = {id(note): index for index, note in enumerate(self._notes)}
-        places = [known[id(g.get("schedule"))] for g in groups if id(g.get("schedule")) in known]
+        places = [place for place in self.places_before(groups) if place is not None]
         are_all_known = len(set(places)) == len(groups)
-        return places if are_all_known and places != list(known.values()) else None
+        return places if are_all_known and places != [*range(len(self._notes))] else None
+
+    def are_elsewhere(self, groups: list[Group]) -> bool:
+        """Returns whether there are more or fewer groups, or a known one has changed places."""
+        places = enumerate(self.places_before(groups))
+        is_moved = any(place not in (None, index) for index, place in places)
+        return is_moved or len(groups) != len(self._notes)
+
+    def readmit(self, groups: list[Group]) -> None:
+        """Puts the schedules in charge back into the groups that are known, wherever they are.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: another group cannot be taken in.
+        """
+        places = self.places_before(groups)
+        for group, place in zip(groups, places, strict=True):
+            if place is None:
+                self._rule.check_new_group(group)
+        for group, place in zip(groups, places, strict=True):
+            if place is not None:
+                self.sync(place, group)
+                put_all_schedules(self._rule.movable, group, self.schedules(place))
 
     def rearrange(self, groups: list[Group], places: Sequence[int]) -> None:
         """Takes the numbers of the groups along to where these are now, from `places`."""
@@ -121,10 +148,10 @@ class GroupNumbers:
     def devices(self) -> list[torch.device]:
         return list(self.rates.buffers)
 
-    def sync(self, index: int, group: Group, check: Check) -> Group:
+    def sync(self, index: int, group: Group) -> Group:
         """Writes what the host has put into the group to the device; see `HyperSchedules.sync`."""
         self.rates.sync(index, group)
-        return self.hyper_schedules.sync(index, group, self.rates.step, check)
+        return self.hyper_schedules.sync(index, group, self.rates.step, self._rule.check)
 
     def is_synced(self, index: int, group: Group) -> bool:
         """Returns whether there is nothing new in the group for `sync` to take over."""
@@ -146,10 +173,10 @@ class GroupNumbers:
         self.rates.roll_back(mark)
         self.hyper_schedules.show(groups, mark.step)
 
-    def follow_device(self, groups: list[Group], check: Check) -> None:
+    def follow_device(self, groups: list[Group]) -> None:
         """Takes the position from the device, which alone knows of replayed updates."""
         for index, group in enumerate(groups):
-            self.hyper_schedules.sync(index, group, self.rates.step, check)
+            self.hyper_schedules.sync(index, group, self.rates.step, self._rule.check)
         self.rates.follow_device(groups)
         self.hyper_schedules.show(groups, self.rates.step, is_late=True)
 

@@ -108,9 +108,10 @@ class SGD(ScheduledOptimizer):
         But distributed checkpoints ask for it, to load it in place.
         """
         state_dict = super().state_dict()
-        if self._has_blank_states:
+        counters = self._preparation.counters
+        if counters.are_blank:
             return state_dict
-        unused = self._preparation.counters.unused()
+        unused = counters.unused()
         for index, param in enumerate(params_of(self.param_groups)):
             if param in unused and index in state_dict["state"]:
                 saved = state_dict["state"][index]

@@ -15,7 +15,6 @@ from lrs_ext.local_part import LocalPart
 from lrs_ext.param_devices import device_of, devices_of, params_of
 from lrs_ext.positions import Group
 from lrs_ext.rule import Rule
-from lrs_ext.state_storage import Storage
 from lrs_ext.step_counters import StepCounters
 from lrs_ext.step_parts import Selection, Table
 from lrs_ext.table_set import Launches, TableSet
@@ -29,92 +28,87 @@ class Preparation:
 
     Args:
         rule: the optimizer's update.
-        storage: how states and bfloat16 parameters are kept.
-        requested_backend: a name, or None for the fastest on each device.
-        numbers: of the groups.
         counters: of the parameters' updates.
         groups: the parameter groups.
+        step: committed updates so far.
+        capacity: the least length of a row of learning rates.
 
     Attributes:
+        rule, counters: as given.
+        numbers: of the groups.
         backends: that in use on each device.
-        counters: as given.
         tables: what the kernels read.
+        was_captured: whether a CUDA graph holds a step.
     """
 
     def __init__(
-        self,
-        rule: Rule,
-        storage: Storage,
-        requested_backend: str | None,
-        numbers: GroupNumbers,
-        counters: StepCounters,
-        groups: list[Group],
+        self, rule: Rule, counters: StepCounters, groups: list[Group], step: int, capacity: int
     ) -> None:
-        self._rule = rule
-        self._storage = storage
-        self._requested_backend = requested_backend
-        self._numbers = numbers
+        self.rule = rule
         self.counters = counters
-        self.backends = self._select_backends(groups)
-        self.forget_tables(groups)
+        self.was_captured = False
+        self.take_groups(groups, step, capacity)
 
-    def forget_tables(self, groups: list[Group]) -> None:
+    def take_groups(self, groups: list[Group], step: int, capacity: int) -> None:
+        """Begins anew with other groups."""
+        self.backends = self._select_backends(groups)
+        self.numbers = GroupNumbers(self.rule, groups, list(self.backends), step, capacity)
+        self.forget_tables()
+
+    def forget_tables(self) -> None:
         """Makes the next step make all tables anew."""
         self._is_on_gpu = any(device.type == "cuda" for device in self.backends)
-        name = self._rule.name.lower()
-        self.tables = TableSet(
-            self._rule.algorithm, name, self._storage, self._numbers, len(groups), self.backends
-        )
+        self.tables = TableSet(self.rule, self.numbers, self.backends)
 
     def add_group(self, groups: list[Group]) -> None:
         """Takes in a group that has been added to `groups`."""
         self.backends = self._select_backends(groups)
-        self._numbers.add_group(groups, list(self.backends))
-        self.forget_tables(groups)
+        self.numbers.add_group(groups, list(self.backends))
+        self.forget_tables()
 
     def _select_backends(self, groups: list[Group]) -> dict[torch.device, str]:
-        return select_backends(self._requested_backend, params_of(groups))
+        return select_backends(self.rule.requested_backend, params_of(groups))
 
     # The numbers of the groups
 
     def has_written(self, groups: list[Group]) -> bool:
         """Returns whether the devices are known to have all numbers of the groups."""
-        schedules = self._numbers.rates.buffer.schedules
+        schedules = self.numbers.rates.buffer.schedules
         return self.tables.known_groups.are_unchanged(groups, schedules)
 
-    def write(self, groups: list[Group], was_captured: bool) -> None:
+    def write(self, groups: list[Group]) -> None:
         """Writes what has changed in the groups to the devices, without waiting.
-
-        Args:
-            was_captured: whether a CUDA graph holds an earlier step.
 
         Raises:
             ValueError: a number is invalid.
-            RuntimeError: a CUDA graph reads other states than a step would now.
+            RuntimeError: something has changed in the capture of a CUDA graph, whose replays would
+                write it again; or a graph reads other states than a step would now.
         """
-        if was_captured:
-            names = [self._rule.state_names(group) for group in self._fixed(groups)]
+        if self.is_captured:
+            self._check_written(groups)
+        if self.was_captured:
+            names = [self.rule.state_names(group) for group in self._fixed(groups)]
             capture_checks.check_state_names(self.tables, names)
         known = self.tables.known_groups
-        known.look_at(groups, self._numbers.rates.buffer.schedules)
+        known.look_at(groups, self.numbers.rates.buffer.schedules)
         names = []
         for index, group in enumerate(groups):
-            fixed = self._numbers.sync(index, group, self._rule.check)
+            fixed = self.numbers.sync(index, group)
             hyper = self._hyper(fixed)
             for tables in self.tables.all:
                 tables.write(index, hyper)
-            names.append(self._rule.state_names(fixed))
+            names.append(self.rule.state_names(fixed))
         for tables in self.tables.all:
             tables.name_states(names)
-        if all(_is_constant(group.get(key)) for group in groups for key in self._rule.options):
+        if all(_is_constant(group.get(key)) for group in groups for key in self.rule.defaults):
             known.confirm()
 
     def _fixed(self, groups: list[Group]) -> list[Group]:
-        return [self._numbers.hyper_schedules.fixed(i, group) for i, group in enumerate(groups)]
+        return [self.numbers.hyper_schedules.fixed(i, group) for i, group in enumerate(groups)]
 
     def _hyper(self, fixed: Group) -> dict[str, float]:
         # Tensors may change in their place, so that only their numbers can be compared later.
-        return {name: number(value) for name, value in self._rule.hyper(fixed).items()}
+        return {name: number(value) for name, value in self.rule.hyper(fixed).items()}
 
     # The capture of a CUDA graph
 
@@ -138,48 +132,56 @@ class Preparation:
         [device] = self.backends
         capture_checks.check_device(device, torch.cuda.current_device())
 
-    def check_capture_of(self, param: Tensor, frozen: str) -> None:
+    def check_capture_of(self, param: Tensor) -> None:
         """Checks the same for the update of one parameter in the backward pass."""
         if device_of(param) not in self.backends or not self.tables.of(param).has_single(param):
-            raise RuntimeError(frozen)
+            raise RuntimeError(self._frozen)
 
-    def check_written(self, groups: list[Group]) -> None:
-        """Raises RuntimeError if `write` would write: captured, each replay would again."""
-        capture_checks.check_places(self._numbers.are_in_place(groups))
+    @property
+    def _frozen(self) -> str | None:
+        """Why tables and states must stay as they are, None if they need not."""
+        return capture_checks.frozen(self.is_captured, self.was_captured)
+
+    def _check_written(self, groups: list[Group]) -> None:
         for index, fixed in enumerate(self._fixed(groups)):
-            capture_checks.check_on_host(index, self._rule.hyper(fixed))
+            capture_checks.check_on_host(index, self.rule.hyper(fixed))
             is_written = self.tables.has_written(index, self._hyper(fixed))
-            is_synced = is_written and self._numbers.is_synced(index, groups[index])
+            is_synced = is_written and self.numbers.is_synced(index, groups[index])
             capture_checks.check_synced(index, is_synced)
-            capture_checks.check_in_place(index, self._numbers.rates.is_copied(index))
+            capture_checks.check_in_place(index, self.numbers.rates.is_copied(index))
 
     # All parameters
 
-    @torch.no_grad()
-    def renewed(self, groups: list[Group], states: States, frozen: str | None) -> Launches:
-        """Returns what a step launches, where `tables` have nothing that is current.
+    def launches(self, groups: list[Group], states: States) -> Launches:
+        """Returns what a step launches, once `write` has written: parts with gradients.
 
         All parameters that have a gradient then have states. Everything is checked before anything
         is changed.
 
-        Args:
-            frozen: why tables and states must stay as they are, None if they need not.
-
         Raises:
-            RuntimeError: they do not serve, and says `frozen`; or a parameter or a gradient has a
-                dtype, layout or device that the kernels do not serve.
+            RuntimeError: tables and states do not serve, and must stay as they are for a CUDA
+                graph; or a parameter or a gradient has a dtype, layout or device that the kernels
+                do not serve.
         """
+        launches = self.tables.current([group["params"] for group in groups], states)
+        if launches is None:
+            launches = self._renewed(groups, states)
+        return [[part for part in parts if part.has_gradients] for parts in launches]
+
+    @torch.no_grad()
+    def _renewed(self, groups: list[Group], states: States) -> Launches:
         for fixed in self._fixed(groups):
-            check_params(fixed["params"], self._rule.name)
-            self._storage.check(fixed["params"], self._rule.state_names(fixed))
+            check_params(fixed["params"], self.rule.name)
+            self.rule.storage.check(fixed["params"], self.rule.state_names(fixed))
         params = params_of(groups)
-        gradients = [checked_gradient(param, self._rule.name) for param in params]
+        gradients = [checked_gradient(param, self.rule.name) for param in params]
         if all(gradient is None for gradient in gradients):
             return [[] for _ in self.backends]
         param_lists = [group["params"] for group in groups]
         launches = self.tables.current(param_lists, states, gradients)
         if launches is not None:  # gradients in another layout were all that was in the way
             return launches
+        frozen = self._frozen
         if devices_of(params) != list(self.backends):
             self._follow_params(groups, states, frozen)
         indices = [index for index, group in enumerate(groups) for _ in group["params"]]
@@ -225,31 +227,30 @@ class Preparation:
         if frozen is not None:
             raise RuntimeError(frozen)
         self.backends = self._select_backends(groups)
-        self._numbers.move(groups, list(self.backends))
+        self.numbers.move(groups, list(self.backends))
         for param in filter(states.__contains__, params_of(groups)):
             state = states[param]
             for name, value in state.items():
                 if isinstance(value, Tensor):
                     state[name] = value.to(param.device)
         self.counters.follow_params()
-        self.forget_tables(groups)
-        self.write(groups, was_captured=False)
+        self.forget_tables()
+        self.write(groups)
 
     # One parameter
 
     @torch.no_grad()
-    def single(
-        self, param: Tensor, groups: list[Group], states: States, frozen: str | None
-    ) -> Table | LocalPart:
-        """Returns the table of one dense parameter with a gradient; see `renewed`."""
+    def single(self, param: Tensor, groups: list[Group], states: States) -> Table | LocalPart:
+        """Returns the table of one dense parameter with a gradient; see `launches`."""
+        frozen = self._frozen
         if device_of(param) not in self.backends:
             self._follow_params(groups, states, frozen)
         tables = self.tables.of(param)
         table = tables.current_single(param, states)
         if table is not None:
             return table
-        check_params([param], self._rule.name)
-        gradient = checked_gradient(param, self._rule.name)
+        check_params([param], self.rule.name)
+        gradient = checked_gradient(param, self.rule.name)
         index, position = _place_of(param, groups)
         if not tables.has_single(param):
             frozen = None  # no graph reads a table of this parameter

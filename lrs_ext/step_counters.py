@@ -19,12 +19,17 @@ class StepCounters:
     Args:
         in_state: whether a parameter's state keeps its count, under "step"; else this does.
         own: the counts that this keeps, by parameter.
+
+    Attributes:
+        own: as given.
+        are_blank: whether all states are 0, made for a distributed checkpoint or by one.
     """
 
     def __init__(self, in_state: bool, own: dict[Tensor, Tensor] | None = None) -> None:
         self._in_state = in_state
         self.own = {} if own is None else own
         self._loaded_count = 1.0
+        self.are_blank = False
 
     def has(self, param: Tensor, states: States) -> bool:
         """Returns whether there is a count of a parameter's updates."""
@@ -54,15 +59,12 @@ class StepCounters:
         """Moves the counts to where their parameters are now."""
         self.own = {param: count.to(param.device) for param, count in self.own.items()}
 
-    def load(self, states: Container[Tensor], loaded_count: float) -> None:
-        """Takes over states that have been loaded without counts.
-
-        Args:
-            loaded_count: of their parameters: 0, or 1 for any.
-        """
-        self._loaded_count = loaded_count
+    def load(self, states: Container[Tensor], are_blank: bool) -> None:
+        """Takes over states that have been loaded without counts."""
+        self.are_blank = are_blank
+        self._loaded_count = 0.0 if are_blank else 1.0
         for counter in self.own.values():
-            counter.fill_(loaded_count)
+            counter.fill_(self._loaded_count)
         self.keep_only(states)
 
     def unused(self) -> set[Tensor]:

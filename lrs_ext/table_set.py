@@ -12,7 +12,7 @@ from lrs_ext import ops, param_devices
 from lrs_ext.device_tables import DeviceTables, Part, States
 from lrs_ext.grad_scaling import GradScaling
 from lrs_ext.group_numbers import GroupNumbers
-from lrs_ext.state_storage import Storage
+from lrs_ext.rule import Rule
 from lrs_ext.step_parts import Selection
 
 Launches = list[list[Part]]  # for each device, what a step launches there
@@ -22,11 +22,8 @@ class TableSet:
     """The `DeviceTables` of all devices; a step is one launch on each.
 
     Args:
-        algorithm: a native name.
-        name: of the optimizer, in a profile.
-        storage: how states and bfloat16 parameters are kept.
+        rule: the optimizer's update.
         numbers: of the groups.
-        num_groups: how many of them there are.
         backends: that of each device.
 
     Attributes:
@@ -36,18 +33,14 @@ class TableSet:
 
     def __init__(
         self,
-        algorithm: str,
-        name: str,
-        storage: Storage,
+        rule: Rule,
         numbers: GroupNumbers,
-        num_groups: int,
         backends: Mapping[torch.device, str],
     ) -> None:
-        self.num_groups = num_groups
         self.known_groups = ops.KnownGroups()
         self._buffers = numbers.rates.buffers
         self._by_device = {
-            device: DeviceTables(algorithm, name, storage, numbers, num_groups, place, backend)
+            device: DeviceTables(rule, numbers, place, backend)
             for place, (device, backend) in enumerate(backends.items())
         }
         self.all = list(self._by_device.values())

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from lrs_ext.param_devices import params_of
+
 # Looking for one goes through all objects there are: once for each optimizer.
 _whole_optimizers: weakref.WeakKeyDictionary[
     torch.optim.Optimizer, Callable[[], torch.optim.Optimizer | None]
@@ -43,6 +45,14 @@ def whole_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer |
         found = next((w for w in wholes if getattr(w, "optim", None) is optimizer), None)
         _whole_optimizers[optimizer] = (lambda: None) if found is None else weakref.ref(found)
     return _whole_optimizers[optimizer]()
+
+
+def others_have_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether a step of `optimizer` is a part of one with gradients on other ranks only."""
+    whole = whole_optimizer(optimizer)
+    if whole is None:
+        return not params_of(optimizer.param_groups)
+    return any(param.grad is not None for param in params_of(whole.param_groups))
 
 
 def _zero_redundancy() -> type | None:

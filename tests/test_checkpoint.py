@@ -156,6 +156,45 @@ def test_other_groups_may_be_put_there_before_a_checkpoint(backend, row, made_wi
     assert_equal_runs([opt, resumed], 3, 6)
 
 
+def put_other_groups(opt, new):
+    """Appends one group and, where there are several, removes the first."""
+    kept = opt.param_groups[1:] or opt.param_groups
+    opt.param_groups[:] = [*kept, {"params": [new], "lr": 0.05, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_group_put_there_by_hand_leaves_the_schedules_of_the_others(backend, num_groups):
+    params = make_params(backend)
+    opt = make(
+        "AdamW", [{"params": [p]} for p in params[:num_groups]], backend, lr=REX, weight_decay=REX
+    )
+    update(params, opt, 0)
+    put_other_groups(opt, params[2])
+    torch_opt = make("AdamW", [{"params": group["params"]} for group in opt.param_groups], lr=0.05)
+    for k in range(4):
+        update(params_of(torch_opt), torch_opt, k)
+    opt.load_state_dict(through_file(torch_opt.state_dict()))
+    for k in range(4, 7):
+        known, new = opt.param_groups
+        assert [known["lr"], known["weight_decay"], new["lr"]] == [REX(k), REX(k), 0.05]
+        assert opt.current_lr() == pytest.approx([REX(k), 0.05])
+        update(params, opt, k)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_faulty_group_put_there_by_hand_changes_nothing(backend, num_groups):
+    params = make_params(backend)
+    opt = make("AdamW", [{"params": [p]} for p in params[:num_groups]], backend, lr=REX)
+    put_other_groups(opt, params[2])
+    torch_opt = make("AdamW", [{"params": group["params"]} for group in opt.param_groups], lr=0.03)
+    opt.param_groups[1]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"Invalid learning rate: -1\.0"):
+        opt.load_state_dict(torch_opt.state_dict())
+    opt.param_groups[1]["lr"] = 0.05
+    opt.load_state_dict(torch_opt.state_dict())
+    assert opt.current_lr() == pytest.approx([REX(0), 0.03])
+
+
 @pytest.mark.parametrize("moving", [{"lr": REX}, {"weight_decay": REX}], ids=list)
 def test_groups_of_a_checkpoint_without_a_position_are_an_error(backend, moving):
     # As in most implementations of SAM, which save the groups of the optimizer inside of them.
@@ -179,7 +218,7 @@ def test_other_groups_are_refused_while_a_graph_holds_a_step(backend):
     opt = make("AdamW", params, backend, lr=REX)
     update(params, opt, 0)
     saved = opt.state_dict()
-    opt.was_captured = True
+    opt._preparation.was_captured = True
     opt.param_groups = [*opt.param_groups, {**opt.param_groups[0], "params": []}]
     with pytest.raises(RuntimeError, match="other groups are not in the captured graph"):
         opt.load_state_dict(saved)
@@ -278,7 +317,7 @@ def test_a_longer_schedule_is_refused_while_a_graph_reads_the_rows(backend):
     saved = make("AdamW", make_params(backend), backend, lr=REX)
     opt = make("AdamW", copies(params_of(saved)), backend, lr=0.5)
     update(params_of(opt), opt, 0)
-    opt.was_captured = True
+    opt._preparation.was_captured = True
     before = [param.detach().clone() for param in params_of(opt)]
     with pytest.raises(RuntimeError, match="a CUDA graph reads the present ones"):
         opt.load_state_dict(saved.state_dict())
@@ -477,7 +516,7 @@ def test_a_checkpoint_of_torchs_sgd_leaves_the_step_where_the_device_is(backend,
         torch_opt.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
     opt.load_state_dict(torch_opt.state_dict())
     assert opt.schedule_buffer.step.item() == 4
-    assert has_new_group or opt.param_groups[0]["lr"] == REX(4)
+    assert opt.param_groups[0]["lr"] == REX(4)
 
 
 @pytest.mark.parametrize("row", ["Adam", "AdamW"])

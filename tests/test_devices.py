@@ -120,7 +120,7 @@ def test_the_norm_is_that_of_all_gradients(devices, scale):
         assert norm.device == twins.params[0].device
         assert float(norm) == pytest.approx(float(stored), rel=1e-6)
         for opt, device in zip(twins.apart, devices, strict=True):
-            opt._scaling.clip(norm.to(device), max_norm, is_captured=False)
+            opt._steps._scaling.clip(norm.to(device), max_norm, is_captured=False)
         if scale is not None:
             for opt in twins.opts:
                 opt.grad_scale = torch.tensor(scale, device=devices[1])

@@ -224,8 +224,8 @@ def test_scaled_and_clipped_gradients(cuda, dtype, shift):
         after = twins.tensors(twins.opts[0])
         if found_inf and k > 0:
             assert all(same_bits(before[name], after[name]) for name in before)
-        twins.opts[0]._scaling = twins.opts[1]._scaling  # the same norm for both
-        twins.opts[1]._scaling = copy.copy(twins.opts[1]._scaling)
+        twins.opts[0]._steps._scaling = twins.opts[1]._steps._scaling  # the same norm for both
+        twins.opts[1]._steps._scaling = copy.copy(twins.opts[1]._steps._scaling)
 
 
 @state_updates
@@ -351,7 +351,7 @@ def test_lambs_norms_of_parts_are_completed_between_its_passes(cuda):
         for param, other in zip(params, others, strict=True):
             param.grad = torch.randn(param.shape)
             other.grad = param.grad.clone()
-        opts[0]._ready_launches(False)[0][0].spread = OtherParts()
+        opts[0]._steps.launches(opts[0], False)[0][0].spread = OtherParts()
         for opt in opts:
             opt.step()
         assert all(map(torch.equal, params, others))

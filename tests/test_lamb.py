@@ -195,7 +195,7 @@ def test_norms_of_parts_are_completed_between_the_passes(backend, overflows):
         torch.manual_seed(k)
         for param, other, grad in zip(params, others, randn(*map(len, before)), strict=True):
             param.grad, other.grad = (grad.to(backend.device) for _ in range(2))
-        opts[0]._ready_launches(False)[0][0].spread = OtherParts()
+        opts[0]._steps.launches(opts[0], False)[0][0].spread = OtherParts()
         for opt in opts:
             if overflows and k == 1:
                 opt.found_inf = torch.ones((), device=backend.device)

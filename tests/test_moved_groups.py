@@ -143,7 +143,7 @@ def test_one_that_takes_the_place_of_another_is_an_error_where_a_schedule_is_in_
 
 def test_a_captured_graph_and_a_driver_keep_their_groups(probe):
     run = probe(*LRS)
-    run.opt.was_captured = True
+    run.opt._preparation.was_captured = True
     run.groups.reverse()
     with pytest.raises(RuntimeError, match="other groups are not in the captured graph"):
         run.used()

@@ -220,7 +220,7 @@ def test_a_checkpoint_leaves_what_is_shown(stop):
 def test_updates_of_a_replayed_graph_are_shown():
     d = Driven()
     d.write(0.5)
-    d.opt.was_captured = True
+    d.opt._preparation.was_captured = True
     for update in range(1, 4):
         d.opt.schedule_buffer.step.add_(1)  # a replay, which the host does not see
         d.rates.advance()

@@ -50,7 +50,7 @@ def test_a_schedule_that_fits_is_written_in_place_without_a_wait(probe, backend)
     p = probe(REX, LINEAR)
     p.used()
     addresses = [p.buffer.values.data_ptr(), p.buffer.step.data_ptr()]
-    p.opt.was_captured = True
+    p.opt._preparation.was_captured = True
     with no_sync(backend):
         p.opt.set_schedule(lrs_ext.cosine(0.5, 8))
     assert p.opt.schedule_buffer is p.buffer
@@ -85,7 +85,7 @@ def test_rows_that_a_graph_reads_do_not_grow(probe):
     p = probe(REX, LINEAR)
     p.used()
     before = p.buffer.values.clone()
-    p.opt.was_captured = True
+    p.opt._preparation.was_captured = True
     message = r"needs rows of 21 values.*of 9: .*lrs_ext.constant\(lr, total_steps=20\)"
     with pytest.raises(RuntimeError, match=message):
         p.opt.set_schedule(LONGER)
