@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping, MutableMapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrs_ext import ops
 from lrs_ext.backends import select_backend
@@ -34,7 +39,7 @@ HYPER_NAMES = {
 }
 
 
-def _step(
+def step(
     algorithm: str,
     params: list[Tensor],
     grads: list[Tensor],
@@ -47,7 +52,9 @@ def _step(
     """Updates all parameters in one launch and advances the schedule, as an optimizer's step.
 
     `torch.compile` sees one operator that changes its arguments in place; the learning rate is
-    read on the device, so that one graph serves a whole schedule.
+    read on the device, so that one graph serves a whole schedule. From the second call with the
+    same tensors on, the tables of their addresses are kept, and the tensors with them, for as long
+    as `position` is.
 
     Args:
         algorithm: "sgd", "adam" (AdamW with a decoupled_weight_decay of 1), "lion" or "lamb", which
@@ -75,12 +82,105 @@ def _step(
     >>> p.tolist(), int(position)
     ([0.125, 0.125], 2)
     """
+    torch.ops.lrs_ext.step.default(algorithm, params, grads, states, counters, lr, position, hyper)
+
+
+class _Call(NamedTuple):
+    """What the tables of a step are made of."""
+
+    algorithm: str
+    backend: str
+    params: list[Tensor]
+    states: list[Tensor]
+    counters: list[Tensor]
+    position: Tensor
+
+    @property
+    def kept(self) -> int:
+        """How many states a parameter has."""
+        return len(self.states) // len(self.params)
+
+
+class _Tables:
+    """The tables of a step, ready for the next one of the same tensors."""
+
+    def __init__(self, call: _Call) -> None:
+        names, kept = list(STATE_NAMES[call.algorithm][: call.kept]), call.kept
+        self._params = call.params
+        self._state = {
+            param: dict(zip(names, call.states[kept * i : kept * (i + 1)], strict=True))
+            for i, param in enumerate(call.params)
+        }
+        self._groups = ops.GroupTable(1, call.position.device)
+        self._written: object = None
+        self._table = ops.StepTable(
+            backend=call.backend,
+            algorithm=call.algorithm,
+            param_lists=[call.params],
+            positions=list(range(len(call.params))),
+            state=self._state,
+            state_names=[names],
+            steps=call.counters,
+            groups=self._groups,
+            step=call.position.detach(),  # which does not keep the position itself
+            storage=Storage(),
+        )
+
+    def run(self, grads: list[Tensor], lr: Tensor, numbers: Mapping[str, float]) -> bool:
+        """Updates all parameters; False if an address has changed or a gradient does not fit."""
+        if not self._table.refresh([self._params], self._state, [*grads]):
+            return False
+        row = (lr.data_ptr(), lr.numel(), numbers)
+        if row != self._written:
+            self._groups.write(0, lr.detach(), numbers)
+            self._written = row
+        self._table.run()
+        return True
+
+
+class _LastCall:
+    """What came last with a position, and its tables if it had come before that too.
+
+    Of what comes once nothing is kept, such as copies that a compiler makes.
+    """
+
+    def __init__(self, call: _Call, tables: _Tables | None) -> None:
+        self._key, tensors = _parts(call)
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self.tables = tables
+
+    def is_like(self, call: _Call) -> bool:
+        key, tensors = _parts(call)
+        return key == self._key and all(
+            ref() is tensor for ref, tensor in zip(self._tensors, tensors, strict=True)
+        )
+
+
+def _parts(call: _Call) -> tuple[tuple[object, ...], list[Tensor]]:
+    """Returns what two calls for the same tables have in common: numbers and tensors."""
+    address = call.position.data_ptr()
+    return (
+        (call.algorithm, call.backend, address, len(call.params), len(call.states)),
+        [*call.params, *call.states, *call.counters],
+    )
+
+
+_last_calls: MutableMapping[Tensor, _LastCall] = WeakTensorKeyDictionary()  # by position
+
+
+def _step(
+    algorithm: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    counters: list[Tensor],
+    lr: Tensor,
+    position: Tensor,
+    hyper: list[float],
+) -> None:
     _check_lengths(algorithm, params, grads, states, counters, hyper)
-    names, kept = STATE_NAMES[algorithm], len(states) // max(len(params), 1)
     numbers = dict(zip(HYPER_NAMES[algorithm], hyper, strict=True))
     check_numbers(numbers)
-    check_params(params, "lrs_ext.functional.step")
-    _check_memory(params, states, kept, position.device)
     _check_schedule(lr, position)
     if position.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -89,46 +189,41 @@ def _step(
         )
     if not params:
         return
-    backend = select_backend(None, position.device)
+    call = _Call(algorithm, _backend(position.device), params, states, counters, position)
+    last = _last_calls.get(position)
+    if last is not None and not last.is_like(call):
+        last = None
+    if last is None or last.tables is None or not last.tables.run(grads, lr, numbers):
+        _check_memory(call)
+        tables = _Tables(call)
+        if not tables.run(grads, lr, numbers):
+            raise RuntimeError(
+                "a gradient differs from its parameter in dtype, device, shape or layout, or two "
+                "parameters are the same tensor"
+            )
+        _last_calls[position] = _LastCall(call, None if last is None else tables)
+    torch.autograd.graph.increment_version([*states, *counters, position])
+
+
+# Not by `torch.library.custom_op`, whose wrappers take more time than the step.
+torch.library.define(
+    "lrs_ext::step",
+    "(str algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, "
+    "Tensor(c!)[] counters, Tensor lr, Tensor(d!) position, float[] hyper) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),  # its tables may be replaced
+)
+torch.library.impl("lrs_ext::step", "default", _step)
+torch.library.register_fake("lrs_ext::step", lambda *_: None)
+
+
+def _backend(device: torch.device) -> str:
+    backend = select_backend(None, device)
     if backend == "reference":
         raise RuntimeError(
             "lrs_ext.functional.step has no reference backend, which LRS_EXT_BACKEND asks for: "
             "unset it, or call the step() of an optimizer"
         )
-    groups = ops.GroupTable(1, position.device)
-    groups.write(0, lr.detach(), numbers)
-    state = {
-        param: dict(zip(names, states[kept * i : kept * (i + 1)], strict=False))
-        for i, param in enumerate(params)
-    }
-    table = ops.StepTable(
-        backend=backend,
-        algorithm=algorithm,
-        param_lists=[params],
-        positions=list(range(len(params))),
-        state=state,
-        state_names=[list(names[:kept])],
-        steps=list(counters),
-        groups=groups,
-        step=position,
-        storage=Storage(),
-    )
-    if not table.refresh([params], state, list(grads)):
-        raise RuntimeError(
-            "a gradient differs from its parameter in dtype, device, shape or layout, or two "
-            "parameters are the same tensor"
-        )
-    table.run()
-
-
-# The operator makes its tables at each call: a CUDA graph would keep those of one.
-step = torch.library.custom_op(
-    "lrs_ext::step",
-    _step,
-    mutates_args=("params", "states", "counters", "position"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # torch 2.11 takes no single one
-)
-step.__doc__ = _step.__doc__  # for help()
+    return backend
 
 
 def _check_lengths(
@@ -172,11 +267,11 @@ def _check_schedule(lr: Tensor, position: Tensor) -> None:
         )
 
 
-def _check_memory(
-    params: list[Tensor], states: list[Tensor], kept: int, device: torch.device
-) -> None:
+def _check_memory(call: _Call) -> None:
     """Raises RuntimeError unless the kernels can walk all arrays in the order of memory."""
-    for index, param in enumerate(params):
+    check_params(call.params, "lrs_ext.functional.step")
+    device, kept = call.position.device, call.kept
+    for index, param in enumerate(call.params):
         if param.device != device:
             raise RuntimeError(
                 f"parameters must be on the device of position, {device}, got {param.device}"
@@ -186,14 +281,9 @@ def _check_memory(
                 f"a parameter of shape {tuple(param.shape)}, strides {param.stride()} has gaps "
                 "between its elements: make it with .contiguous()"
             )
-        for state in states[kept * index : kept * (index + 1)]:
+        for state in call.states[kept * index : kept * (index + 1)]:
             if not same_layout(state, param):
                 raise RuntimeError(
                     f"a state has shape {tuple(state.shape)}, strides {state.stride()}, its "
                     f"parameter {tuple(param.shape)}, {param.stride()}: make it with zeros_like"
                 )
-
-
-@step.register_fake
-def _(*_: object) -> None:
-    return None

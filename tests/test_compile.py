@@ -1,8 +1,7 @@
 """Under torch.compile: optimizers stay outside of graphs, the operator is inside of one."""
 
 import re
-import runpy
-from unittest import mock
+import weakref
 
 import cases
 import pytest
@@ -91,8 +90,9 @@ def tensors(num_states, dtype=torch.float32):
     return params, states, [torch.zeros(()) for _ in params], torch.tensor(0)
 
 
-def learning_rates(schedule):
-    return lrs_ext.ScheduleBuffer(1, schedule.total_steps + 1).fill_(0, schedule).rows[0]
+def learning_rates(schedule, device="cpu"):
+    buffer = lrs_ext.ScheduleBuffer(1, schedule.total_steps + 1, device=device)
+    return buffer.fill_(0, schedule).rows[0]
 
 
 @operator_cases
@@ -213,9 +213,121 @@ def test_the_operator_without_parameters_does_nothing():
     call(params=[], grads=[], states=[], counters=[])
 
 
-def test_the_tags_of_the_operator_are_a_sequence(monkeypatch):
-    """torch 2.11 takes no single tag."""
-    custom_op = mock.Mock()
-    monkeypatch.setattr(torch.library, "custom_op", custom_op)
-    runpy.run_path(functional.__file__)
-    assert [*custom_op.call_args.kwargs["tags"]] == [torch.Tag.cudagraph_unsafe]
+def copies(tensors):
+    return [tensor.clone() for tensor in tensors]
+
+
+def change_nothing(arguments):
+    pass
+
+
+def replace_a_parameter(arguments):
+    arguments["params"][2] = arguments["params"][2].clone()
+
+
+def move_a_parameter(arguments):
+    arguments["params"][0].data = arguments["params"][0].data.clone()
+
+
+def replace_a_state(arguments):
+    arguments["states"][1] = torch.ones_like(arguments["states"][1])
+
+
+def move_a_counter(arguments):
+    arguments["counters"][1].data = arguments["counters"][1] + 7.0
+
+
+def move_the_position(arguments):
+    arguments["position"].data = arguments["position"] + 3
+
+
+def replace_the_rates(arguments):
+    arguments["lr"] = learning_rates(
+        lrs_ext.linear(0.02, total_steps=STEPS), arguments["lr"].device
+    )
+
+
+def change_a_rate(arguments):
+    arguments["lr"].mul_(0.5)
+
+
+def change_a_number(arguments):
+    arguments["hyper"] = [0.3, *arguments["hyper"][1:]]
+
+
+def drop_a_parameter(arguments):
+    for name in ("params", "states", "counters"):
+        arguments[name].pop()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_nothing,
+        replace_a_parameter,
+        move_a_parameter,
+        replace_a_state,
+        move_a_counter,
+        move_the_position,
+        replace_the_rates,
+        change_a_rate,
+        change_a_number,
+        drop_a_parameter,
+    ],
+)
+@pytest.mark.parametrize("before", [1, 2, 3])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_steps_of_the_same_tensors_follow_what_has_changed(change, before, device):
+    """Against the operator with other tensors each time, of which it can keep nothing."""
+    params, states, counters, position = tensors(1)
+    arguments = {
+        "params": [param.to(device) for param in params],
+        "states": [state.to(device) for state in states],
+        "counters": [counter.to(device) for counter in counters],
+        "position": position.to(device),
+        "lr": learning_rates(lrs_ext.rex(0.05, total_steps=STEPS), device),
+        "hyper": [0.1, 0.0, 0.9, 0.99],
+    }
+    for step in range(before + 3):
+        if step == before:
+            change(arguments)
+        lists = {name: copies(arguments[name]) for name in ("params", "states", "counters")}
+        fresh = {**arguments, **lists, "position": arguments["position"].clone()}
+        grads = [torch.randn_like(param) for param in arguments["params"]]
+        functional.step("lion", grads=grads, **arguments)
+        functional.step("lion", grads=grads, **fresh)
+        for name in lists:
+            assert all(map(torch.equal, arguments[name], fresh[name])), name
+        assert torch.equal(arguments["position"], fresh["position"])
+
+
+def test_repeated_steps_refuse_another_gradient():
+    params, states, counters, position = tensors(1)
+    arguments = {"params": params, "states": states, "counters": counters, "position": position}
+    for _ in range(3):
+        call(**arguments)
+    with pytest.raises(RuntimeError, match="a gradient differs"):
+        call(**arguments, grads=[torch.ones(2)] * 3)
+    assert position.item() == 3
+
+
+def test_every_argument_that_changes_says_so_to_autograd():
+    params, states, counters, position = tensors(1)
+    arguments = {"params": params, "states": states, "counters": counters, "position": position}
+    changed = [*params, *states, *counters, position]
+    for _ in range(3):
+        before = [tensor._version for tensor in changed]
+        call(**arguments)
+        assert all(t._version > version for t, version in zip(changed, before, strict=True))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_tensors_are_kept_only_for_a_position_that_has_seen_them_twice(times):
+    params, states, counters, position = tensors(1)
+    for _ in range(times):
+        call(params=params, states=states, counters=counters, position=position)
+    kept = [weakref.ref(tensor) for tensor in (*params, *states, *counters)]
+    del params, states, counters
+    assert all((ref() is not None) == (times > 1) for ref in kept)
+    del position
+    assert all(ref() is None for ref in kept)
