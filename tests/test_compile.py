@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import lrs_ext
-from lrs_ext import _C, functional
+from lrs_ext import _C, functional, ops
 
 STEPS = 30
 
@@ -132,7 +132,21 @@ def test_one_graph_serves_a_whole_schedule(algorithm, num_states, hyper, name, o
     assert position.item() == STEPS
 
 
-def test_the_compiler_copies_no_parameter_or_state():
+@pytest.fixture
+def made(monkeypatch):
+    """The tables that have been made."""
+    tables = []
+
+    class Counted(ops.StepTable):
+        def __init__(self, **arguments):
+            tables.append(self)
+            super().__init__(**arguments)
+
+    monkeypatch.setattr(ops, "StepTable", Counted)
+    return tables
+
+
+def test_the_compiler_copies_no_parameter_or_state(made):
     torch._dynamo.reset()
     params, states, counters, position = tensors(2)
 
@@ -147,6 +161,10 @@ def test_the_compiler_copies_no_parameter_or_state():
     assert not re.findall(
         r"empty_strided\w*\(|clone|copy_\(|cpp_fused", code.partition("def call")[2]
     )
+    for _ in range(3):
+        step(*arguments)
+    assert len(made) == 2
+    assert position.item() == 4
 
 
 @pytest.mark.parametrize("name", cases.OPTIMIZERS)
@@ -299,6 +317,18 @@ def test_steps_of_the_same_tensors_follow_what_has_changed(change, before, devic
         for name in lists:
             assert all(map(torch.equal, arguments[name], fresh[name])), name
         assert torch.equal(arguments["position"], fresh["position"])
+
+
+def test_tables_are_made_again_only_where_something_has_changed(made):
+    params, states, counters, position = tensors(1)
+    arguments = {"params": params, "states": states, "counters": counters, "position": position}
+    for k in range(4):
+        call(**arguments, lr=torch.tensor([0.1 * k]), grads=[torch.randn_like(p) for p in params])
+    assert len(made) == 2
+    params[0].data = params[0].data.clone()
+    for _ in range(3):
+        call(**arguments)
+    assert len(made) == 3
 
 
 def test_repeated_steps_refuse_another_gradient():
