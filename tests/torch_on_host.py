@@ -221,7 +221,10 @@ def later(op, args, kwargs, results, twins):
 
 def now(op, args, kwargs):
     """Calls an operator at once, after all that waits in any stream."""
-    torch._C._cuda_synchronize() if is_capturing() else runtime.on_host_run_everything()
+    if is_capturing():
+        torch._C._cuda_synchronize()
+    elif runtime.on_host_run_everything():
+        raise RuntimeError("work that was waiting has failed; its traceback is printed above")
     twins = Twins(lambda tensor: Place(tensor).on_cpu() if is_cuda(tensor) else tensor)
     cpu_args, cpu_kwargs = elsewhere((list(args), kwargs), "cpu", twins.twin)
     results = op(*cpu_args, **cpu_kwargs)
@@ -253,7 +256,7 @@ waiting = {}
 
 
 def enqueue(work):
-    """Puts a function into the current stream."""
+    """Puts a function into the current stream, whose next wait tells of an error."""
     waiting[id(work)] = work
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     runtime.on_host_enqueue(stream, run_waiting, ctypes.c_void_p(id(work)), drop_waiting)
@@ -266,6 +269,7 @@ def run_waiting(key):
             waiting[key]()
     except BaseException:
         traceback.print_exc()
+        runtime.on_host_fail()
 
 
 @Callback
@@ -315,8 +319,21 @@ def split_with_sizes_copy(tensor, sizes, dim=0, *, out):
         target.copy_(part)
 
 
+layer_norm_backward = operator_on_host(
+    "aten::native_layer_norm_backward", torch.ops.aten.native_layer_norm_backward.default
+)
+
+
+def native_layer_norm_backward(grad, source, shape, mean, rstd, *others):
+    """As torch's, whose kernel for CPUs wants statistics of the type that its own forward has."""
+    weight = others[0]
+    dtype = source.dtype if weight is None else weight.dtype
+    return layer_norm_backward(grad, source, shape, mean.to(dtype), rstd.to(dtype), *others)
+
+
 OURS = {
     "copy_": copy_,
+    "native_layer_norm_backward": native_layer_norm_backward,
     "_foreach_copy_": foreach_copy_,
     "split_with_sizes_copy.out": split_with_sizes_copy,
 }

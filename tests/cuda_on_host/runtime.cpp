@@ -99,6 +99,7 @@ auto& memory = *new std::map<uintptr_t, Memory>;
 auto& captures = *new std::vector<std::shared_ptr<Graph>>;  // in progress
 auto& graphs = *new std::map<cudaGraph_t, std::shared_ptr<Graph>>;
 unsigned long long captures_begun = 0;
+bool has_failed = false;  // some work, since a wait has told of it
 thread_local int current_device = 0;
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -108,6 +109,11 @@ cudaError_t fail(cudaError_t error) { return last_error = error; }
 cudaError_t invalidate(const std::shared_ptr<Graph>& capture, cudaError_t error) {
   capture->is_valid = false;
   return fail(error);
+}
+
+// What a wait for work returns.
+cudaError_t outcome() {
+  return std::exchange(has_failed, false) ? fail(cudaErrorLaunchFailure) : cudaSuccess;
 }
 
 int device_count() {
@@ -210,8 +216,9 @@ cudaError_t copy(void* target, const void* source, size_t bytes, Stream* stream)
     return enqueue(stream, [=] { std::memcpy(target, staged->data(), bytes); });
   }
   enqueue(stream, [=] { std::memmove(target, source, bytes); });
-  if (!memory_at(target) && !stream->capture) run_all(stream);
-  return cudaSuccess;
+  if (memory_at(target) || stream->capture) return cudaSuccess;
+  run_all(stream);
+  return outcome();
 }
 
 int not_supported() { return cudaErrorNotSupported; }
@@ -226,10 +233,17 @@ void on_host_enqueue(cudaStream_t stream, void (*run)(void*), void* data, void (
   enqueue(stream_of(stream), [=] { run(kept.get()); });
 }
 
+// For work that finds that it cannot do what it should: a wait returns an error.
+void on_host_fail() {
+  Lock lock;
+  has_failed = true;
+}
+
 // Runs what waits in all streams.
-void on_host_run_everything() {
+cudaError_t on_host_run_everything() {
   Lock lock;
   run_everything();
+  return outcome();
 }
 
 // ---- devices
@@ -336,7 +350,7 @@ cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcp
   if (is_forbidden()) return fail(cudaErrorStreamCaptureUnsupported);
   run_all(stream_of(nullptr));
   std::memmove(target, source, bytes);
-  return cudaSuccess;
+  return outcome();
 }
 cudaError_t cudaMemset(void* target, int value, size_t bytes) {
   return enqueue(stream_of(nullptr), [=] { std::memset(target, value, bytes); });
@@ -376,13 +390,13 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   if (stream->capture) return invalidate(stream->capture, cudaErrorStreamCaptureUnsupported);
   if (is_forbidden()) return fail(cudaErrorStreamCaptureUnsupported);
   run_all(stream);
-  return cudaSuccess;
+  return outcome();
 }
 cudaError_t cudaDeviceSynchronize() {
   Lock lock;
   if (is_forbidden()) return fail(cudaErrorStreamCaptureUnsupported);
   run_device(current_device);
-  return cudaSuccess;
+  return outcome();
 }
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   Lock lock;
@@ -460,7 +474,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   if (event->capture) return invalidate(event->capture, cudaErrorCapturedEvent);
   if (is_forbidden()) return fail(cudaErrorStreamCaptureUnsupported);
   if (event->stream) run_until(event->stream, *event->is_done);
-  return cudaSuccess;
+  return outcome();
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
   return *milliseconds = 0.01f, cudaSuccess;
