@@ -1,6 +1,6 @@
 """Runs a program as if the machine had two GPUs: `python tests/gpu_on_host.py FOLDER -m pytest`.
 
-Builds in FOLDER what stands for them: the CUDA runtime (`cuda_on_host/runtime.cpp`), the native
+Builds in FOLDER what stands for them: the CUDA runtime (`cuda_on_host/runtime_*.cpp`), the native
 module with kernels on the host (`host_cuda.py`), and a `sitecustomize` by which every Python
 process of the program gets the operators of `torch_on_host.py`. Needs a torch built for CUDA.
 
@@ -53,7 +53,7 @@ def build_runtime(folder, headers):
     host_cuda.run(
         *(os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-shared"),
         *("-Wl,-soname,libcuda.so.1", *(f"-I{path}" for path in headers)),
-        *(host_cuda.EMULATION / "runtime.cpp", "-o", library),
+        *(*sorted(host_cuda.EMULATION.glob("runtime_*.cpp")), "-o", library),
     )
     return library
 

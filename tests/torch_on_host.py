@@ -1,6 +1,6 @@
 """torch's operators on CUDA tensors without a GPU: the CPU's, on the same memory.
 
-For a process that `cuda_on_host/runtime.cpp` was preloaded into. An operator waits in its stream,
+For a process that `cuda_on_host/runtime_*.cpp` was preloaded into. An operator waits in its stream,
 or in the graph that captures it, like a kernel: its results have their shapes from the meta device
 and their numbers later. What depends on numbers, draws random ones or has no meta kernel runs at
 once, after all that waits in any stream.
