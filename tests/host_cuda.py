@@ -31,8 +31,8 @@ GRID_CONSTANT = re.compile(r"const __grid_constant__ ([\w:<>, ]+?) (\w+)(?=[,)])
 # As in the project's build: no fused multiply-adds. Vectors of the device alias scalars.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"]
 # A checked longjmp refuses to change stacks.
-FLAGS += ["-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
-CUDA_FLAGS = ["-D__CUDACC__", "-include", "cuda_runtime.h", "-O1", "-x", "c++"]
+FLAGS += ["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+CUDA_FLAGS = ["-D__CUDACC__", "-include", "cuda_runtime.h", "-x", "c++"]
 # Types of its own, apart from those of the real module.
 MODULE_FLAGS = ['-DPYBIND11_COMPILER_TYPE="on_host"', "-DLRS_WITH_CUDA", '-DLRS_CUDA_ARCHS="host"']
 
@@ -62,7 +62,7 @@ def build(folder, sources, name, module_flags=MODULE_FLAGS):
 
     def compile_one(source):
         target = folder / f"{source.stem}.o"
-        options = ["-O0"]
+        options = []
         if source.suffix == ".cu":
             options = CUDA_FLAGS
             rewritten = folder / source.name

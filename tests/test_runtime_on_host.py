@@ -10,7 +10,7 @@ import pytest
 
 # Of driver_types.h.
 UNSUPPORTED, INVALIDATED, MERGE, ISOLATION, CAPTURED_EVENT = 900, 901, 902, 905, 907
-NOT_READY = 600
+NOT_READY, LAUNCH_FAILURE = 600, 719
 NON_BLOCKING, ANY_DIRECTION, GLOBAL, RELAXED = 1, 4, 0, 2
 
 
@@ -86,6 +86,26 @@ def test_a_query_runs_one_piece_of_work(cuda):
         cuda.copy(a, source, stream)
     assert [cuda("StreamQuery", stream), a[0]] == [NOT_READY, 2]
     assert [cuda("StreamQuery", stream), a[0]] == [0, 3]
+
+
+def test_who_waits_for_work_that_fails_is_told_once(cuda, library):
+    callback = ctypes.CFUNCTYPE(None, c_void_p)
+    run, drop = callback(lambda data: library.on_host_fail()), callback(lambda data: None)
+    stream, event, a = cuda.stream(), cuda.event(), cuda.array(1)
+    pageable, direction = (c_int * 1)(0), c_int(ANY_DIRECTION)
+    waits = [
+        lambda: cuda("StreamSynchronize", stream),
+        lambda: cuda("DeviceSynchronize"),
+        lambda: cuda("EventSynchronize", event),
+        lambda: cuda.copy(pageable, a, stream),
+        lambda: library.on_host_run_everything(),
+    ]
+    for wait in waits:
+        library.on_host_enqueue(stream, run, None, drop)
+        cuda("EventRecord", event, stream)
+        assert [wait(), wait()] == [LAUNCH_FAILURE, 0]
+    library.on_host_enqueue(None, run, None, drop)
+    assert cuda("Memcpy", pageable, a, c_size_t(4), direction) == LAUNCH_FAILURE
 
 
 def test_streams_do_not_wait_for_each_other_but_by_events(cuda):

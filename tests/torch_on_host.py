@@ -1,6 +1,6 @@
 """torch's operators on CUDA tensors without a GPU: the CPU's, on the same memory.
 
-For a process that `cuda_on_host/runtime.cpp` was preloaded into. An operator waits in its stream,
+For a process that `cuda_on_host/runtime_*.cpp` was preloaded into. An operator waits in its stream,
 or in the graph that captures it, like a kernel: its results have their shapes from the meta device
 and their numbers later. What depends on numbers, draws random ones or has no meta kernel runs at
 once, after all that waits in any stream.
@@ -156,16 +156,44 @@ def is_capturing():
     return torch.cuda.is_current_stream_capturing()
 
 
+def empty_as(tensor, device):
+    """Returns a tensor of the same layout, without numbers."""
+    size, stride = tensor.size(), tensor.stride()
+    return torch.empty_strided(size, stride, dtype=tensor.dtype, device=device)
+
+
+def layouts_of(value, tensors):
+    """Returns a key for all on which the shapes of results depend; `tensors` has those before."""
+    if isinstance(value, (list, tuple)):
+        return tuple([layouts_of(entry, tensors) for entry in value])
+    if isinstance(value, dict):
+        return tuple([(key, layouts_of(entry, tensors)) for key, entry in value.items()])
+    if not isinstance(value, torch.Tensor):
+        return type(value), value
+    place = tensors.setdefault(id(value), len(tensors))
+    return place, value.size(), value.stride(), value.dtype, value.device.type
+
+
+known_shapes = {}
+
+
 def shapes(op, args, kwargs):
     """Returns the results of a call on twins without numbers, and these; None if it has none."""
+    if len(known_shapes) > 10_000:
+        known_shapes.clear()
+    key = op, layouts_of((args, kwargs), {})
+    if key not in known_shapes:
+        known_shapes[key] = find_shapes(op, args, kwargs)
+    return known_shapes[key]
 
-    def empty(tensor):
-        device = "meta" if is_cuda(tensor) else tensor.device
-        return torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
-        )
 
-    twins = Twins(lambda tensor: empty(tensor) if tensor.dim() or is_cuda(tensor) else tensor)
+def find_shapes(op, args, kwargs):
+    def twin(tensor):
+        if is_cuda(tensor):
+            return empty_as(tensor, "meta")
+        return empty_as(tensor, "cpu") if tensor.dim() else tensor.detach().clone()
+
+    twins = Twins(twin)
     try:
         args, kwargs = elsewhere((list(args), kwargs), "meta", twins.twin)
         results = op(*args, **kwargs)
@@ -176,23 +204,23 @@ def shapes(op, args, kwargs):
             return None
         if result is not None and twins.original(result) is None and result._is_view():
             return None
-    return results, twins
+    return results, [twin for _, twin in twins]
 
 
 def later(op, args, kwargs, results, twins):
     """Lets the current stream call an operator; returns its results, without numbers so far."""
-    for tensor, twin in twins:
+    tensors = {id(t): t for t in flat((args, kwargs)) if isinstance(t, torch.Tensor)}.values()
+    originals = {}
+    for tensor, twin in zip(tensors, twins, strict=True):
+        originals[id(twin)] = tensor
         if twin.size() != tensor.size():  # an `out` that had no elements
             tensor.resize_(twin.size())
     fresh = []
 
     def result(shape):
-        if not isinstance(shape, torch.Tensor):
-            return shape
-        original = twins.original(shape)
-        if original is not None:
-            return original
-        made = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype, device="cuda")
+        if shape is None or id(shape) in originals:
+            return originals.get(id(shape))
+        made = empty_as(shape, "cuda")
         fresh.append(Place(made))
         return made
 
@@ -221,7 +249,10 @@ def later(op, args, kwargs, results, twins):
 
 def now(op, args, kwargs):
     """Calls an operator at once, after all that waits in any stream."""
-    torch._C._cuda_synchronize() if is_capturing() else runtime.on_host_run_everything()
+    if is_capturing():
+        torch._C._cuda_synchronize()
+    elif runtime.on_host_run_everything():
+        raise RuntimeError("work that was waiting has failed; its traceback is printed above")
     twins = Twins(lambda tensor: Place(tensor).on_cpu() if is_cuda(tensor) else tensor)
     cpu_args, cpu_kwargs = elsewhere((list(args), kwargs), "cpu", twins.twin)
     results = op(*cpu_args, **cpu_kwargs)
@@ -240,9 +271,7 @@ def now(op, args, kwargs):
         original = twins.original(tensor)
         if original is not None:
             return original
-        made = torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cuda"
-        )
+        made = empty_as(tensor, "cuda")
         Place(made).on_cpu().copy_(tensor)
         return made
 
@@ -253,9 +282,9 @@ waiting = {}
 
 
 def enqueue(work):
-    """Puts a function into the current stream."""
+    """Puts a function into the current stream, whose next wait tells of an error."""
     waiting[id(work)] = work
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
     runtime.on_host_enqueue(stream, run_waiting, ctypes.c_void_p(id(work)), drop_waiting)
 
 
@@ -266,6 +295,7 @@ def run_waiting(key):
             waiting[key]()
     except BaseException:
         traceback.print_exc()
+        runtime.on_host_fail()
 
 
 @Callback
@@ -315,8 +345,21 @@ def split_with_sizes_copy(tensor, sizes, dim=0, *, out):
         target.copy_(part)
 
 
+layer_norm_backward = operator_on_host(
+    "aten::native_layer_norm_backward", torch.ops.aten.native_layer_norm_backward.default
+)
+
+
+def native_layer_norm_backward(grad, source, shape, mean, rstd, *others):
+    """As torch's, whose kernel for CPUs wants statistics of the type that its own forward has."""
+    weight = others[0]
+    dtype = source.dtype if weight is None else weight.dtype
+    return layer_norm_backward(grad, source, shape, mean.to(dtype), rstd.to(dtype), *others)
+
+
 OURS = {
     "copy_": copy_,
+    "native_layer_norm_backward": native_layer_norm_backward,
     "_foreach_copy_": foreach_copy_,
     "split_with_sizes_copy.out": split_with_sizes_copy,
 }

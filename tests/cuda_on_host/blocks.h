@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the host: the blocks of a grid one after the other, and the threads of a
 // block as fibers that take turns at barriers and shuffles. Which block or thread goes first can be
 // chosen; results must not depend on it. They run at once or, if ON_HOST_RUNTIME is defined, when
-// the streams of runtime.cpp get there.
+// the streams of runtime.h get there.
 //
 // Reported as std::runtime_error: a barrier or shuffle that some threads never reach, and vector
 // accesses that are not aligned. Shared memory is full of 0xff bytes when a block starts.

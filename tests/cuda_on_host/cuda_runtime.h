@@ -1,6 +1,6 @@
 // What csrc/*.cu use of CUDA, in terms of blocks.h: words of the language, built-in functions, the
-// runtime, which is runtime.cpp if ON_HOST_RUNTIME is defined. Incomplete by design: what a kernel
-// starts to use and the compiler misses goes here.
+// runtime, which is that of runtime.h if ON_HOST_RUNTIME is defined. Incomplete by design: what a
+// kernel starts to use and the compiler misses goes here.
 #pragma once
 
 #include <cmath>
