@@ -106,7 +106,7 @@ def test_a_first_trial_that_diverges_hides_no_divergence_of_the_training():
         elif auto._updates == last.start + 2 * last.look_steps:
             assert torch.equal(weight, good)
     assert 1e4 < auto.history.stages[0].trials[0].losses[-1] < math.inf
-    assert auto._scales[-1].tolist() == [1.0, 0.5] + 8 * [1.0]
+    assert auto._guard.scales[-1].tolist() == [1.0, 0.5] + 8 * [1.0]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -123,7 +123,7 @@ def test_spikes_are_not_taken_for_divergence(seed):
     optimizer = lrs_ext.AdamW(model.parameters(), lr=1e-3)
     auto = lrs_ext.AutoLRS(optimizer, model, (1e-5, 1e-1), 300)
     train(model, optimizer, auto, batches)
-    assert auto._scales.eq(1.0).all()
+    assert auto._guard.scales.eq(1.0).all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -146,7 +146,7 @@ def test_a_task_that_becomes_harder_is_no_divergence(preset, is_gradual):
             yield inputs, height * (inputs.sum(1, keepdim=True) + noise)
 
     train(model, optimizer, auto, batches())
-    assert (auto._scales < 1.0).sum() <= (0 if is_gradual else 1)
+    assert (auto._guard.scales < 1.0).sum() <= (0 if is_gradual else 1)
 
 
 @pytest.mark.parametrize("scale", [0.1, 10.0])
@@ -170,7 +170,7 @@ def test_training_is_judged_on_its_own_scale(preset, scale):
     assert torch.equal(run.weights(), good)
     run.run()
     assert not torch.equal(run.weights(), good)
-    assert run.auto._scales[-1].tolist() == [1.0, 0.5] + 8 * [1.0]
+    assert run.auto._guard.scales[-1].tolist() == [1.0, 0.5] + 8 * [1.0]
 
 
 @pytest.mark.parametrize("kind", [lrs_ext.SGD, torch.optim.SGD])
@@ -183,7 +183,7 @@ def test_what_is_not_finite_from_the_start_is_no_divergence(kind):
     optimizer = kind(model.parameters(), lr=1e-3)
     auto = lrs_ext.AutoLRS(optimizer, model, (1e-4, 1e-1), **PEAK)
     train(model, optimizer, auto, list_of_batches())
-    assert auto._scales.eq(1.0).all()
+    assert auto._guard.scales.eq(1.0).all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -203,7 +203,7 @@ def test_a_divergence_costs_a_look_not_the_stage(preset):
     # From then on at half the rate, and annealed all the same.
     rates = run.auto.history.learning_rates[last.start :]
     whole = Training("sgd", **PRESETS[preset])
-    shapes = [whole.auto._shapes.at(last, k) for k in range(last.steps)]
+    shapes = [whole.auto._shapes.of(last).at(k) for k in range(last.steps)]
     assert rates[-1] == pytest.approx(0.5 * run.auto.history.stages[-1].best_lr * shapes[-1])
 
 

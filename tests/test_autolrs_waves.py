@@ -59,7 +59,7 @@ def run_search(kind, timetable, loss_at):
     tried = []
     for segment in timetable.stage(0)[0]:
         found.propose(0, segment.trial, segment.width)
-        positions = found.rates(0, segment.trials).log10().tolist()
+        positions = found.rates(segment).log10().tolist()
         for trial, position in zip(segment.trials, positions, strict=True):
             found.record(0, trial, torch.full((10,), loss_at(position)), 100.0)
         tried.append(positions)

@@ -14,6 +14,7 @@ from test_no_sync import NoReadingMethods, NoReadingOps
 import lrs_ext
 from lrs_ext.autolrs.rates import rates_of
 from lrs_ext.autolrs.ratios import group_ratios
+from lrs_ext.autolrs.shapes import Shape
 
 KINDS = {"lrs_ext": lrs_ext.SGD, "torch": torch.optim.SGD}
 SHAPE = [1.0, 0.75, 0.5, 0.25]
@@ -22,6 +23,10 @@ BUDGET = 12
 
 def shape_at(updates):
     return SHAPE[min(updates, len(SHAPE) - 1)]
+
+
+def make_shape(device="cpu", at=shape_at):
+    return Shape(torch.tensor(SHAPE, dtype=torch.float64, device=device), at)
 
 
 class Driven:
@@ -58,10 +63,14 @@ class Driven:
         return used
 
     def write(self, rate, is_known=True):
-        shape = torch.tensor(SHAPE, dtype=torch.float64, device=self.device)
-        self.rates.write(torch.tensor(rate, device=self.device), shape)
+        self.rates.write(torch.tensor(rate, device=self.device), make_shape(self.device))
         if is_known:
-            self.rates.show(lambda updates: rate * shape_at(updates))
+            self.show()
+
+    def show(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()  # the rate has arrived
+        self.rates.show()
 
     def state_dict(self):
         file = io.BytesIO()
@@ -76,8 +85,7 @@ class Driven:
                 self.opt.load_state_dict(state["opt"])
                 self.rates.attach()
             else:
-                shape = torch.tensor(SHAPE, dtype=torch.float64)
-                self.rates.load_state_dict(state["rates"], shape)
+                self.rates.load_state_dict(state["rates"], make_shape())
         return self
 
 
@@ -113,7 +121,7 @@ def test_a_resumed_run_goes_on_where_it_was(kind, order, steps_before, stop):
     resumed = Driven(kind).load_state_dict(d.state_dict(), order)
     assert resumed.shown == d.shown
     assert resumed.update() == expected(0.5, stop)
-    resumed.rates.show(lambda updates: 0.5 * shape_at(updates))
+    resumed.show()
     assert resumed.shown == pytest.approx(expected(0.5, stop + 1))
     resumed.write(0.25)
     assert [resumed.update() for _ in range(5)] == [expected(0.25, k) for k in range(5)]
@@ -164,13 +172,13 @@ def test_an_update_that_may_have_been_skipped_costs_no_new_row(monkeypatch):
 @both_kinds
 def test_nothing_reads_from_the_device(kind):
     d = Driven(kind)
-    rate, shape = torch.tensor(0.5, dtype=torch.float64), torch.tensor(SHAPE, dtype=torch.float64)
+    rate, shape = torch.tensor(0.5, dtype=torch.float64), make_shape()
     for param in d.params:
         param.grad = torch.ones_like(param)
     with NoReadingOps(), NoReadingMethods():
         d.rates.write(rate, shape)
         d.rates.advance()
-        d.rates.show(lambda updates: 0.5)
+        d.rates.show()
         d.rates.scale_(rate)
         found, d.groups[0]["lr"] = d.groups[0]["lr"], 0.0
         d.rates.advance()
@@ -198,7 +206,7 @@ def test_a_rate_that_comes_later_is_shown_for_the_present_update():
     d.write(0.5, is_known=False)
     d.update()
     d.update()
-    d.rates.show(lambda updates: 0.5 * shape_at(updates))
+    d.show()
     assert d.shown == pytest.approx(expected(0.5, 2))
 
 
@@ -252,7 +260,7 @@ def test_what_the_host_writes_stays_until_it_is_handed_back(kind):
     found, d.groups[0]["lr"] = d.groups[0]["lr"], 0.125
     assert d.update() == [0.125, expected(0.5, 1)[1]]
     d.rates.scale_(torch.tensor(0.5))
-    d.rates.show(lambda updates: 0.25 * shape_at(updates))
+    d.show()
     assert d.shown == pytest.approx([0.125, expected(0.25, 2)[1]])
     assert d.update() == [0.125, expected(0.25, 2)[1]]
     d.write(1.0)
@@ -386,8 +394,8 @@ def test_nobody_is_kept_alive(kind):
     gc.disable()
     try:
         d, controller = Driven(kind), Controller()
-        d.write(0.5)
-        d.rates.show(controller.value)
+        d.rates.write(torch.tensor(0.5), make_shape(at=controller.value))
+        d.show()
         d.write(0.25, is_known=False)
         seen = [weakref.ref(controller), weakref.ref(d.opt)]
         del controller, d

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_rates import BUDGET, Driven, expected
+from test_rates import BUDGET, Driven, expected, make_shape
 
 from lrs_ext.autolrs import rates as rates_module
 from lrs_ext.autolrs.rates import check_optimizer, rates_of
@@ -39,7 +39,7 @@ def test_groups_that_share_a_tensor_get_their_own():
     shared = torch.tensor(0.5)
     opt = torch.optim.SGD([{"params": [param()]}, {"params": [param()]}], lr=shared)
     rates = rates_of(opt, [1.0, 2.0], BUDGET)
-    rates.write(torch.tensor(0.25), torch.ones(1, dtype=torch.float64))
+    rates.write(torch.tensor(0.25), make_shape())
     assert [float(group["lr"]) for group in opt.param_groups] == [0.25, 0.5]
     assert opt.param_groups[0]["lr"] is shared
 

@@ -20,15 +20,10 @@ from lrs_ext.autolrs.checks import (
     checked_bounds,
     checked_extras,
 )
-from lrs_ext.autolrs.guard import good_level, has_diverged, noise_std, rolled_back
+from lrs_ext.autolrs.guard import Guard
 from lrs_ext.autolrs.history import History, read_history, read_learning_rates
 from lrs_ext.autolrs.live_state import is_scaler
-from lrs_ext.autolrs.measurements import (
-    Measurements,
-    keeping_modes,
-    paper_interval,
-    peak_interval,
-)
+from lrs_ext.autolrs.measurements import VALIDATIONS, Measurements, keeping_modes
 from lrs_ext.autolrs.notices import Notices
 from lrs_ext.autolrs.presets import PaperSearch, PeakSearch, Search
 from lrs_ext.autolrs.random_state import random_state, set_random_state
@@ -41,11 +36,10 @@ from lrs_ext.autolrs.search import rate_at
 from lrs_ext.autolrs.shapes import Shapes, usual_warmup
 from lrs_ext.autolrs.snapshot import Snapshot
 from lrs_ext.autolrs.step_watch import StepWatch
-from lrs_ext.autolrs.timetable import LOOKS, Segment, timetable_of
+from lrs_ext.autolrs.timetable import Segment, timetable_of
 from lrs_ext.capture_checks import check_outside
 from lrs_ext.constructors import from_values
 from lrs_ext.drivers import check_free, register
-from lrs_ext.host_copy import HostCopy
 from lrs_ext.number_checks import checked_integer
 from lrs_ext.param_devices import first_device
 from lrs_ext.schedules import Schedule
@@ -159,30 +153,30 @@ class AutoLRS:
         self._rates = rates_of(optimizer, ratios, self.total_steps + 1)
         kind = PeakSearch if preset == "peak" else PaperSearch
         self._search: Search = kind(self._timetable, bounds, device, seed, self._ranks.agree)
-        self._replicas: Replicas | None = None
-        if parallel_trials and self._ranks.size > 1:
-            self._replicas = Replicas(self._ranks, model, self._timetable.at_once, device)
-        interval = peak_interval if preset == "peak" else paper_interval
+        are_apart = parallel_trials and self._ranks.size > 1
+        self._replicas = Replicas(
+            self._ranks, model if are_apart else None, self._timetable.at_once, device
+        )
         self._measured = Measurements(
             self._timetable,
-            (self._ranks, self._replicas),
+            self._ranks,
+            self._replicas,
             None if val_loss is None else keeping_modes(model, val_loss),
-            interval,
+            VALIDATIONS[preset],
             device,
         )
-        self._scales = torch.ones(
-            len(self._timetable.segments), LOOKS, dtype=torch.float64, device=device
-        )
-        self._tape = Tape(None if self._replicas is None else self._replicas.share)
+        self._tape = Tape(self._replicas.share if are_apart else None)
+        self._notices = Notices(are_given=self._ranks.rank == 0)
         self._must_restore = False  # a wave that a loaded state was saved in begins again
+        self._guard = Guard(
+            self._search, self._measured, self._snapshot, self._rates, self._ranks, self._notices
+        )
         self._updates = 0
         self._index = 0  # of the segment
         self._open: Literal["", "update", "segment"] = ""  # what `_finish` still has to follow
         has_scaler = any(map(is_scaler, self._extra_state))
         self._watch = StepWatch(optimizer, may_skip=has_scaler)
         self._scheduler_watch = SchedulerWatch(optimizer, self._rates)
-        self._known: HostCopy | None = None
-        self._notices = Notices(are_given=self._ranks.rank == 0)
         self._plan: dict[str, Any] = {
             "preset": preset,
             "lr_bounds": list(bounds),
@@ -236,8 +230,9 @@ class AutoLRS:
     @property
     def history(self) -> History:
         """What has been tried, forecast and chosen so far; waits for the device."""
+        scales = self._guard.scales
         return read_history(
-            self._search, self._shapes, self._measured, self._scales, self._updates, self._base_lr
+            self._search, self._shapes, self._measured, scales, self._updates, self._base_lr
         )
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -260,12 +255,14 @@ class AutoLRS:
         if self._must_restore:
             self._must_restore = False
             self._snapshot.restore(is_resumed=True)
-            self._begin_trial(self._segment)
-            self._pair_random(is_new=False)
+            self._replicas.pair_random(is_new=False)
+            rate = self._replicas.part(self._search.rates(self._segment))
+            self._rates.write(rate, self._shapes.of(self._segment))
             self._watch.follow()
         elif self._updates == 0:
             self._snapshot.capture()  # the state may have changed since the controller was made
-            self._pair_random(is_new=True)
+            if self._is_apart:
+                self._replicas.pair_random(is_new=True)
             self._watch.follow()
         self._tape.resume(loader, restores_itself)
         self._finish()
@@ -305,8 +302,8 @@ class AutoLRS:
             )
         check_loss(loss, "the loss")
         check_ratios(self._plan["ratios"])
-        is_apart = self._replicas is not None and self._segment.kind == "trial"
-        if is_apart and (self._must_restore or not self._tape.is_in_use):
+        segment = self._segment
+        if self._is_apart and (self._must_restore or not self._tape.is_in_use):
             raise RuntimeError(
                 "parallel_trials compares learning rates on equal batches, which come from "
                 "auto.batches(loader): draw them from there"
@@ -315,14 +312,12 @@ class AutoLRS:
         self._rates.check_groups()
         self._scheduler_watch.check()
         self._watch.follow()
-        segment = self._segment
         self._measured.add_loss(segment, self._updates, loss)
         self._updates += 1
         self._open = "update"
         self._rates.advance()
         self._finish()
-        if self._known is not None and self._known.is_here:
-            self._show(self._known.read())
+        self._rates.show()
         self._notices.give()
 
     def metrics(self) -> dict[str, float]:
@@ -332,7 +327,7 @@ class AutoLRS:
         search has ended.
         """
         segment = self._segment
-        shape = self._shapes.at(segment, min(self._updates, segment.end - 1) - segment.start)
+        shape = self._shapes.of(segment).at(min(self._updates, segment.end - 1) - segment.start)
         return {
             "autolrs/updates": float(self._updates),
             "autolrs/stage": float(segment.stage),
@@ -360,7 +355,7 @@ class AutoLRS:
         if self.preset == "peak":
             return self._shapes.schedule.scaled(rate_at(self._search.best[0]).item())
         rates = read_learning_rates(
-            self._search, self._shapes, self._scales, self.total_steps, self._base_lr
+            self._search, self._shapes, self._guard.scales, self.total_steps, self._base_lr
         )
         trained = [s for s in self._timetable.segments if s.kind != "trial"]
         return from_values(np.concatenate([rates[s.start : s.end] for s in trained]))
@@ -383,8 +378,8 @@ class AutoLRS:
         """
         snapshot, tape = self._snapshot.state_dict(), self._tape.state_dict()
         rates = self._rates.state_dict()
-        if self._replicas is not None and self._segment.kind == "trial":  # not the same on all
-            rates["rate"] = self._search.rates(self._segment.stage, self._segment.trials)[0]
+        if self._is_apart:  # not the same on all
+            rates["rate"] = self._search.rates(self._segment)[0]
             rates |= {"shown": None} if "shown" in rates else {}
         own = {
             "snapshot": snapshot.pop("of_this_rank"),
@@ -396,13 +391,13 @@ class AutoLRS:
             "updates": self._updates,
             "open": self._open,
             "base_lr": self._base_lr,
-            "scales": self._scales.clone(),
+            "scales": self._guard.scales.clone(),
             "measured": self._measured.state_dict(),
             "search": self._search.state_dict(),
             "rates": rates,
             "snapshot": snapshot,
             "tape": tape,
-            "replicas": None if self._replicas is None else (self._replicas.state_dict(),),
+            "replicas": self._replicas.state_dict(),
             "of_this_rank": ((self._ranks.rank, self._ranks.size), own),
         }
 
@@ -430,19 +425,16 @@ class AutoLRS:
         self._updates, self._open = state["updates"], state["open"]
         self._base_lr = state["base_lr"]
         self._index = self._timetable.index_at(self._updates - (self._open == "update"))
-        self._scales.copy_(state["scales"])
+        self._guard.scales.copy_(state["scales"])
         self._measured.load_state_dict(state["measured"])
         self._search.load_state_dict(state["search"])
         self._tape.load_state_dict({**state["tape"], "of_this_rank": own["tape"]}, is_own)
         self._plan["ratios"] = list(saved["ratios"])
         self._rates.set_ratios(saved["ratios"])
         self._rates.load_state_dict(state["rates"], self._shapes.of(self._segment))
-        if self._replicas is not None:
-            self._replicas.load_state_dict(*state["replicas"])
-            self._replicas.join()  # until trials begin
-            self._resume_wave()
+        self._replicas.load_state_dict(state["replicas"])
+        self._resume_wave()
         self._watch.follow()
-        self._known = HostCopy(self._rates.rate)
         if is_own:
             set_random_state(own["random"])
 
@@ -452,6 +444,11 @@ class AutoLRS:
     def _segment(self) -> Segment:
         return self._timetable.segments[self._index]
 
+    @property
+    def _is_apart(self) -> bool:
+        """Whether this rank tries a learning rate of its own."""
+        return self._replicas.are_apart and self._segment.kind == "trial"
+
     def _finish(self) -> None:
         """Does what follows an update, from where an exception in `val_loss` has stopped it."""
         segment = self._segment
@@ -459,7 +456,7 @@ class AutoLRS:
             if segment.kind == "trial":
                 self._measured.validate(segment, self._updates - segment.start)
             elif segment.kind == "train":
-                self._guard(segment)
+                self._guard.look(segment, self._updates)
             is_over = self._updates == segment.end
             if is_over and segment.kind == "trial":
                 self._end_trials(segment)
@@ -477,102 +474,40 @@ class AutoLRS:
             self._snapshot.capture()  # a state that is saved from now on needs a copy to load
             rate = self._search.grid.new_full((), self._base_lr)
         elif segment.kind == "trial":
-            if segment.trial == 0:
+            is_first = segment.trial == 0
+            if is_first:  # the others start from the same state
                 self._snapshot.capture()
                 self._tape.record()
-                self._measured.validate(segment, 0)
-            else:  # it starts from the same state
-                self._measured.repeat_value(segment)
+            self._measured.validate(segment, 0)
             self._search.propose(segment.stage, segment.trial, segment.width)
-            self._begin_trial(segment)
-            if self._updates > 0:  # before the first update, `batches` does it
-                self._pair_random(is_new=segment.trial == 0)
-            return
+            if self._is_apart and self._updates > 0:  # before the first update, `batches` does it
+                self._replicas.pair_random(is_new=is_first)
+            rate = self._replicas.part(self._search.rates(segment))
         else:
             rate = self._search.choose(segment.stage)
-            (first, *_), _ = self._timetable.stage(segment.stage)
-            judged_by, _ = self._measured.of_trial(first, 0)
-            first_losses = self._measured.first_losses(segment.stage)
-            self._notices.expect(*self._search.doubts(segment.stage, judged_by, first_losses))
-        if self._replicas is not None:
+            losses = self._measured.first_losses(segment.stage)
+            self._notices.expect(*self._search.doubts(segment.stage, *losses))
             self._replicas.join()
-        self._write_rate(rate)
+        self._rates.write(rate, self._shapes.of(segment))
 
-    def _begin_trial(self, segment: Segment) -> None:
-        """Sets the learning rate of the trial, or of this rank's among those that run at once."""
-        rates = self._search.rates(segment.stage, segment.trials)
-        slot = 0
-        if self._replicas is not None:
-            self._replicas.part()
-            slot = self._replicas.slot(segment.width)
-        self._write_rate(rates[slot])
-
-    def _pair_random(self, is_new: bool) -> None:
-        """Lets trials that run at once, and those after them, draw equal random numbers.
-
-        Args:
-            is_new: whether a stage begins.
-        """
-        if self._replicas is not None and self._segment.kind == "trial":
-            if is_new:
-                self._replicas.begin_stage()
-            self._replicas.begin_wave()
-
-    def _write_rate(self, rate: Tensor) -> None:
-        self._rates.write(rate, self._shapes.of(self._segment))
-        self._known = HostCopy(self._rates.rate)
+    def _end_trials(self, segment: Segment) -> None:
+        for trial in segment.trials:
+            self._search.record(segment.stage, trial, *self._measured.of_trial(segment, trial))
+        self._snapshot.restore()
+        is_last = segment.trials.stop == self._timetable.num_trials
+        self._tape.release() if is_last else self._tape.rewind()
 
     def _resume_wave(self) -> None:
         """Begins the trials again that ran at once when a loaded state was saved.
 
         Each rank then had weights of its own, of which a checkpoint may have one rank's only.
         """
+        self._replicas.join()  # until trials begin
         has_begun = self._updates > 0 and self._open != "segment"
-        self._must_restore = self._segment.kind == "trial" and has_begun
+        self._must_restore = self._is_apart and has_begun
         if self._must_restore:
             self._updates, self._open = self._segment.start, ""
             self._tape.rewind()
-
-    def _end_trials(self, segment: Segment) -> None:
-        for trial in segment.trials:
-            losses, horizon = self._measured.of_trial(segment, trial)
-            self._search.record(segment.stage, trial, losses, horizon)
-        self._snapshot.restore()
-        is_last = segment.trials.stop == self._timetable.num_trials
-        self._tape.release() if is_last else self._tape.rewind()
-
-    def _show(self, rate: float) -> None:
-        """Shows the learning rate in ``group["lr"]``, now that it is known on the host."""
-        shape, self._known = self._shapes.value_of(self._segment), None
-        self._rates.show(lambda updates: rate * shape(updates))
-
-    def _guard(self, segment: Segment) -> None:
-        """Rolls training back to the last good state, at half the rate, where it has diverged.
-
-        The schedule goes on: the run ends where it was to end, annealed.
-        """
-        done = self._updates - segment.start
-        if done % segment.look_steps != 0 and self._updates != segment.end:
-            return
-        look = (done - 1) // segment.look_steps
-        begin = segment.start + look * segment.look_steps
-        losses = self._measured.of_updates(begin, self._updates)
-        # Not search.start: val_loss may have another scale.
-        trial = self._measured.of_first_trial(segment.stage)
-        start, std = self._search.starting_loss(trial), noise_std(trial)
-        level = start
-        if look > 0:
-            before = self._measured.of_updates(begin - segment.look_steps, begin)
-            level = good_level(before, losses, self._scales[self._index, look - 1] < 1.0)
-        bad = has_diverged(losses, start, std, level, self._snapshot.trained())
-        bad = self._ranks.any(bad)
-        self._notices.expect(bad, [rolled_back(begin, self._updates)])
-        self._snapshot.restore_where(bad)
-        self._snapshot.capture()
-        scale = torch.where(bad, 0.5, 1.0)
-        self._scales[self._index, look].copy_(scale)
-        self._rates.scale_(scale)
-        self._known = HostCopy(self._rates.rate)
 
     def _register(self) -> None:
         """Writes the rates again whenever the optimizer has loaded a checkpoint."""

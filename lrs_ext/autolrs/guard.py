@@ -1,4 +1,4 @@
-"""What counts as a divergence in training."""
+"""Divergence in training: what counts as one, and what is then undone."""
 
 from __future__ import annotations
 
@@ -7,17 +7,69 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lrs_ext.autolrs.search import FAR
+from lrs_ext.autolrs.measurements import Measurements
+from lrs_ext.autolrs.notices import Notices
+from lrs_ext.autolrs.presets import Search
+from lrs_ext.autolrs.ranks import Ranks
+from lrs_ext.autolrs.rates import Rates
+from lrs_ext.autolrs.search import FAR, noise_std
+from lrs_ext.autolrs.snapshot import Snapshot
+from lrs_ext.autolrs.timetable import LOOKS, Segment
 
 QUARTER = 4  # of the losses since a look, the last ones are judged,
 LEAST = 3  # but no fewer than so many, or else half of them
 NOISE_STDS = 2.0  # that the loss before the stage may have been underestimated by
 
 
-def noise_std(losses: Tensor) -> Tensor:
-    """Returns how much losses (n,) differ from batch to batch, 0-d, 0 if one is not finite."""
-    std = losses.std(correction=0)
-    return torch.where(std.isfinite(), std, 0.0)
+class Guard:
+    """Looks at the training a few times in each stage, on all ranks, and undoes a divergence.
+
+    Attributes:
+        scales: float64, (segments, looks): what each look has multiplied the rate with.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        measured: Measurements,
+        snapshot: Snapshot,
+        rates: Rates,
+        ranks: Ranks,
+        notices: Notices,
+    ) -> None:
+        self._search, self._measured, self._snapshot = search, measured, snapshot
+        self._rates, self._ranks, self._notices = rates, ranks, notices
+        self._segments = search.timetable.segments
+        self.scales = search.grid.new_ones(len(self._segments), LOOKS)
+
+    def look(self, segment: Segment, updates: int) -> None:
+        """Rolls training back to the last good state, at half the rate, where it has diverged.
+
+        The schedule goes on: the run ends where it was to end, annealed. After most of the updates
+        of a run, there is nothing to do.
+        """
+        done = updates - segment.start
+        if done % segment.look_steps != 0 and updates != segment.end:
+            return
+        look = (done - 1) // segment.look_steps
+        begin = segment.start + look * segment.look_steps
+        scales = self.scales[self._segments.index(segment)]
+        losses = self._measured.of_updates(begin, updates)
+        # Not search.start: val_loss may have another scale.
+        trial = self._measured.of_first_trial(segment.stage)
+        start, std = self._search.starting_loss(trial), noise_std(trial)
+        level = start
+        if look > 0:
+            before = self._measured.of_updates(begin - segment.look_steps, begin)
+            level = good_level(before, losses, scales[look - 1] < 1.0)
+        bad = has_diverged(losses, start, std, level, self._snapshot.trained())
+        bad = self._ranks.any(bad)
+        self._notices.expect(bad, [rolled_back(begin, updates)])
+        self._snapshot.restore_where(bad)
+        self._snapshot.capture()
+        scale = torch.where(bad, 0.5, 1.0)
+        scales[look].copy_(scale)
+        self._rates.scale_(scale)
 
 
 def good_level(before: Tensor, losses: Tensor, was_bad: Tensor) -> Tensor:

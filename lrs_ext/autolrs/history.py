@@ -137,7 +137,7 @@ def read_learning_rates(
             "trial": tried[segment.stage, segment.trial],
             "train": best[segment.stage],
         }[segment.kind]
-        shape = np.array([shapes.at(segment, int(update)) for update in done])
+        shape = np.array([shapes.of(segment).at(int(update)) for update in done])
         if segment.kind == "train":
             looks = done // segment.look_steps
             shape = shape * np.concatenate(([1.0], np.cumprod(host_scales[index])))[looks]

@@ -16,50 +16,42 @@ from lrs_ext.autolrs.replicas import Replicas
 from lrs_ext.autolrs.timetable import Segment, Timetable
 from lrs_ext.param_devices import on_device
 
-VALIDATIONS = 16  # in a trial of the preset "paper", as in the reference code
+VALIDATIONS = {"peak": 1, "paper": 16}  # in a trial, at most; 16 as in the reference code
 _TENSORS = ("losses", "trials", "values")
-
-
-def peak_interval(trial_steps: int) -> int:
-    """Returns updates between validations in a trial of "peak": there is one at its end."""
-    return trial_steps
-
-
-def paper_interval(trial_steps: int) -> int:
-    """Returns updates between validations in a trial of "paper"."""
-    return -(-trial_steps // VALIDATIONS)
 
 
 class Measurements:
     """Losses on the device, the same on every rank; what is not finite on one is so on all.
 
     Args:
-        among: the ranks over which means are taken, and how trials are spread over them if they run
-            at once.
+        ranks: over which means are taken.
+        replicas: how trials are spread over them.
         val_loss: returns a loss to judge trials by; None judges by those of their updates.
-        interval: from updates in a trial to updates between validations.
+        validations: see `VALIDATIONS`.
 
     Attributes:
         losses: float32, (total_steps,): of the updates that belong to no trial.
         trials: float32, (stages, updates, trials): of the trials' updates.
-        values: float32, (stages, VALIDATIONS + 1, trials): what `val_loss` has returned.
+        values: float32, (stages, slots, trials): what `val_loss` has returned.
     """
 
     def __init__(
         self,
         timetable: Timetable,
-        among: tuple[Ranks, Replicas | None],
+        ranks: Ranks,
+        replicas: Replicas,
         val_loss: Callable[[], Tensor] | None,
-        interval: Callable[[int], int],
+        validations: int,
         device: torch.device,
     ) -> None:
-        self._timetable, self._val_loss, self._interval = timetable, val_loss, interval
-        self._ranks, self._replicas = among
+        self._timetable, self._val_loss, self._validations = timetable, val_loss, validations
+        self._ranks, self._replicas = ranks, replicas
         stages, trials = timetable.num_stages, timetable.num_trials
         longest = max(s.steps for s in timetable.segments if s.kind == "trial")
         self.losses = torch.full((timetable.total_steps,), math.nan, device=device)
         self.trials = torch.full((stages, longest, trials), math.nan, device=device)
-        self.values = torch.full((stages, VALIDATIONS + 1, trials), math.nan, device=device)
+        slots = max(VALIDATIONS.values()) + 1
+        self.values = torch.full((stages, slots, trials), math.nan, device=device)
 
     def add_loss(self, segment: Segment, update: int, loss: Tensor) -> None:
         """Takes the loss of an update, counted in the whole run."""
@@ -69,9 +61,17 @@ class Measurements:
             self._add(self.losses[update : update + 1], 0, 1.0 / self._ranks.size, loss)
 
     def validate(self, segment: Segment, updates: int) -> None:
-        """Takes a validation loss of a trial, if one is due after so many of its updates."""
-        interval = self._interval(segment.steps)
+        """Takes a validation loss of a trial, if one is due after so many of its updates.
+
+        Later trials start from the state of the first, and take over what it had before an update.
+        """
+        interval = self._interval(segment)
         if self._val_loss is None or updates % interval != 0:
+            return
+        slots = self.values[segment.stage, updates // interval]
+        if updates == 0 and segment.trial > 0:
+            self._ranks.wait()
+            _own(slots, segment).copy_(slots[0])
             return
         training = random_state()  # it may draw random numbers, which would unpair the trials
         try:
@@ -80,13 +80,7 @@ class Measurements:
         finally:
             set_random_state(training)
         check_loss(loss, "what val_loss returns")
-        self._add_of_trials(segment, self.values[segment.stage, updates // interval], loss)
-
-    def repeat_value(self, segment: Segment) -> None:
-        """Takes the first trial's validation loss before its first update for later trials'."""
-        self._ranks.wait()
-        slots = self.values[segment.stage, 0]
-        _own(slots, segment).copy_(slots[0])
+        self._add_of_trials(segment, slots, loss)
 
     def of_updates(self, start: int, end: int) -> Tensor:
         """Returns the losses of updates outside of trials, (end - start,)."""
@@ -99,7 +93,7 @@ class Measurements:
         _, train = self._timetable.stage(segment.stage)
         if self._val_loss is None:
             return self.trials[segment.stage, : segment.steps, trial], train.steps - 1
-        interval = self._interval(segment.steps)
+        interval = self._interval(segment)
         points = segment.steps // interval
         return self.values[segment.stage, : points + 1, trial], train.steps / interval
 
@@ -109,15 +103,17 @@ class Measurements:
         (first, *_), _ = self._timetable.stage(stage)
         return self.trials[stage, : first.steps, 0].to(torch.float64)
 
-    def first_losses(self, stage: int) -> Tensor:
-        """Returns the loss of each trial's first update, (k,), equal if they saw the same batches.
+    def first_losses(self, stage: int) -> tuple[Tensor, Tensor]:
+        """Returns what the first trial is judged by, (n,), and each trial's first loss, (k,).
 
-        It is one loss alone where others may differ: trials are judged by `val_loss`, or waves of
-        them by the batches of other ranks.
+        The latter are equal if all saw the same batches. It is one loss alone where others may
+        differ: trials are judged by `val_loss`, or waves of them by the batches of other ranks.
         """
-        self._ranks.wait()
+        (first, *_), _ = self._timetable.stage(stage)
+        judged_by, _ = self.of_trial(first, 0)
         losses = self.trials[stage, 0].to(torch.float64)
-        return losses if self._val_loss is None and self._replicas is None else losses[:1]
+        is_alone = self._val_loss is not None or self._replicas.are_apart
+        return judged_by, losses[:1] if is_alone else losses
 
     def state_dict(self) -> dict[str, Any]:
         self._ranks.wait()
@@ -128,12 +124,13 @@ class Measurements:
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
 
+    def _interval(self, segment: Segment) -> int:
+        """Returns updates between validations in a trial."""
+        return -(-segment.steps // self._validations)
+
     def _add_of_trials(self, segment: Segment, slots: Tensor, loss: Tensor) -> None:
         """Takes a measurement of a segment's trials; slots: (trials,)."""
-        slot, weight = 0, 1.0 / self._ranks.size
-        if self._replicas is not None:
-            width = segment.width
-            slot, weight = self._replicas.slot(width), self._replicas.weight(width)
+        slot, weight = self._replicas.slot(segment.width), self._replicas.weight(segment.width)
         self._add(_own(slots, segment), slot, weight, loss)
 
     def _add(self, slots: Tensor, slot: int, weight: float, loss: Tensor) -> None:

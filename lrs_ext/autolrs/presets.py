@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lrs_ext.autolrs import search
 from lrs_ext.autolrs.forecast import forecast
-from lrs_ext.autolrs.guard import noise_std
 from lrs_ext.autolrs.surrogate import gp_posterior
-from lrs_ext.autolrs.timetable import Timetable
+from lrs_ext.autolrs.timetable import Segment, Timetable
 
 _TENSORS = ("positions", "objectives", "deviations", "start", "best")
 
@@ -73,9 +72,10 @@ class Search:
         placed = self.positions[stage, first : first + count]
         placed.copy_(self.agree(placed))
 
-    def rates(self, stage: int, trials: range) -> Tensor:
-        """Returns the learning rates of trials that have been placed, float64, (trials,)."""
-        return search.rate_at(self.positions[stage, trials.start : trials.stop])
+    def rates(self, segment: Segment) -> Tensor:
+        """Returns the learning rates of its trials, which have been placed, float64, (trials,)."""
+        trials = segment.trials
+        return search.rate_at(self.positions[segment.stage, trials.start : trials.stop])
 
     def record(self, stage: int, trial: int, losses: Tensor, horizon: float) -> None:
         """Judges a trial.
@@ -107,8 +107,7 @@ class Search:
         """Returns what to tell of a choice, for `Notices`.
 
         Args:
-            losses: what the first trial was judged by, (n,).
-            first_losses: see `Measurements.first_losses`.
+            losses, first_losses: see `Measurements.first_losses`.
         """
         low, high = self.bounds
         tried = f"between {low:g} and {high:g} that was tried"
@@ -212,7 +211,7 @@ class PeakSearch(Search):
 
     def _doubt(self, stage: int, losses: Tensor, first_losses: Tensor) -> Tensor:
         _, values, _ = self._trials(stage, slice(None), self.objectives[stage])
-        is_unclear = values[0] - values.amin() <= search.VISIBLE * noise_std(losses)
+        is_unclear = values[0] - values.amin() <= search.VISIBLE * search.noise_std(losses)
         is_unpaired = search.are_unpaired(first_losses, self.start[stage], values.amin())
         return torch.where(is_unpaired, 1, 2 * is_unclear)
 

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from lrs_ext.autolrs.shapes import Shape
 from lrs_ext.drivers import check_num_groups
+from lrs_ext.host_copy import HostCopy
 from lrs_ext.param_devices import first_device
 from lrs_ext.positions import Group
 from lrs_ext.scheduled_optimizer import ScheduledOptimizer
@@ -85,8 +87,8 @@ class Rates:
         # Weak: the optimizer holds what it calls back.
         self._weak_optimizer: Callable[[], Any] = weakref.ref(optimizer)
         self._device = first_device(optimizer)
-        self._ratios = list(ratios)
-        self._shape = torch.ones(1, dtype=torch.float64, device=self._device)
+        self.set_ratios(ratios)
+        self._shape = Shape(torch.ones(1, dtype=torch.float64, device=self._device), lambda _: 1.0)
         self._taken_over: dict[int, Any] = {}  # in a loaded state, until the next update
         self.rate = torch.ones((), dtype=torch.float64, device=self._device)
         self.updates = 0
@@ -97,12 +99,8 @@ class Rates:
             "the original: save auto.state_dict(), and load it into an AutoLRS made anew"
         )
 
-    def write(self, rate: Tensor, shape: Tensor) -> None:
-        """Makes the next updates follow ``rate * shape``; the last entry of `shape` holds.
-
-        Args:
-            shape: float64, (updates,), on the parameters' device.
-        """
+    def write(self, rate: Tensor, shape: Shape) -> None:
+        """Makes the next updates follow ``rate * shape``."""
         self.check_groups()
         self.rate.copy_(rate)
         self._shape = shape
@@ -119,6 +117,7 @@ class Rates:
     def set_ratios(self, ratios: Sequence[float]) -> None:
         """Takes other ratios between the groups, from the next `write` or `attach` on."""
         self._ratios = list(ratios)
+        self._ratio_tensor = torch.tensor(ratios, dtype=torch.float64).to(self._device)
 
     def advance(self) -> None:
         """Follows an update, also one that was skipped or replayed in a CUDA graph."""
@@ -127,13 +126,8 @@ class Rates:
         self.updates += 1
         self._follow()
 
-    def show(self, value: Callable[[int], float]) -> None:
-        """Shows the rates on the host from now to the next `write`: they are known there.
-
-        Args:
-            value: from updates since the last `write` to the learning rate of the first group;
-                called once an update. Nobody keeps it longer than to the next `write`.
-        """
+    def show(self) -> None:
+        """Shows the rates on the host, from when they have arrived there to the next `write`."""
 
     def attach(self) -> None:
         """Takes the learning rates over after a checkpoint was loaded, which has put others there.
@@ -156,12 +150,17 @@ class Rates:
             ),
         }
 
-    def load_state_dict(self, state: dict[str, Any], shape: Tensor) -> None:
+    def load_state_dict(self, state: dict[str, Any], shape: Shape) -> None:
         self.rate.copy_(state["rate"])
         self.updates = state["updates"]
         self._taken_over = dict(state["taken_over"])
         self._shape = shape
         self.attach()
+
+    @property
+    def _shape_now(self) -> Tensor:
+        values = self._shape.values
+        return values[min(self.updates, len(values) - 1)]
 
     @property
     def _groups(self) -> list[Group]:
@@ -210,8 +209,8 @@ class BufferRates(Rates):
         step = optimizer.schedule_buffer.step
         self._capacity = int(step) + capacity
         self._start = step.to(self._device, copy=True)  # the optimizer's step at the last `write`
-        self._ratio_tensor = torch.tensor(ratios, dtype=torch.float64).to(self._device)
-        self._value: Callable[[int], float] | None = None
+        self._known: HostCopy | None = None  # the rate on its way to the host
+        self._host_rate: float | None = None  # as far as it has arrived there
         self._shown: float | None = None  # by the first group; None while the device alone knows
         self._steps_seen = optimizer.committed_steps
         self._is_ahead = False  # whether the rows may be ahead of the run, but for the next update
@@ -219,13 +218,14 @@ class BufferRates(Rates):
         optimizer.drive_(self._refill)
         self._positions = self._all_positions()
 
-    def set_ratios(self, ratios: Sequence[float]) -> None:
-        super().set_ratios(ratios)
-        self._ratio_tensor.copy_(torch.tensor(self._ratios, dtype=torch.float64))
+    def scale_(self, factor: Tensor) -> None:
+        super().scale_(factor)
+        self._known = HostCopy(self.rate)
 
-    def show(self, value: Callable[[int], float]) -> None:
-        self._value = value
-        self._show_now()
+    def show(self) -> None:
+        if self._known is not None and self._known.is_here:
+            self._host_rate, self._known = self._known.read(), None
+            self._show_now()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -235,11 +235,12 @@ class BufferRates(Rates):
             "shown": self._shown,
         }
 
-    def load_state_dict(self, state: dict[str, Any], shape: Tensor) -> None:
+    def load_state_dict(self, state: dict[str, Any], shape: Shape) -> None:
         self._start.copy_(state["start"])
         self._capacity = state["capacity"]
-        self._value, self._shown = None, state["shown"]
+        self._host_rate, self._shown = None, state["shown"]
         super().load_state_dict(state, shape)
+        self._known = HostCopy(self.rate)
 
     @property
     def _buffered(self) -> ScheduledOptimizer:
@@ -255,12 +256,12 @@ class BufferRates(Rates):
         optimizer.drive_(self._refill)
         optimizer.reserve_(self._capacity)
         self._steps_seen = optimizer.committed_steps
-        if self._shown is not None:
-            self._show_lrs(self._shown)
+        self._show_lrs()
 
     def _begin(self) -> None:
         self._start.copy_(self._buffered.schedule_buffer.step, non_blocking=True)
-        self._value = self._shown = None
+        self._known = HostCopy(self.rate)
+        self._host_rate = self._shown = None
 
     def _follow(self) -> None:
         optimizer = self._buffered
@@ -277,33 +278,32 @@ class BufferRates(Rates):
         self._show_now()
 
     def _show_now(self) -> None:
-        self._shown = None if self._value is None else self._value(self.updates)
-        if self._shown is not None:
-            self._show_lrs(self._shown)
+        rate = self._host_rate
+        self._shown = None if rate is None else rate * self._shape.at(self.updates)
+        self._show_lrs()
 
-    def _show_lrs(self, rate: float) -> None:
-        self._buffered.show_([rate * ratio for ratio in self._ratios])
+    def _show_lrs(self) -> None:
+        if self._shown is not None:
+            self._buffered.show_([self._shown * ratio for ratio in self._ratios])
 
     def _refill(self) -> None:
         self.check_groups()
         self._put()
-        if self._shown is not None:
-            self._show_lrs(self._shown)
+        self._show_lrs()
 
     def _put(self) -> None:
         optimizer = self._buffered
         if len(self._positions) != optimizer.schedule_buffer.capacity:
             self._positions = self._all_positions()
-        since = (self._positions - self._start).clamp_(0, len(self._shape) - 1)
+        shape = self._shape.values
+        since = (self._positions - self._start).clamp_(0, len(shape) - 1)
         heights = (self.rate * self._ratio_tensor).unsqueeze(1)
-        optimizer.write_driven_(heights * self._shape.index_select(0, since))
+        optimizer.write_driven_(heights * shape.index_select(0, since))
         self._is_ahead = False
 
     def _put_next(self) -> None:
         """Writes what the next update reads: nobody knows yet where those after it will read."""
-        values = (
-            self.rate * self._ratio_tensor * self._shape[min(self.updates, len(self._shape) - 1)]
-        )
+        values = self.rate * self._ratio_tensor * self._shape_now
         for index in self._buffered.driven_groups():
             self._buffered.schedule_buffer.write_(index, values[index], steps=1)
         self._is_ahead = True
@@ -344,7 +344,7 @@ class TensorRates(Rates):
         self._put()
 
     def _put(self) -> None:
-        now = self.rate * self._shape[min(self.updates, len(self._shape) - 1)]
+        now = self.rate * self._shape_now
         for group, lr, ratio in zip(self._groups, self._lrs, self._ratios, strict=True):
             if group["lr"] is lr:
                 lr.copy_(now * ratio, non_blocking=True)

@@ -7,7 +7,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrs_ext.autolrs.random_state import on_host, random_state, set_random_state
 from lrs_ext.autolrs.ranks import Ranks
@@ -50,16 +50,24 @@ class Replicas:
     over its rows. Ranks that do not fill a row run along and do not count.
 
     Args:
+        model: see `check_replicas`; None where all ranks try one candidate at a time together.
         at_once: candidates of a full wave, at most as many as ranks.
     """
 
-    def __init__(self, ranks: Ranks, model: nn.Module, at_once: int, device: torch.device) -> None:
+    def __init__(
+        self, ranks: Ranks, model: nn.Module | None, at_once: int, device: torch.device
+    ) -> None:
         self._ranks, self._model, self._device = ranks, model, device
         self._at_once = at_once
         self._rows = ranks.size // at_once
         self._apart = contextlib.ExitStack()  # in which gradients are not averaged
         self._random: dict[str, Any] | None = None  # of the trials of this stage
         weakref.finalize(self, self._apart.close)
+
+    @property
+    def are_apart(self) -> bool:
+        """Whether ranks try candidates of their own."""
+        return self._model is not None
 
     def slot(self, width: int) -> int:
         """Returns which candidate of a wave of `width` this rank tries."""
@@ -71,10 +79,15 @@ class Replicas:
         counts = rank < self._rows * self._at_once and rank % self._at_once < width
         return 1.0 / self._rows if counts else 0.0
 
-    def part(self) -> None:
-        """Stops averaging gradients, from the next forward pass on."""
+    def part(self, candidates: Tensor) -> Tensor:
+        """Returns this rank's of a wave's candidates, (n,), for which gradients are not averaged.
+
+        That is so from the next forward pass on.
+        """
         self.join()
-        self._apart.enter_context(self._model.no_sync())  # type: ignore[operator]
+        if self._model is not None:
+            self._apart.enter_context(self._model.no_sync())  # type: ignore[operator]
+        return candidates[self.slot(len(candidates))]
 
     def join(self) -> None:
         """Averages gradients again, from the next forward pass on."""
@@ -86,20 +99,24 @@ class Replicas:
         shared = self._ranks.host_share(batch, firsts, self._device)
         return shared[min(self._ranks.rank // self._at_once, self._rows - 1)]
 
-    def begin_stage(self) -> None:
-        """Takes over the first rank's random generators for the trials to come; the host waits."""
-        (self._random,) = self._ranks.host_share(_own_random(self._device), [0], self._device)
+    def pair_random(self, is_new: bool) -> None:
+        """Lets trials that run at once, and those after them, draw equal random numbers.
 
-    def begin_wave(self) -> None:
-        """Sets the generators that trials draw from: equal for all of a stage."""
+        Args:
+            is_new: whether a stage begins, with the first rank's generators; the host then waits.
+        """
+        if is_new:
+            (self._random,) = self._ranks.host_share(_own_random(self._device), [0], self._device)
         assert self._random is not None
         set_random_state(_as_own(self._random, self._device))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"random": self._random}
+    def state_dict(self) -> tuple[dict[str, Any]] | None:
+        return ({"random": self._random},) if self.are_apart else None
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._random = None if state["random"] is None else on_host(state["random"])
+    def load_state_dict(self, state: tuple[dict[str, Any]] | None) -> None:
+        if state is not None:
+            random = state[0]["random"]
+            self._random = None if random is None else on_host(random)
 
 
 def _own_random(device: torch.device) -> dict[str, Any]:

@@ -73,6 +73,12 @@ def tail_mean(losses: Tensor, percent: int) -> Tensor:
     return torch.where(losses.isfinite().all(-1), tail, torch.inf)
 
 
+def noise_std(losses: Tensor) -> Tensor:
+    """Returns how much losses (n,) differ from batch to batch, 0-d, 0 if one is not finite."""
+    std = losses.std(correction=0)
+    return torch.where(std.isfinite(), std, 0.0)
+
+
 def capped(objectives: Tensor, start: Tensor) -> Tensor:
     """Returns `objectives` (k,) with all that is worse than no progress made equally bad.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,6 +59,19 @@ def unit_schedule(schedule: str | Schedule, total_steps: int, warmup_steps: int)
     )
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The shape of one segment.
+
+    Attributes:
+        values: float64, (updates,), on the parameters' device; the last entry holds.
+        at: from an update, counted from the segment's start and unchecked, to the same on the host.
+    """
+
+    values: Tensor
+    at: Callable[[int], float]
+
+
 class Shapes:
     """The shapes of all segments, on the device from the start.
 
@@ -81,7 +95,7 @@ class Shapes:
         self.schedule = unit_schedule(schedule, last.steps, 0 if has_own_warmup else warmup_steps)
         decays = self.schedule(last.steps) <= 0.5
         self._last = last
-        self._schedules: dict[tuple[str, int], Schedule] = {}
+        schedules: dict[tuple[str, int], Schedule] = {}
         for segment in timetable.segments:
             if segment is last:
                 shape = self.schedule
@@ -92,23 +106,16 @@ class Shapes:
                 shape = linear(1.0, segment.steps - idle)
             else:
                 shape = constant(1.0)
-            self._schedules[self._key(segment)] = shape
-        self._tensors = {
-            key: torch.from_numpy(shape.values(0, shape.capacity)).to(device)
-            for key, shape in self._schedules.items()
+            schedules[self._key(segment)] = shape
+        self._shapes = {
+            key: Shape(
+                torch.from_numpy(shape.values(0, shape.capacity)).to(device), shape.value_in_row()
+            )
+            for key, shape in schedules.items()
         }
 
-    def of(self, segment: Segment) -> Tensor:
-        """Returns the shape of a segment, float64, (updates,); its last entry holds."""
-        return self._tensors[self._key(segment)]
-
-    def at(self, segment: Segment, updates: int) -> float:
-        """Returns the shape at an update, counted from the segment's start."""
-        return self._schedules[self._key(segment)](updates)
-
-    def value_of(self, segment: Segment) -> Callable[[int], float]:
-        """Returns the function behind `at`, without its checks."""
-        return self._schedules[self._key(segment)].value_in_row()
+    def of(self, segment: Segment) -> Shape:
+        return self._shapes[self._key(segment)]
 
     def _key(self, segment: Segment) -> tuple[str, int]:
         return "last" if segment == self._last else segment.kind, segment.steps
