@@ -190,7 +190,7 @@ def _step(
     if not params:
         return
     call = _Call(algorithm, _backend(position.device), params, states, counters, position)
-    last = _last_calls.get(position)
+    last = _last_calls.pop(position, None)  # no other thread's while a kernel reads from them
     if last is not None and not last.is_like(call):
         last = None
     if last is None or last.tables is None or not last.tables.run(grads, lr, numbers):
@@ -201,7 +201,8 @@ def _step(
                 "a gradient differs from its parameter in dtype, device, shape or layout, or two "
                 "parameters are the same tensor"
             )
-        _last_calls[position] = _LastCall(call, None if last is None else tables)
+        last = _LastCall(call, None if last is None else tables)
+    _last_calls[position] = last
     torch.autograd.graph.increment_version([*states, *counters, position])
 
 

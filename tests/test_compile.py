@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import lrs_ext
-from lrs_ext import _C, functional
+from lrs_ext import _C, functional, ops
 
 STEPS = 30
 
@@ -309,6 +309,41 @@ def test_repeated_steps_refuse_another_gradient():
     with pytest.raises(RuntimeError, match="a gradient differs"):
         call(**arguments, grads=[torch.ones(2)] * 3)
     assert position.item() == 3
+
+
+def test_a_refused_step_keeps_no_gradient():
+    params, states, counters, position = tensors(1)
+    arguments = {"params": params, "states": states, "counters": counters, "position": position}
+    for _ in range(3):
+        call(**arguments)
+    grads = [*map(torch.zeros_like, params[:2]), torch.zeros(2)]
+    kept = [weakref.ref(grad) for grad in grads]
+    with pytest.raises(RuntimeError, match="a gradient differs"):
+        call(**arguments, grads=grads)
+    del grads
+    assert all(ref() is None for ref in kept)
+
+
+def test_a_step_reads_its_own_gradients_while_another_thread_makes_one(monkeypatch):
+    """A kernel lets other threads run, here at once."""
+    param, counter, position = torch.zeros(3), torch.zeros(()), torch.tensor(0)
+    launch, others = ops.StepTable._launch, []
+
+    def step(value):
+        lr, grad = torch.tensor(1.0), torch.full((3,), value)
+        functional.step("sgd", [param], [grad], [], [counter], lr, position, [0.0] * 5)
+
+    def launch_after_others(*args):
+        while others:
+            step(others.pop())
+        launch(*args)
+
+    for _ in range(2):
+        step(0.0)
+    monkeypatch.setattr(ops.StepTable, "_launch", launch_after_others)
+    others.append(1.0)
+    step(0.0)
+    assert param.tolist() == [-1.0] * 3
 
 
 def test_every_argument_that_changes_says_so_to_autograd():
