@@ -196,6 +196,13 @@ TRANSPOSED = [torch.zeros(3, 5).t(), torch.zeros(()), torch.zeros(300)]
         ({"params": GAPS, "grads": GAPS}, RuntimeError, "has gaps between its elements"),
         ({"states": GAPS}, RuntimeError, "a state has shape \\(5, 3\\), strides \\(6, 2\\)"),
         ({"states": TRANSPOSED}, RuntimeError, "a state has shape \\(5, 3\\), strides \\(1, 5\\)"),
+        ({"counters": [torch.zeros(())] * 3}, ValueError, "a counter serves two parameters"),
+        (
+            {"params": [torch.zeros(4), torch.ones(4)], "grads": [torch.zeros(4)] * 2}
+            | {"states": [torch.zeros(4)] * 2, "counters": [torch.zeros(()), torch.ones(())]},
+            ValueError,
+            "a state or a counter serves two parameters",
+        ),
     ],
 )
 def test_the_operator_refuses_what_does_not_fit(changes, error, message):
