@@ -17,7 +17,6 @@ from lrs_ext.positions import (
     Group,
     Note,
     Position,
-    check_note,
     position_in,
     saved_position,
 )
@@ -55,8 +54,6 @@ class GroupNumbers:
         capacity: int,
     ) -> None:
         self._rule = rule
-        for group in groups:
-            check_note(group)
         self.rates = LearningRates(groups, devices, step, capacity)
         self.hyper_schedules = HyperSchedules(rule.movable, groups, devices, step)
         self._renew_notes(groups)
