@@ -129,7 +129,7 @@ def check_outside(what: str, device: torch.device) -> None:
 
 
 def check_places(is_captured: bool) -> None:
-    """Raises RuntimeError if that the groups are not those of the last step is in a capture."""
+    """Raises RuntimeError in a capture, for groups that are not those of the last step."""
     if is_captured:
         raise RuntimeError(
             "parameter groups have been added, removed or put in another order since the last "

@@ -69,7 +69,8 @@ def step(
         hyper: the numbers of `HYPER_NAMES`, in that order.
 
     Raises:
-        ValueError: the lists do not fit together, or a number is not finite.
+        ValueError: the lists do not fit together, a tensor that changes is there twice, or a number
+            is not finite.
         RuntimeError: a tensor has a dtype, device or layout that the kernels do not serve, the
             stream is being captured into a CUDA graph, or LRS_EXT_BACKEND asks for "reference".
 
@@ -190,7 +191,7 @@ def _step(
     if not params:
         return
     call = _Call(algorithm, _backend(position.device), params, states, counters, position)
-    last = _last_calls.get(position)
+    last = _last_calls.pop(position, None)  # no other thread's while a kernel reads from them
     if last is not None and not last.is_like(call):
         last = None
     if last is None or last.tables is None or not last.tables.run(grads, lr, numbers):
@@ -201,7 +202,8 @@ def _step(
                 "a gradient differs from its parameter in dtype, device, shape or layout, or two "
                 "parameters are the same tensor"
             )
-        _last_calls[position] = _LastCall(call, None if last is None else tables)
+        last = _LastCall(call, None if last is None else tables)
+    _last_calls[position] = last
     torch.autograd.graph.increment_version([*states, *counters, position])
 
 
@@ -268,8 +270,14 @@ def _check_schedule(lr: Tensor, position: Tensor) -> None:
 
 
 def _check_memory(call: _Call) -> None:
-    """Raises RuntimeError unless the kernels can walk all arrays in the order of memory."""
+    """Raises ValueError or RuntimeError unless the kernels can walk all arrays in memory order."""
     check_params(call.params, "lrs_ext.functional.step")
+    changing = [*call.states, *call.counters]
+    if len(changing) != len(set(changing)):
+        raise ValueError(
+            "a state or a counter serves two parameters, which would both change it: make one for "
+            "each, as in [torch.zeros(()) for _ in params]"
+        )
     device, kept = call.position.device, call.kept
     for index, param in enumerate(call.params):
         if param.device != device:

@@ -17,7 +17,6 @@ from lrs_ext.positions import (
     Group,
     Note,
     Position,
-    check_note,
     position_in,
     saved_position,
 )
@@ -55,8 +54,6 @@ class GroupNumbers:
         capacity: int,
     ) -> None:
         self._rule = rule
-        for group in groups:
-            check_note(group)
         self.rates = LearningRates(groups, devices, step, capacity)
         self.hyper_schedules = HyperSchedules(rule.movable, groups, devices, step)
         self._renew_notes(groups)
@@ -122,16 +119,17 @@ class GroupNumbers:
         """Puts the schedules in charge back into the groups that are known, wherever they are.
 
         Raises:
-            TypeError, ValueError, RuntimeError: another group cannot be taken in.
+            TypeError, ValueError, RuntimeError: a group cannot be taken in.
         """
-        places = self.places_before(groups)
-        for group, place in zip(groups, places, strict=True):
+        in_charge = []
+        for group, place in zip(groups, self.places_before(groups), strict=True):
             if place is None:
                 self._rule.check_new_group(group)
-        for group, place in zip(groups, places, strict=True):
-            if place is not None:
+            else:
                 self.sync(place, group)
-                put_all_schedules(self._rule.movable, group, self.schedules(place))
+            in_charge.append({} if place is None else self.schedules(place))
+        for group, schedules in zip(groups, in_charge, strict=True):
+            put_all_schedules(self._rule.movable, group, schedules)
 
     def rearrange(self, groups: list[Group], places: Sequence[int]) -> None:
         """Takes the numbers of the groups along to where these are now, from `places`."""

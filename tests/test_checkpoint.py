@@ -195,6 +195,17 @@ def test_a_faulty_group_put_there_by_hand_changes_nothing(backend, num_groups):
     assert opt.current_lr() == pytest.approx([REX(0), 0.03])
 
 
+def test_a_faulty_number_of_a_known_group_leaves_the_others_as_they_are(backend):
+    params = make_params(backend)
+    opt = make("AdamW", [{"params": [p]} for p in params[:2]], backend, lr=REX, weight_decay=REX)
+    opt.param_groups.append({"params": [params[2]], "lr": 0.05})
+    torch_opt = make("AdamW", [{"params": group["params"]} for group in opt.param_groups], lr=0.03)
+    opt.param_groups[1]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"Invalid learning rate: -1\.0"):
+        opt.load_state_dict(torch_opt.state_dict())
+    assert [opt.param_groups[0][key] for key in ("lr", "weight_decay")] == [REX(0), REX(0)]
+
+
 @pytest.mark.parametrize("moving", [{"lr": REX}, {"weight_decay": REX}], ids=list)
 def test_groups_of_a_checkpoint_without_a_position_are_an_error(backend, moving):
     # As in most implementations of SAM, which save the groups of the optimizer inside of them.

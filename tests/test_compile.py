@@ -214,6 +214,13 @@ TRANSPOSED = [torch.zeros(3, 5).t(), torch.zeros(()), torch.zeros(300)]
         ({"params": GAPS, "grads": GAPS}, RuntimeError, "has gaps between its elements"),
         ({"states": GAPS}, RuntimeError, "a state has shape \\(5, 3\\), strides \\(6, 2\\)"),
         ({"states": TRANSPOSED}, RuntimeError, "a state has shape \\(5, 3\\), strides \\(1, 5\\)"),
+        ({"counters": [torch.zeros(())] * 3}, ValueError, "a counter serves two parameters"),
+        (
+            {"params": [torch.zeros(4), torch.ones(4)], "grads": [torch.zeros(4)] * 2}
+            | {"states": [torch.zeros(4)] * 2, "counters": [torch.zeros(()), torch.ones(())]},
+            ValueError,
+            "a state or a counter serves two parameters",
+        ),
     ],
 )
 def test_the_operator_refuses_what_does_not_fit(changes, error, message):
@@ -339,6 +346,41 @@ def test_repeated_steps_refuse_another_gradient():
     with pytest.raises(RuntimeError, match="a gradient differs"):
         call(**arguments, grads=[torch.ones(2)] * 3)
     assert position.item() == 3
+
+
+def test_a_refused_step_keeps_no_gradient():
+    params, states, counters, position = tensors(1)
+    arguments = {"params": params, "states": states, "counters": counters, "position": position}
+    for _ in range(3):
+        call(**arguments)
+    grads = [*map(torch.zeros_like, params[:2]), torch.zeros(2)]
+    kept = [weakref.ref(grad) for grad in grads]
+    with pytest.raises(RuntimeError, match="a gradient differs"):
+        call(**arguments, grads=grads)
+    del grads
+    assert all(ref() is None for ref in kept)
+
+
+def test_a_step_reads_its_own_gradients_while_another_thread_makes_one(monkeypatch):
+    """A kernel lets other threads run, here at once."""
+    param, counter, position = torch.zeros(3), torch.zeros(()), torch.tensor(0)
+    launch, others = ops.StepTable._launch, []
+
+    def step(value):
+        lr, grad = torch.tensor(1.0), torch.full((3,), value)
+        functional.step("sgd", [param], [grad], [], [counter], lr, position, [0.0] * 5)
+
+    def launch_after_others(*args):
+        while others:
+            step(others.pop())
+        launch(*args)
+
+    for _ in range(2):
+        step(0.0)
+    monkeypatch.setattr(ops.StepTable, "_launch", launch_after_others)
+    others.append(1.0)
+    step(0.0)
+    assert param.tolist() == [-1.0] * 3
 
 
 def test_every_argument_that_changes_says_so_to_autograd():
