@@ -203,6 +203,12 @@ def test_more_ranks_than_candidates_share_them():
     assert four["starts"] == [[0] * 4 + [8] * 2 + [16] * 2]  # PEAK gives num_trials
 
 
+def test_a_single_trial_is_one_of_all_ranks_together():
+    options = {"preset": "paper", "num_trials": 1}
+    alone = same_but_own(whole_run("gloo", 2, **options))
+    assert alone == same_but_own(whole_run("gloo", 2, **options, parallel_trials=True))
+
+
 @pytest.mark.parametrize("how", ["each", "first", "dcp"])
 @pytest.mark.parametrize("stop", [3, 11, 60])
 def test_trials_at_once_begin_again_where_they_are_resumed(engine, stop, how, tmp_path):

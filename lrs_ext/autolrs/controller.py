@@ -153,7 +153,7 @@ class AutoLRS:
         self._rates = rates_of(optimizer, ratios, self.total_steps + 1)
         kind = PeakSearch if preset == "peak" else PaperSearch
         self._search: Search = kind(self._timetable, bounds, device, seed, self._ranks.agree)
-        are_apart = parallel_trials and self._ranks.size > 1
+        are_apart = self._timetable.at_once > 1
         self._replicas = Replicas(
             self._ranks, model if are_apart else None, self._timetable.at_once, device
         )
